@@ -1,0 +1,44 @@
+"""What a frozen vision encoder is: pixels to patch features, and a fingerprint of its weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Options
+from pipeline.registry import Registry
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+
+class LoadedEncoder(ABC):
+    """An encoder in memory."""
+
+    patches: int
+    d_vision: int
+
+    @abstractmethod
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """One RGB image to float32 pixels `(3, height, width)`."""
+
+    @abstractmethod
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels `(batch, 3, height, width)` to features `(batch, patches, d_vision)` float32."""
+
+
+class Encoder(Options, ABC):
+    """The options of an encoder; cheap until it is loaded."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """JSON value of everything that decides a feature: weights, layer, tokens, preprocessing."""
+
+    @abstractmethod
+    def load(self, device: torch.device) -> LoadedEncoder:
+        """Load the weights."""
+
+
+ENCODERS: Registry[Encoder] = Registry("encoder", "extract.encoders")

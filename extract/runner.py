@@ -1,0 +1,203 @@
+"""Read, decode, encode, write: one silo's records into its feature cache, resumable by shard."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from extract.encoders.base import LoadedEncoder
+from extract.sources.base import Skipped, Source
+from pipeline.cache import (
+    STATUS,
+    CacheWriter,
+    FeatureCache,
+    Identity,
+    Row,
+    differences,
+    finish_commit,
+    to_storage,
+    writing,
+)
+from pipeline.config import Extract
+from pipeline.console import Task
+from pipeline.errors import UserError
+from pipeline.manifest import provenance
+from pipeline.records import Record
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened to one silo."""
+
+    cache: FeatureCache
+    state: str
+    seconds: float
+
+
+def current(path: Path, identity: Identity, *, overwrite: bool) -> FeatureCache | None:
+    """The committed cache if it is just what would be made now.
+
+    Raises:
+        UserError: It was made by another encoder or in another way, and `overwrite` is not given.
+    """
+    finish_commit(path)
+    if not (path / "manifest.json").is_file():
+        return None
+    cache = FeatureCache(path)
+    changed = differences(identity.key, cache.manifest["key"])
+    if changed and not overwrite:
+        raise UserError(
+            f"{path}: the configuration and this cache differ in {'; '.join(changed)}; set another "
+            "'features' directory, or pass --overwrite to encode the silo again"
+        )
+    return None if changed or cache.manifest["source"] != identity.source else cache
+
+
+def extract_silo(
+    path: Path,
+    source: Source,
+    identity: Identity,
+    encoder: LoadedEncoder,
+    options: Extract,
+    device: torch.device,
+    task: Task,
+) -> Outcome:
+    """Encode a silo into its cache, continuing where a killed run stopped.
+
+    Raises:
+        UserError: No image can be read, or another process is at work on this silo.
+    """
+    start = time.monotonic()
+    writer = CacheWriter(
+        path,
+        identity,
+        patches=encoder.patches,
+        d_vision=encoder.d_vision,
+        dtype=options.dtype,
+        shard_images=options.shard_images,
+    )
+    skipped: list[Skipped] = []
+    resumed = shards = 0
+    with writing(writer), ThreadPoolExecutor(options.workers) as pool:
+        for chunk in chunks(_only_records(source, skipped), options.shard_images):
+            rows = writer.finished(shards)
+            if rows is not None and [row.id for row in rows] == [record.id for record in chunk]:
+                resumed += 1
+            else:
+                writer.write(shards, *_encode_shard(chunk, encoder, options, pool))
+            task.advance(len(chunk))
+            shards += 1
+        cache = writer.commit(
+            shards,
+            {
+                "silo": path.stem,
+                "probe": _probe(encoder, options.dtype),
+                "skipped": [[item.place, item.reason] for item in skipped],
+                "made_by": provenance(str(device)),
+            },
+        )
+    state = f"resumed at shard {resumed}" if resumed else "extracted"
+    return Outcome(cache, state, time.monotonic() - start)
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Split an iterable into lists of `size`, the last one shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _only_records(source: Source, skipped: list[Skipped]) -> Iterator[Record]:
+    for item in source.records():
+        if isinstance(item, Skipped):
+            skipped.append(item)
+        else:
+            yield item
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    row: Row
+    pixels: np.ndarray | None
+
+
+def _decode(record: Record, preprocess: Callable[[Image.Image], np.ndarray]) -> _Decoded:
+    texts = tuple((text.kind, text.split, text.encode().decode()) for text in record.texts)
+
+    def failed(status: str, reason: str, digest: str = "") -> _Decoded:
+        return _Decoded(Row(record.id, digest, STATUS.index(status), reason, texts), None)
+
+    try:
+        data = record.read_image()
+    except OSError as error:
+        return failed("missing", str(error))
+    digest = hashlib.sha256(data).hexdigest()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = preprocess(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return failed("unreadable", str(error), digest)
+    return _Decoded(Row(record.id, digest, 0, "", texts), pixels)
+
+
+def _encode_shard(
+    records: Sequence[Record], encoder: LoadedEncoder, options: Extract, pool: ThreadPoolExecutor
+) -> tuple[np.ndarray, list[Row]]:
+    def decode(batch: Sequence[Record]) -> list[Future[_Decoded]]:
+        return [pool.submit(_decode, record, encoder.preprocess) for record in batch]
+
+    features: list[np.ndarray] = []
+    rows: list[Row] = []
+    batches = list(chunks(records, options.batch_size))
+    ahead = decode(batches[0])
+    for following in [*batches[1:], []]:
+        decoded, ahead = [future.result() for future in ahead], decode(following)
+        encoded = _encode_batch(decoded, encoder, options.dtype)
+        features.append(encoded[0])
+        rows += encoded[1]
+    return np.concatenate(features), rows
+
+
+def _encode_batch(
+    decoded: Sequence[_Decoded], encoder: LoadedEncoder, dtype: str
+) -> tuple[np.ndarray, list[Row]]:
+    import torch
+
+    rows = [item.row for item in decoded]
+    features = torch.zeros(len(decoded), encoder.patches, encoder.d_vision)
+    usable = [place for place, item in enumerate(decoded) if item.pixels is not None]
+    if usable:
+        pixels = torch.from_numpy(np.stack([item.pixels for item in decoded if item.pixels is not None]))
+        features[usable] = encoder.encode(pixels).cpu()
+    stored = to_storage(features, dtype)
+    finite = torch.isfinite(features.to(getattr(torch, dtype))).flatten(1).all(1)
+    for place in (~finite).nonzero().flatten().tolist():
+        stored[place] = 0
+        old = rows[place]
+        rows[place] = Row(old.id, old.sha256, STATUS.index("not finite"), "features overflow", old.texts)
+    return stored, rows
+
+
+def _probe(encoder: LoadedEncoder, dtype: str) -> str:
+    """SHA-256 of the features of one fixed picture: tells encoders apart that claim to be equal."""
+    ramp = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)
+    picture = Image.fromarray(np.stack([ramp, ramp.T[::-1], 255 - ramp], -1))
+    import torch
+
+    features = encoder.encode(torch.from_numpy(encoder.preprocess(picture))[None])
+    return hashlib.sha256(to_storage(features, dtype).tobytes()).hexdigest()

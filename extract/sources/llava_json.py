@@ -1,0 +1,92 @@
+"""LLaVA's JSON or JSON lines, with images in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from extract.sources.base import SOURCES, Skipped, Source, stat_files, text_of
+from pipeline.errors import UserError
+from pipeline.manifest import sha256_file
+from pipeline.records import Record, Text
+
+
+@SOURCES.register("llava_json")
+class LlavaJson(Source):
+    """Entries `{"id", "image", "conversations"}`; those of one image become one record.
+
+    Args:
+        path: A `.json` list or a `.jsonl` file.
+        images: Folder that the `image` fields are relative to.
+    """
+
+    path: Path
+    images: Path
+
+    def records(self) -> Iterator[Record | Skipped]:
+        """Yield one record an image, in order of first mention, after what had to be skipped."""
+        texts: dict[str, list[Text]] = {}
+        for place, entry in self._entries():
+            if isinstance(entry, Skipped):
+                yield entry
+                continue
+            image = entry.get("image") if isinstance(entry, dict) else None
+            if not isinstance(image, str) or not image:
+                yield Skipped(place, "it names no image")
+                continue
+            try:
+                text = text_of(entry, self.split)
+            except ValueError as error:
+                yield Skipped(place, str(error))
+                continue
+            if text in texts.setdefault(image, []):
+                yield Skipped(place, f"the same text about '{image}' came before")
+            else:
+                texts[image].append(text)
+        for image, about in texts.items():
+            yield Record(image, self.images / image, tuple(about))
+
+    def identity(self) -> dict[str, Any]:
+        """Content of the JSON; name, size and time of the images it names."""
+        names = dict.fromkeys(
+            entry["image"]
+            for _, entry in self._entries()
+            if isinstance(entry, dict) and isinstance(entry.get("image"), str)
+        )
+        return {
+            "name": "llava_json",
+            "split": self.split,
+            "texts": sha256_file(self.path),
+            "images": stat_files(self.images / name for name in names),
+        }
+
+    def size(self) -> None:
+        """Unknown before the file is read."""
+        return
+
+    def _entries(self) -> Iterator[tuple[str, Any]]:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (FileNotFoundError, IsADirectoryError):
+            raise UserError(f"{self.path}: no such file; set 'path' to the LLaVA JSON") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path}: not UTF-8 ({error}); convert it first") from None
+        if self.path.suffix == ".jsonl":
+            for number, line in enumerate(text.splitlines(), 1):
+                place = f"{self.path}:{number}"
+                try:
+                    if line.strip():
+                        yield place, json.loads(line)
+                except ValueError as error:
+                    yield place, Skipped(place, f"not valid JSON: {error}")
+            return
+        try:
+            entries = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{self.path}: not valid JSON: {error}") from None
+        if not isinstance(entries, list):
+            raise UserError(f"{self.path}: expected a list of entries, found {type(entries).__name__}")
+        for number, entry in enumerate(entries):
+            yield f"{self.path}[{number}]", entry

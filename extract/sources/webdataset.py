@@ -1,0 +1,90 @@
+"""webdataset shards: an image with a `.json` (LLaVA conversations) or `.txt` (caption) beside it."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from extract.sources.base import SOURCES, Skipped, Source, stat_files, text_of
+from pipeline.errors import UserError
+from pipeline.records import Record
+
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+
+
+@SOURCES.register("webdataset")
+class WebDataset(Source):
+    """Local `.tar` shards; the `.json` of a sample is one entry or a list of entries.
+
+    Args:
+        path: Shards as a path, a glob (`train-*.tar`) or a brace pattern (`train-{000..015}.tar`).
+    """
+
+    path: str
+
+    def records(self) -> Iterator[Record | Skipped]:
+        """Yield samples in order of shards; a damaged shard is skipped from the damage on."""
+        os.environ["WDS_SECURE"] = "1"
+        import webdataset
+
+        problems: list[Skipped] = []
+
+        def damaged(error: Exception) -> bool:
+            problems.append(Skipped(self.path, f"damaged shard: {error}"))
+            return True
+
+        shards = [str(path) for path in self._shards()]
+        seen: set[str] = set()
+        pipeline = webdataset.DataPipeline(
+            webdataset.SimpleShardList(shards), webdataset.tarfile_to_samples(handler=damaged)
+        )
+        for sample in pipeline:
+            yield from problems
+            problems.clear()
+            yield self._record(sample, seen)
+        yield from problems
+
+    def _record(self, sample: dict[str, Any], seen: set[str]) -> Record | Skipped:
+        place = f"{sample['__url__']}:{sample['__key__']}"
+        suffix = next((suffix for suffix in _IMAGE_SUFFIXES if suffix in sample), None)
+        if suffix is None:
+            return Skipped(place, f"no image ({', '.join(_IMAGE_SUFFIXES)}) in the sample")
+        name = f"{sample['__key__']}.{suffix}"
+        if name in seen:
+            return Skipped(place, "a sample of this name came before")
+        seen.add(name)
+        try:
+            if "json" in sample:
+                entries = json.loads(sample["json"])
+                entries = entries if isinstance(entries, list) else [entries]
+            else:
+                entries = [sample["txt"].decode()] if "txt" in sample else []
+            texts = tuple(text_of(entry, self.split) for entry in entries)
+        except ValueError as error:
+            return Skipped(place, f"its text cannot be read: {error}")
+        return Record(name, sample[suffix], texts)
+
+    def identity(self) -> dict[str, Any]:
+        """Name, size and time of every shard."""
+        return {"name": "webdataset", "split": self.split, "shards": stat_files(self._shards())}
+
+    def size(self) -> None:
+        """Unknown before the shards are read."""
+        return
+
+    def _shards(self) -> list[Path]:
+        from braceexpand import braceexpand
+
+        shards = [
+            Path(match)
+            for pattern in braceexpand(self.path)
+            for match in (sorted(glob.glob(pattern)) or [pattern])
+        ]
+        for shard in shards:
+            if not shard.is_file():
+                raise UserError(f"{shard}: no such shard; 'path' is {self.path!r}")
+        return shards

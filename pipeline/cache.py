@@ -1,0 +1,472 @@
+"""The feature cache: one directory a silo, valid zarr v3, committed by its manifest.
+
+    <silo>.zarr/
+      manifest.json             written last: what made the cache, every file's size and SHA-256
+      features/patch            (images, patches, d_vision); shards of `shard_images`, one image a chunk
+      images/{sha256,status,id_offsets,id_bytes}
+      texts/{offsets,bytes,image_index,kind,split}
+
+Feature shards are written and read here directly, as `sharding_indexed` files with crc32c, because
+one streaming write and one mmap are several times faster than zarr-python on the same bytes. An
+unfinished cache lives in `<silo>.zarr.partial` with one record a finished shard in `_done/`, and
+is renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import google_crc32c
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.manifest import (
+    canonical,
+    fingerprint,
+    read_json,
+    sha256_file,
+    sync_directory,
+    write_atomic,
+    write_json,
+)
+from pipeline.records import KINDS, SPLITS, Text
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = {"name": "fedcmp-features", "version": 1}
+STATUS = ("ok", "missing", "unreadable", "not finite")
+_STORAGE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
+_CRC_BYTES = 4
+_INDEX_DTYPE = np.dtype("<u8")
+_ABSENT = np.iinfo(np.uint64).max
+
+
+class CorruptCacheError(UserError):
+    """The bytes on disk are not the bytes that were written."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a cache stores about one image besides its features; `texts` are (kind, split, text)."""
+
+    id: str
+    sha256: str
+    status: int
+    reason: str
+    texts: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a cache is made of: equal identities give equal bytes.
+
+    `key` holds everything that decides a feature's value (encoder, preprocessing, dtype, format);
+    `source` identifies the silo's images and texts.
+    """
+
+    key: dict[str, Any]
+    source: dict[str, Any]
+
+    @property
+    def cache_key(self) -> str:
+        """SHA-256 of `key`; caches may be trained on together only where it is the same."""
+        return fingerprint(self.key)
+
+
+def differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
+    """Leaves in which two JSON values differ, as `place: ours, theirs`."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        found = []
+        for name in sorted(ours.keys() | theirs.keys()):
+            place = f"{where}.{name}" if where else name
+            found += differences(ours.get(name), theirs.get(name), place)
+        return found
+    return [] if ours == theirs else [f"{where}: {_short(ours)} here, {_short(theirs)} there"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:36] + "..." + text[-1]
+
+
+class CacheWriter:
+    """Writes a cache shard by shard; a killed writer loses at most its unfinished shard.
+
+    Args:
+        path: Final directory of the cache.
+        identity: What the cache is made of; an unfinished cache of another identity is discarded.
+        patches: Tokens an image.
+        d_vision: Width of a token.
+        dtype: Logical dtype: `bfloat16` (stored as its bits in uint16), `float16` or `float32`.
+        shard_images: Images a shard.
+
+    Raises:
+        UserError: Another process is writing this cache.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        identity: Identity,
+        *,
+        patches: int,
+        d_vision: int,
+        dtype: str,
+        shard_images: int,
+    ) -> None:
+        self.path, self.identity, self.shard_images = path, identity, shard_images
+        self._shape = (patches, d_vision)
+        self._dtype = dtype
+        self._partial = partial_path(path)
+        self._partial.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._partial / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another process is extracting this silo; let it finish") from None
+        started = {**asdict(identity), "layout": [patches, d_vision, dtype, shard_images]}
+        if read_json(self._partial / "_done" / "identity.json") != started:
+            for stale in self._partial.iterdir():
+                if stale.name != ".lock":
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            write_json(self._partial / "_done" / "identity.json", started)
+
+    def finished(self, shard: int) -> list[Row] | None:
+        """Rows of a shard that an earlier run finished and whose file is whole, else None."""
+        record = read_json(self._record_path(shard))
+        file = self._partial / _shard_name(shard)
+        if record is None or not file.is_file() or sha256_file(file) != record["sha256"]:
+            return None
+        return [
+            Row(row["id"], row["sha256"], row["status"], row["reason"], tuple(map(tuple, row["texts"])))
+            for row in record["rows"]
+        ]
+
+    def write(self, shard: int, features: np.ndarray, rows: Sequence[Row]) -> None:
+        """Write one shard durably: file, then its record.
+
+        Args:
+            shard: Index of the shard.
+            features: `(images, patches, d_vision)` in the storage dtype; zero where status is not 0.
+            rows: As many rows; every shard but the last has `shard_images` of them.
+        """
+        storage = _STORAGE[self._dtype]
+        if features.shape != (len(rows), *self._shape) or features.dtype != storage:
+            raise ValueError(
+                f"shard {shard}: expected {storage} {(len(rows), *self._shape)}, "
+                f"got {features.dtype} {features.shape}"
+            )
+        path = self._partial / _shard_name(shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(".tmp-0")
+        index = np.full((self.shard_images, 2), _ABSENT, _INDEX_DTYPE)
+        digest, offset = hashlib.sha256(), 0
+        with temporary.open("wb") as file:
+
+            def put(data: Any) -> None:
+                file.write(data)
+                digest.update(data)
+
+            for position, image in enumerate(np.ascontiguousarray(features)):
+                data = memoryview(image).cast("B")
+                put(data)
+                put(_crc(data))
+                index[position] = offset, len(data) + _CRC_BYTES
+                offset += len(data) + _CRC_BYTES
+            put(index.tobytes())
+            put(_crc(index.tobytes()))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+        record = {"sha256": digest.hexdigest(), "rows": [asdict(row) for row in rows]}
+        write_atomic(self._record_path(shard), canonical(record))
+
+    def commit(self, shards: int, manifest: dict[str, Any]) -> FeatureCache:
+        """Write images, texts and the manifest, then give the cache its final name.
+
+        Raises:
+            UserError: No image could be read.
+        """
+        rows = [row for shard in range(shards) for row in self.finished(shard) or ()]
+        if not any(row.status == 0 for row in rows):
+            raise UserError(f"{self.path}: none of {len(rows)} images could be read; {_reasons(rows)}")
+        self._write_arrays(rows)
+        files = {
+            str(file.relative_to(self._partial)): [file.stat().st_size, sha256_file(file)]
+            for file in sorted(self._partial.rglob("*"))
+            if file.is_file() and "_done" not in file.parts and file.name != ".lock"
+        }
+        write_json(
+            self._partial / "manifest.json",
+            {
+                "format": FORMAT,
+                "images": len(rows),
+                "texts": sum(len(row.texts) for row in rows),
+                "patches": self._shape[0],
+                "d_vision": self._shape[1],
+                "shard_images": self.shard_images,
+                "dtype": self._dtype,
+                "storage_dtype": _STORAGE[self._dtype],
+                "cache_key": self.identity.cache_key,
+                "key": self.identity.key,
+                "source": self.identity.source,
+                "failures": [
+                    {"id": row.id, "status": STATUS[row.status], "reason": row.reason}
+                    for row in rows
+                    if row.status
+                ],
+                **manifest,
+                "files": files,
+            },
+        )
+        finish_commit(self.path)
+        return FeatureCache(self.path)
+
+    def close(self) -> None:
+        """Let others write."""
+        self._lock.close()
+
+    def _record_path(self, shard: int) -> Path:
+        return self._partial / "_done" / f"{shard:05d}.json"
+
+    def _write_arrays(self, rows: Sequence[Row]) -> None:
+        import zarr
+        from zarr.codecs import Crc32cCodec
+
+        group = zarr.open_group(self._partial, mode="a", zarr_format=3, attributes=FORMAT)
+        group.create_array(
+            "features/patch",
+            shape=(len(rows), *self._shape),
+            dtype=_STORAGE[self._dtype],
+            shards=(self.shard_images, *self._shape),
+            chunks=(1, *self._shape),
+            compressors=[Crc32cCodec()],
+            filters=None,
+            attributes={"logical_dtype": self._dtype},
+            overwrite=False,
+        )
+        texts = [(index, text) for index, row in enumerate(rows) for text in row.texts]
+        id_offsets, id_bytes = _pack([row.id.encode() for row in rows])
+        text_offsets, text_bytes = _pack([content.encode() for _, (_, _, content) in texts])
+        digests = b"".join(bytes.fromhex(row.sha256) if row.sha256 else bytes(32) for row in rows)
+        arrays = {
+            "images/sha256": np.frombuffer(digests, np.uint8).reshape(-1, 32),
+            "images/status": np.array([row.status for row in rows], np.uint8),
+            "images/id_offsets": id_offsets,
+            "images/id_bytes": id_bytes,
+            "texts/offsets": text_offsets,
+            "texts/bytes": text_bytes,
+            "texts/image_index": np.array([index for index, _ in texts], np.int64),
+            "texts/kind": np.array([KINDS.index(kind) for _, (kind, _, _) in texts], np.uint8),
+            "texts/split": np.array([SPLITS.index(split) for _, (_, split, _) in texts], np.uint8),
+        }
+        for name, array in arrays.items():
+            group.create_array(
+                name, data=array, compressors=[Crc32cCodec()], filters=None, overwrite=True
+            )
+
+
+def partial_path(path: Path) -> Path:
+    """Where the cache of a silo is built before it is whole."""
+    return path.with_name(path.name + ".partial")
+
+
+def finish_commit(path: Path) -> None:
+    """Give a whole partial cache its final name; also completes a commit that was interrupted."""
+    partial, old = partial_path(path), path.with_name(path.name + ".old")
+    if not (partial / "manifest.json").is_file():
+        return
+    shutil.rmtree(partial / "_done", ignore_errors=True)
+    (partial / ".lock").unlink(missing_ok=True)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    partial.rename(path)
+    sync_directory(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class FeatureCache:
+    """Read a committed cache; features come through mmap, checked by crc32c.
+
+    Args:
+        path: The cache's directory.
+
+    Raises:
+        UserError: There is no manifest, its format is unknown, or a file is missing or has another
+            size than the manifest says (which also keeps a truncated mmap from crashing).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_json(path / "manifest.json")
+        if self.manifest is None:
+            state = "is unfinished" if partial_path(path).exists() else "does not exist"
+            raise UserError(f"{path}: this feature cache {state}; run 'fedcmp extract' first")
+        if self.manifest.get("format") != FORMAT:
+            raise UserError(f"{path}: format {self.manifest.get('format')} is not {FORMAT}; extract it again")
+        for name, (size, _) in self.manifest["files"].items():
+            file = path / name
+            if file.is_symlink() or not file.is_file() or file.stat().st_size != size:
+                raise CorruptCacheError(f"{file}: missing or not {size} bytes long; extract it again")
+        self.images: int = self.manifest["images"]
+        self.texts: int = self.manifest["texts"]
+        self.patches: int = self.manifest["patches"]
+        self.d_vision: int = self.manifest["d_vision"]
+        self.cache_key: str = self.manifest["cache_key"]
+        self._shard_images: int = self.manifest["shard_images"]
+        self._dtype = np.dtype(self.manifest["storage_dtype"])
+        self._shards: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    @cached_property
+    def content(self) -> str:
+        """SHA-256 of the table of files: equal content, equal training."""
+        return fingerprint(self.manifest["files"])
+
+    @cached_property
+    def _zarr(self) -> Any:
+        import zarr
+
+        return zarr.open_group(self.path, mode="r", zarr_format=3)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Image ids in row order."""
+        offsets, data = self._zarr["images/id_offsets"][:], self._zarr["images/id_bytes"][:].tobytes()
+        return [data[start:end].decode() for start, end in zip(offsets, offsets[1:], strict=False)]
+
+    @cached_property
+    def status(self) -> np.ndarray:
+        """`(images,)` uint8: index into `STATUS`; only rows with 0 have features."""
+        return self._zarr["images/status"][:]
+
+    @cached_property
+    def text_image(self) -> np.ndarray:
+        """`(texts,)` int64: the image row of each text."""
+        return self._zarr["texts/image_index"][:]
+
+    @cached_property
+    def _text_arrays(self) -> tuple[np.ndarray, bytes, np.ndarray, np.ndarray]:
+        group = self._zarr["texts"]
+        return group["offsets"][:], group["bytes"][:].tobytes(), group["kind"][:], group["split"][:]
+
+    def text(self, index: int) -> Text:
+        """One text."""
+        offsets, data, kinds, splits = self._text_arrays
+        content = data[offsets[index] : offsets[index + 1]]
+        return Text.decode(content, KINDS[kinds[index]], SPLITS[splits[index]])
+
+    def usable_texts(self, split: str) -> np.ndarray:
+        """Indices of the texts of a split whose image has features, ascending int64."""
+        *_, splits = self._text_arrays
+        wanted = splits == SPLITS.index(split)
+        return np.flatnonzero(wanted & (self.status[self.text_image] == 0))
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Features of images, copied: `(len(rows), patches, d_vision)` in the storage dtype.
+
+        Raises:
+            CorruptCacheError: A chunk or shard index fails its crc32c.
+        """
+        out = np.empty((len(rows), self.patches, self.d_vision), self._dtype)
+        size = out[0].nbytes if len(rows) else 0
+        for place, row in enumerate(rows):
+            shard, position = divmod(int(row), self._shard_images)
+            data, index = self._shard(shard)
+            offset, length = (int(number) for number in index[position])
+            chunk = data[offset : offset + length] if length == size + _CRC_BYTES else data[:0]
+            if len(chunk) != size + _CRC_BYTES or _crc(chunk[:size]) != chunk[size:].tobytes():
+                raise CorruptCacheError(
+                    f"{self.path / _shard_name(shard)}: bytes {offset} to {offset + length} "
+                    f"(image '{self.ids[int(row)]}') fail their checksum; extract this silo again"
+                )
+            out[place] = chunk[:size].view(self._dtype).reshape(self.patches, self.d_vision)
+        return out
+
+    def tensor(self, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """Features of images as a tensor `(len(rows), patches, d_vision)` in the logical dtype."""
+        import torch
+
+        features = torch.from_numpy(self.read(rows))
+        return features.view(torch.bfloat16) if self.manifest["dtype"] == "bfloat16" else features
+
+    def _shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        if shard not in self._shards:
+            path = self.path / _shard_name(shard)
+            data = np.memmap(path, np.uint8, "r")
+            end = data.size - _CRC_BYTES
+            start = end - self._shard_images * 2 * _INDEX_DTYPE.itemsize
+            if start < 0 or _crc(data[start:end]) != data[end:].tobytes():
+                raise CorruptCacheError(f"{path}: its index fails its checksum; extract this silo again")
+            self._shards[shard] = data, data[start:end].view(_INDEX_DTYPE).reshape(-1, 2)
+        return self._shards[shard]
+
+
+def same_key(caches: dict[str, FeatureCache]) -> None:
+    """Require that caches were made by one encoder in one way.
+
+    Raises:
+        UserError: Naming two silos and the fields in which they differ.
+    """
+    (first, reference), *others = caches.items()
+    for name, cache in others:
+        found = differences(reference.manifest["key"], cache.manifest["key"])
+        if found:
+            raise UserError(
+                f"silos '{first}' and '{name}' were encoded differently ({'; '.join(found)}); "
+                f"extract one of them again"
+            )
+
+
+@contextmanager
+def writing(writer: CacheWriter) -> Iterator[CacheWriter]:
+    """Release the writer's lock in the end."""
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def to_storage(features: torch.Tensor, dtype: str) -> np.ndarray:
+    """Features as they are stored: bfloat16 becomes its bits in uint16."""
+    import torch
+
+    cast = features.to(getattr(torch, dtype)).cpu().contiguous()
+    return (cast.view(torch.uint16) if dtype == "bfloat16" else cast).numpy()
+
+
+def _shard_name(shard: int) -> str:
+    return f"features/patch/c/{shard}/0/0"
+
+
+def _crc(data: Any) -> bytes:
+    return google_crc32c.value(bytes(data)).to_bytes(_CRC_BYTES, "little")
+
+
+def _pack(items: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.zeros(len(items) + 1, np.int64)
+    offsets[1:] = np.cumsum([len(item) for item in items])
+    return offsets, np.frombuffer(b"".join(items), np.uint8)
+
+
+def _reasons(rows: Sequence[Row]) -> str:
+    first = next((row for row in rows if row.status), None)
+    return f"first: '{first.id}' is {STATUS[first.status]}: {first.reason}" if first else "is it empty?"
+
+
+def shards_of(images: int, shard_images: int) -> int:
+    """Number of shards for a number of images."""
+    return math.ceil(images / shard_images)

@@ -1,0 +1,88 @@
+"""`fedcmp`: stage commands are named as strings and imported only when called."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+COMMANDS = {
+    "extract": ("extract.cli:extract", "Encode every silo's images once and cache their patch features."),
+    "federate": ("federate.cli:federate", "Train the projector federatedly from the caches."),
+    "evaluate": ("evaluate.cli:evaluate", "Answer the benchmarks and score the answers."),
+    "score": ("evaluate.cli:score", "Score saved answers again; no model is needed."),
+    "report": ("evaluate.cli:report", "Compare the runs of an experiment on one page."),
+    "world": ("pipeline.world.cli:world", "Write the embedded default's data, or train its models."),
+}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def experiment_options(command: F) -> F:
+    """Give a command its experiment file and `--set`."""
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; repeatable."
+    )(command)
+    return click.argument("config", type=click.Path(path_type=Path))(command)
+
+
+class StageCommands(click.Group):
+    """A group whose help needs no import and whose user errors are one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Command names in the order of the stages."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List commands from the table above, so that none is imported."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Suggest the nearest command for an unknown one."""
+        from pipeline.errors import did_you_mean
+
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no command is called '{args[0]}'{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Turn mistakes of the user and of the machine into one line and exit code 2."""
+        from pipeline.errors import UserError
+
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"fedcmp: {error}", err=True)
+        except OSError as error:
+            click.echo(f"fedcmp: {error}; nothing half-written is kept, rerun to go on", err=True)
+        except KeyboardInterrupt:
+            click.echo("fedcmp: interrupted; run the same command to go on", err=True)
+            ctx.exit(130)
+        ctx.exit(2)
+
+
+@click.command(cls=StageCommands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fedcmp")
+def main() -> None:
+    """Federated pre-training of the projector of a multimodal LLM, on cached features.
+
+    \b
+    Example:
+      fedcmp extract configs/demo.toml
+      fedcmp federate configs/demo/fedcmp.toml
+      fedcmp evaluate configs/demo/fedcmp.toml
+    """

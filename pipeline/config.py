@@ -1,0 +1,212 @@
+"""The experiment file: TOML into frozen models; an unknown key is an error.
+
+One file is one run. `extends = "../demo.toml"` takes everything from another file and overrides
+parts of it; a table that changes its component's `name` replaces the other's options as a whole.
+Paths are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import UserError, did_you_mean
+
+Model = TypeVar("Model", bound=BaseModel)
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Options(BaseModel):
+    """Base of everything configurable: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Component(BaseModel):
+    """A registered component: its name, and its own options as the remaining keys."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str
+
+
+class Extract(Options):
+    """Stage one."""
+
+    encoder: Component
+    silos: dict[Name, Component] = Field(min_length=1)
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    shard_images: int = Field(256, ge=1)
+    batch_size: int = Field(64, ge=1)
+    workers: int = Field(4, ge=1)
+
+
+class Language(Options):
+    """The frozen LLM and how records become prompts.
+
+    `template` writes training texts and captions, `question_template` writes questions.
+    """
+
+    path: Path
+    template: Literal["plain", "chat", "v1"] = "plain"
+    question_template: Literal["chat", "v1"] = "chat"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    max_length: int = Field(2048, ge=8)
+
+
+class Optimizer(Options):
+    """Local optimisation; `warmup` is a share of the pass, the rest follows a cosine to zero.
+
+    `carry` keeps a client's moments from round to round instead of starting afresh.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    warmup: float = Field(0.03, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    carry: bool = False
+
+
+class Federate(Options):
+    """Stage two: one pass over every silo's training texts, split evenly over the rounds."""
+
+    silos: tuple[Name, ...] = Field(min_length=1)
+    rounds: int = Field(10, ge=1)
+    batch_size: int = Field(32, ge=1)
+    projector: Component = Component(name="mlp2x_gelu")
+    optimizer: Optimizer = Optimizer()
+    strategy: Component = Component(name="fedavg")
+
+
+class Evaluate(Options):
+    """Stage three: benchmarks by name, over the cached features of one silo of images."""
+
+    silo: Name | None = None
+    images: Path | None = None
+    batch_size: int = Field(64, ge=1)
+    bootstrap: int = Field(2000, ge=100)
+    benchmarks: dict[Name, Component] = {}
+
+
+class Experiment(Options):
+    """One experiment file."""
+
+    experiment: Name
+    run: Name
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    features: Path = Path("build/features")
+    build: Path = Path("build")
+    extract: Extract
+    language: Language
+    federate: Federate
+    evaluate: Evaluate = Evaluate()
+
+    def cache_path(self, silo: str) -> Path:
+        """Where a silo's feature cache lies."""
+        return self.features / f"{silo}.zarr"
+
+    @property
+    def run_path(self) -> Path:
+        """Where stage two writes this run."""
+        return self.build / "runs" / self.experiment / self.run
+
+    @property
+    def scores_path(self) -> Path:
+        """Where stage three writes this run's answers and scores."""
+        return self.build / "scores" / self.experiment / self.run
+
+    @property
+    def report_path(self) -> Path:
+        """Where the report of all runs of the experiment is written."""
+        return self.build / "report" / self.experiment
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file; `run` defaults to the file's own name.
+
+    Args:
+        path: TOML file.
+        overrides: `key.sub=value` strings, applied last; values are TOML, or else plain text.
+
+    Raises:
+        UserError: The file is missing or malformed, or a key or value is wrong.
+    """
+    tables = _read(path, ())
+    tables.setdefault("run", path.stem)
+    for override in overrides:
+        tables = _merge(tables, _parse_override(override))
+    return validate(Experiment, tables, "", str(path))
+
+
+def validate(model: type[Model], values: Mapping[str, Any], where: str, source: str = "") -> Model:
+    """Validate values, turning the first problem into one clear sentence.
+
+    Raises:
+        UserError: Naming the key, the value and, for unknown keys, what was probably meant.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(([where] if where else []) + location)
+    place = f"{source}: " if source else ""
+    if problem["type"] == "extra_forbidden":
+        known = _fields(model, location[:-1])
+        raise UserError(f"{place}unknown key '{key}'{did_you_mean(location[-1], known)}")
+    if problem["type"] == "missing":
+        raise UserError(f"{place}'{key}' is missing; add it to the file or pass --set {key}=...")
+    raise UserError(f"{place}{key} = {problem['input']!r}: {problem['msg']}")
+
+
+def _fields(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: 'extends' goes in a circle; remove it from one of the files")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the path of an experiment file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    base = tables.pop("extends", None)
+    if base is None:
+        return tables
+    return _merge(_read(path.parent / base, (*seen, path.resolve())), tables)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    renamed = "name" in above and above["name"] != below.get("name", above["name"])
+    merged = {} if renamed else dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise UserError(f"--set {override}: expected key.sub=value, e.g. federate.rounds=5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in reversed(key.split(".")):
+        value = {part.strip(): value}
+    return value

@@ -1,0 +1,169 @@
+"""The frozen LLM: visual tokens spliced into its input embeddings, loss, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.errors import UserError
+from pipeline.manifest import sha256_files
+from pipeline.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens
+
+_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.bin", "tokenizer*", "*.jinja")
+
+
+def language_hash(path: Path) -> dict[str, str]:
+    """SHA-256 of every file that decides what the LLM computes."""
+    return sha256_files(path, _FILES)
+
+
+class FrozenLanguageModel:
+    """A causal LM of transformers whose parameters take no gradient.
+
+    Args:
+        path: Directory of a saved model with its tokenizer.
+        dtype: `auto` is bfloat16 on CUDA and float32 elsewhere.
+        device: Where it runs.
+
+    Raises:
+        UserError: The directory is missing or does not hold such a model.
+    """
+
+    def __init__(self, path: Path, *, dtype: str, device: torch.device) -> None:
+        if dtype == "auto":
+            dtype = "bfloat16" if device.type == "cuda" else "float32"
+        language_files = path / "config.json"
+        if not language_files.is_file():
+            raise UserError(f"language.path = {path}: no config.json there; give a saved model's directory")
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        except (OSError, ValueError) as error:
+            raise UserError(f"language.path = {path}: {_first_line(error)}") from None
+        self.model.to(device).eval().requires_grad_(False)
+        self.device = device
+        self.embeddings = self.model.get_input_embeddings()
+        self.decoder = self.model.get_decoder()
+        self.head = self.model.get_output_embeddings()
+        self.d_llm: int = self.embeddings.embedding_dim
+
+    def embed(self, ids: Tensor, projected: Tensor) -> Tensor:
+        """Splice projected visual tokens into word embeddings.
+
+        Args:
+            ids: `(batch, length)` int64 with `IMAGE_TOKEN_INDEX` at the visual tokens.
+            projected: `(batch, patches, d_llm)`.
+
+        Returns:
+            `(batch, length, d_llm)` in the LLM's dtype.
+
+        Raises:
+            ValueError: A row has not exactly `patches` visual tokens.
+        """
+        visual = ids == IMAGE_TOKEN_INDEX
+        if bool((visual.sum(1) != projected.shape[1]).any()):
+            raise ValueError(f"every row needs exactly {projected.shape[1]} visual tokens")
+        embeds = self.embeddings(ids.clamp(min=0))
+        return embeds.masked_scatter(visual.unsqueeze(-1), projected.to(embeds.dtype))
+
+    def token_losses(self, ids: Tensor, labels: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of every supervised token; logits are computed only there.
+
+        Rows are padded on the right, so causal attention needs no mask: what is supervised comes
+        before the padding.
+
+        Args:
+            ids: `(batch, length)` int64.
+            labels: `(batch, length)` int64, `IGNORE_INDEX` where nothing is predicted.
+            projected: `(batch, patches, d_llm)`.
+
+        Returns:
+            Losses `(supervised,)` float32 and the row of each `(supervised,)` int64.
+        """
+        embeds = self.embed(ids, projected)
+        hidden = self.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        targets = labels[:, 1:]
+        rows, places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+        logits = self.head(hidden[rows, places]).float()
+        return cross_entropy(logits, targets[rows, places], reduction="none"), rows
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Tensor, attention: Tensor, projected: Tensor, *, max_new_tokens: int, stop: str | None
+    ) -> list[str]:
+        """Greedy decoding with a KV cache.
+
+        Args:
+            prompts: `(batch, length)` int64, padded on the left.
+            attention: `(batch, length)`, 0 at padding.
+            projected: `(batch, patches, d_llm)`.
+            max_new_tokens: Tokens an answer may have.
+            stop: A string that also ends an answer.
+
+        Returns:
+            The answers, stripped.
+        """
+        ends = {self.tokenizer.eos_token_id} - {None}
+        if stop is not None:
+            ends |= {token for word, token in self.tokenizer.get_vocab().items() if word == stop}
+        output = self.model.generate(
+            inputs_embeds=self.embed(prompts, projected),
+            attention_mask=attention,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=sorted(ends),
+            pad_token_id=self.pad_id,
+        )
+        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        return [(text.split(stop)[0] if stop else text).strip() for text in texts]
+
+    @property
+    def pad_id(self) -> int:
+        """A token id for padding; which one does not matter, since it is never attended to."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def collate(self, samples: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+        """Ids and labels `(batch, length)` int64 on the device, padded on the right."""
+        length = max(len(sample.ids) for sample in samples)
+        ids = torch.full((len(samples), length), self.pad_id)
+        labels = torch.full((len(samples), length), IGNORE_INDEX)
+        for row, sample in enumerate(samples):
+            ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
+            labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
+        return ids.to(self.device), labels.to(self.device)
+
+    def collate_prompts(self, samples: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask `(batch, length)` int64 on the device, padded on the left."""
+        length = max(len(sample.ids) for sample in samples)
+        ids = torch.full((len(samples), length), self.pad_id)
+        attention = torch.zeros((len(samples), length), dtype=torch.int64)
+        for row, sample in enumerate(samples):
+            ids[row, length - len(sample.ids) :] = torch.tensor(sample.ids)
+            attention[row, length - len(sample.ids) :] = 1
+        return ids.to(self.device), attention.to(self.device)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        UserError: CUDA is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = 'cuda': torch sees no CUDA device; use device = 'cpu' or 'auto'")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,153 @@
+"""How a record becomes token ids: LLaVA's `plain` and `v1` templates, or the tokenizer's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError
+from pipeline.records import IMAGE_PLACEHOLDER, Text, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IMAGE_TOKEN_INDEX = -200
+IGNORE_INDEX = -100
+CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
+_V1_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids with `IMAGE_TOKEN_INDEX` at every visual token, and labels as in transformers."""
+
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def supervised(self) -> int:
+        """Number of predicted tokens."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+def tokenise(
+    text: Text,
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    patches: int,
+    max_length: int,
+) -> Tokens:
+    """Render a text about one image and tokenise it.
+
+    The last turn may be the user's, which gives a prompt to generate from. Each stretch of text
+    between images is tokenised as a whole, so the ids are those of ordinary tokenisation.
+
+    Args:
+        text: The conversation.
+        template: `plain`, `chat` or `v1`.
+        tokenizer: A fast tokenizer.
+        patches: Visual tokens an image.
+        max_length: Tokens to keep at most; what is longer is cut at the end.
+
+    Raises:
+        UserError: `plain` is given several exchanges, or not exactly one image is referred to.
+    """
+    spans, begin = _RENDER[template](text.turns, tokenizer)
+    rendered = "".join(content for content, _ in spans)
+    if rendered.count(IMAGE_PLACEHOLDER) != 1:
+        raise UserError(
+            f"text {rendered[:60]!r} refers to {rendered.count(IMAGE_PLACEHOLDER)} images, not one; "
+            f"remove the superfluous '{IMAGE_PLACEHOLDER}'"
+        )
+    answered = [answer for content, answer in spans for _ in content]
+    ids = [tokenizer.bos_token_id] if begin and tokenizer.bos_token_id is not None else []
+    labels = [IGNORE_INDEX] * len(ids)
+    start = 0
+    for index, stretch in enumerate(rendered.split(IMAGE_PLACEHOLDER)):
+        if index:
+            ids += [IMAGE_TOKEN_INDEX] * patches
+            labels += [IGNORE_INDEX] * patches
+        encoded = tokenizer(stretch, add_special_tokens=False, return_offsets_mapping=True)
+        for token, (_, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            ids.append(token)
+            labels.append(token if answered[start + max(stop - 1, 0)] else IGNORE_INDEX)
+        start += len(stretch) + len(IMAGE_PLACEHOLDER)
+    return Tokens(ids[:max_length], labels[:max_length])
+
+
+def question(content: str) -> Text:
+    """A prompt to be answered."""
+    return Text((Turn("user", f"{IMAGE_PLACEHOLDER}\n{content}"),))
+
+
+def stop_string(template: str) -> str | None:
+    """What ends an answer besides the tokenizer's end-of-sequence token."""
+    return "\n" if template == "plain" else None
+
+
+_Spans = list[tuple[str, bool]]
+
+
+def _plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
+    answers = [turn.content for turn in turns if turn.role == "assistant"]
+    if len(answers) > 1:
+        raise UserError(
+            f"a text with {len(answers)} answers, the first {answers[0][:40]!r}, has no 'plain' "
+            "form; set language.template to 'chat' or 'v1'"
+        )
+    return [(IMAGE_PLACEHOLDER, False), *((answer + "\n", True) for answer in answers)], True
+
+
+def _with_user(turns: Sequence[Turn]) -> list[Turn]:
+    """Give a bare caption its prompt, and the first user turn its image."""
+    full = list(turns)
+    if full[0].role == "assistant":
+        full.insert(0, Turn("user", CAPTION_PROMPT))
+    if not any(IMAGE_PLACEHOLDER in turn.content for turn in full):
+        full[0] = Turn("user", f"{IMAGE_PLACEHOLDER}\n{full[0].content}")
+    return full
+
+
+def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
+    messages = [{"role": turn.role, "content": turn.content} for turn in _with_user(turns)]
+    if tokenizer.chat_template is None:
+        raise UserError(f"{tokenizer.name_or_path}: this tokenizer has no chat template; use 'v1'")
+
+    def render(number: int, *, reply: bool) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                messages[:number], tokenize=False, add_generation_prompt=reply
+            )
+        )
+
+    spans: _Spans = []
+    done = ""
+    for index, message in enumerate(messages):
+        answer = message["role"] == "assistant"
+        upto = render(index + 1, reply=not answer)
+        if not upto.startswith(done):
+            raise UserError(
+                f"{tokenizer.name_or_path}: its chat template rewrites earlier turns, so answers "
+                "cannot be told from prompts; use 'v1'"
+            )
+        spans.append((upto[len(done) :], answer))
+        done = upto
+    return spans, False
+
+
+def _v1(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
+    spans: _Spans = [(_V1_SYSTEM, False)]
+    for turn in _with_user(turns):
+        if turn.role == "user":
+            spans.append((f" USER: {turn.content} ASSISTANT:", False))
+        else:
+            spans.append((f" {turn.content}{tokenizer.eos_token or ''}", True))
+    return spans, True
+
+
+_RENDER = {"plain": _plain, "chat": _chat, "v1": _v1}

@@ -1,0 +1,85 @@
+"""A silo's sample: one image and what is said about it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+IMAGE_PLACEHOLDER = "<image>"
+SPLITS = ("train", "validation", "test")
+KINDS = ("caption", "conversation")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One utterance of a conversation."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A conversation about an image; a bare caption is a single assistant turn."""
+
+    turns: tuple[Turn, ...]
+    split: str = "train"
+
+    @property
+    def kind(self) -> str:
+        """`caption` or `conversation`."""
+        return "caption" if len(self.turns) == 1 else "conversation"
+
+    def encode(self) -> bytes:
+        """UTF-8 bytes as stored in a cache: the caption itself, or a JSON list of turns."""
+        if self.kind == "caption":
+            return self.turns[0].content.encode()
+        return json.dumps([[turn.role, turn.content] for turn in self.turns], ensure_ascii=False).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, kind: str, split: str) -> Text:
+        """Inverse of `encode`."""
+        if kind == "caption":
+            return cls((Turn("assistant", data.decode()),), split)
+        return cls(tuple(Turn(role, content) for role, content in json.loads(data)), split)
+
+
+def caption(text: str, split: str = "train") -> Text:
+    """A bare caption."""
+    return Text((Turn("assistant", text),), split)
+
+
+def from_llava(conversations: Any, split: str = "train") -> Text:
+    """Read LLaVA's `conversations` list of `{"from": "human" | "gpt", "value": ...}`.
+
+    Raises:
+        ValueError: Not such a list, roles do not alternate from `human`, or it lacks an answer.
+    """
+    if not isinstance(conversations, list) or not conversations:
+        raise ValueError("'conversations' is not a non-empty list")
+    turns = []
+    for index, turn in enumerate(conversations):
+        wanted = ("human", "gpt")[index % 2]
+        if not isinstance(turn, dict) or turn.get("from") != wanted:
+            raise ValueError(f"turn {index} of 'conversations' is not from '{wanted}'")
+        if not isinstance(turn.get("value"), str):
+            raise ValueError(f"turn {index} of 'conversations' has no text in 'value'")
+        turns.append(Turn("user" if wanted == "human" else "assistant", turn["value"]))
+    if len(turns) % 2:
+        raise ValueError("'conversations' ends without an answer")
+    return Text(tuple(turns), split)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image with its texts; `image` is the encoded file, or where to read it."""
+
+    id: str
+    image: bytes | Path
+    texts: tuple[Text, ...]
+
+    def read_image(self) -> bytes:
+        """The encoded image file."""
+        return self.image if isinstance(self.image, bytes) else self.image.read_bytes()

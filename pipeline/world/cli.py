@@ -1,0 +1,78 @@
+"""`fedcmp world`: the embedded default's data and models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@click.group()
+def world() -> None:
+    """Write the embedded default's data, or train its models.
+
+    \b
+    Example:
+      fedcmp world write build/world
+    """
+
+
+@world.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--silo-images", default=1152, show_default=True, help="Images a silo.")
+@click.option("--heldout-images", default=600, show_default=True, help="Images nobody trains on.")
+def write(out: Path, seed: int, silo_images: int, heldout_images: int) -> None:
+    """Write silos, held-out images and benchmark files.
+
+    \b
+    Example:
+      fedcmp world write build/world --silo-images 200
+    """
+    from pipeline.console import say
+    from pipeline.world.write import Amounts
+    from pipeline.world.write import write as write_world
+
+    write_world(out, Amounts(seed=seed, silo_images=silo_images, heldout_images=heldout_images))
+    say(f"Wrote six silos of {silo_images} images and {heldout_images} held-out images to {out}")
+
+
+@world.command()
+@click.argument("out", type=click.Path(path_type=Path), default=WEIGHTS)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--language-steps", default=None, type=int, help="Shorter or longer than the recipe.")
+@click.option("--vision-steps", default=None, type=int, help="Shorter or longer than the recipe.")
+def train(out: Path, seed: int, language_steps: int | None, vision_steps: int | None) -> None:
+    """Train the tiny vision encoder and the tiny LLM from scratch.
+
+    \b
+    Example:
+      fedcmp world train /tmp/weights
+    """
+    from pipeline.console import progress, say
+    from pipeline.world import train as recipe
+
+    def counter(name: str, steps: int) -> Callable[[int, float], None]:
+        context = progress(name, steps, "steps")
+        task = context.__enter__()
+
+        def report(step: int, loss: float) -> None:
+            task.advance()
+            if step + 1 == steps:
+                context.__exit__(None, None, None)
+
+        return report
+
+    accuracy = recipe.train(
+        out,
+        seed=seed,
+        language_steps=language_steps or recipe.LANGUAGE_STEPS,
+        vision_steps=vision_steps or recipe.VISION_STEPS,
+        progress=counter,
+    )
+    for name, value in accuracy.items():
+        say(f"{name}: {value}")
+    say(f"Saved {out / 'clip'} and {out / 'llama'}")

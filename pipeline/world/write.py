@@ -1,0 +1,156 @@
+"""Write the embedded default as ordinary files, which the ordinary sources and benchmarks read.
+
+    <out>/silos/<domain>/00000.tar      webdataset shards: .png + .json in LLaVA conversation form
+    <out>/heldout/captions.json         LLaVA JSON, with images/ beside it
+    <out>/benchmarks/                   POPE, VQAv2 and COCO caption files over the held-out images
+    <out>/manifest.json                 written last
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline.manifest import write_atomic, write_json
+from pipeline.world.scenes import COLOURS, DOMAINS, SHAPES, Content, Scene, render
+from pipeline.world.texts import caption, exists_questions, short_questions
+
+CAPTION_PROMPT = "Render a clear and concise summary of the photo.\n<image>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amounts:
+    """How much is written."""
+
+    seed: int = 0
+    silo_images: int = 1152
+    heldout_images: int = 600
+    shard_images: int = 576
+
+
+def silo_content(domain: str, rng: np.random.Generator) -> Content:
+    """One rendering domain; colours and shapes skewed by a Dirichlet of concentration 0.5."""
+    return Content(
+        domain=[float(name == domain) for name in DOMAINS],
+        colour=(rng.dirichlet([0.5] * len(COLOURS)) + 0.02).tolist(),
+        shape=(rng.dirichlet([0.5] * len(SHAPES)) + 0.02).tolist(),
+    )
+
+
+def write(out: Path, amounts: Amounts) -> None:
+    """Write silos, held-out images and benchmarks; the same amounts give the same bytes."""
+    (out / "manifest.json").unlink(missing_ok=True)
+    for index, domain in enumerate(DOMAINS):
+        rng = np.random.default_rng([amounts.seed, index])
+        _write_silo(out / "silos" / domain, silo_content(domain, rng), amounts, rng)
+    rng = np.random.default_rng([amounts.seed, len(DOMAINS)])
+    scenes = [Content().sample(rng) for _ in range(amounts.heldout_images)]
+    _write_heldout(out / "heldout", scenes, rng)
+    _write_benchmarks(out / "benchmarks", scenes, rng)
+    write_json(out / "manifest.json", asdict(amounts))
+
+
+def _png(scene: Scene, rng: np.random.Generator) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(render(scene, rng)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _entry(name: str, scene: Scene) -> dict[str, Any]:
+    return {
+        "id": name,
+        "image": f"{name}.png",
+        "conversations": [
+            {"from": "human", "value": CAPTION_PROMPT},
+            {"from": "gpt", "value": caption(scene)},
+        ],
+    }
+
+
+def _write_silo(folder: Path, content: Content, amounts: Amounts, rng: np.random.Generator) -> None:
+    from webdataset import TarWriter
+
+    for shard, start in enumerate(range(0, amounts.silo_images, amounts.shard_images)):
+        buffer = io.BytesIO()
+        with TarWriter(buffer, mtime=0) as tar:
+            for number in range(start, min(start + amounts.shard_images, amounts.silo_images)):
+                scene, name = content.sample(rng), f"{number:06d}"
+                entry = json.dumps(_entry(name, scene)).encode()
+                tar.write({"__key__": name, "png": _png(scene, rng), "json": entry})
+        write_atomic(folder / f"{shard:05d}.tar", buffer.getvalue())
+
+
+def _image_name(number: int) -> str:
+    return f"{number:06d}.png"
+
+
+def _write_heldout(folder: Path, scenes: list[Scene], rng: np.random.Generator) -> None:
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(scenes):
+        (folder / "images" / _image_name(number)).write_bytes(_png(scene, rng))
+    entries = [_entry(f"{number:06d}", scene) for number, scene in enumerate(scenes)]
+    write_json(folder / "captions.json", entries)
+
+
+def _write_benchmarks(folder: Path, scenes: list[Scene], rng: np.random.Generator) -> None:
+    for split, adversarial in (("random", False), ("adversarial", True)):
+        lines = _pope(scenes, rng, adversarial=adversarial)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomic(folder / f"pope_{split}.json", text.encode())
+    questions, annotations = _vqa(scenes, rng)
+    write_json(folder / "vqa_questions.json", {"questions": questions})
+    write_json(folder / "vqa_annotations.json", {"annotations": annotations})
+    write_json(
+        folder / "captions.json",
+        {
+            "images": [{"id": n, "file_name": _image_name(n)} for n in range(len(scenes))],
+            "annotations": [
+                {"id": n, "image_id": n, "caption": caption(scene)} for n, scene in enumerate(scenes)
+            ],
+        },
+    )
+
+
+def _pope(scenes: list[Scene], rng: np.random.Generator, *, adversarial: bool) -> Iterator[dict[str, Any]]:
+    number = 0
+    for image, scene in enumerate(scenes):
+        stream = exists_questions(scene, rng, adversarial=adversarial)
+        for wanted in ("yes", "no"):
+            question = next(question for question in stream if question.answer == wanted)
+            yield {
+                "question_id": number,
+                "image": _image_name(image),
+                "text": question.text,
+                "label": wanted,
+            }
+            number += 1
+
+
+def _vqa(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    questions, annotations = [], []
+    for image, scene in enumerate(scenes):
+        pool = short_questions(scene)
+        for place in rng.permutation(len(pool))[:3].tolist():
+            number, question = len(questions), pool[place]
+            questions.append({"question_id": number, "image_id": image, "question": question.text})
+            annotations.append(
+                {
+                    "question_id": number,
+                    "image_id": image,
+                    "question_type": question.kind,
+                    "answer_type": "number" if question.kind == "count" else "other",
+                    "multiple_choice_answer": question.answer,
+                    "answers": [
+                        {"answer_id": n, "answer": question.answer, "answer_confidence": "yes"}
+                        for n in range(1, 11)
+                    ],
+                }
+            )
+    return questions, annotations
