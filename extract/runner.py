@@ -92,16 +92,24 @@ def extract_silo(
         shard_images=options.shard_images,
     )
     skipped: list[Skipped] = []
-    resumed = shards = 0
+    problems: list[Skipped] = []
+    resumed = shards = usable = 0
     with writing(writer), ThreadPoolExecutor(options.workers) as pool:
         for chunk in chunks(_only_records(source, skipped), options.shard_images):
             rows = writer.finished(shards)
             if rows is not None and [row.id for row in rows] == [record.id for record in chunk]:
                 resumed += 1
             else:
-                writer.write(shards, *_encode_shard(chunk, encoder, options, pool))
+                features, rows = _encode_shard(chunk, encoder, options, pool)
+                writer.write(shards, features, rows)
+            usable += sum(row.status == 0 for row in rows)
+            problems += [Skipped(row.id, row.reason) for row in rows if row.status][:1]
             task.advance(len(chunk))
             shards += 1
+        if not usable:
+            first = [*problems, *skipped][:1]
+            why = f"; first, {first[0].place}: {first[0].reason}" if first else "; the source is empty"
+            raise UserError(f"{path}: not one image could be read{why}")
         cache = writer.commit(
             shards,
             {

@@ -17,7 +17,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -195,14 +194,8 @@ class CacheWriter:
         write_atomic(self._record_path(shard), canonical(record))
 
     def commit(self, shards: int, manifest: dict[str, Any]) -> FeatureCache:
-        """Write images, texts and the manifest, then give the cache its final name.
-
-        Raises:
-            UserError: No image could be read.
-        """
+        """Write images, texts and the manifest, then give the cache its final name."""
         rows = [row for shard in range(shards) for row in self.finished(shard) or ()]
-        if not any(row.status == 0 for row in rows):
-            raise UserError(f"{self.path}: none of {len(rows)} images could be read; {_reasons(rows)}")
         self._write_arrays(rows)
         files = {
             str(file.relative_to(self._partial)): [file.stat().st_size, sha256_file(file)]
@@ -460,13 +453,3 @@ def _pack(items: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.zeros(len(items) + 1, np.int64)
     offsets[1:] = np.cumsum([len(item) for item in items])
     return offsets, np.frombuffer(b"".join(items), np.uint8)
-
-
-def _reasons(rows: Sequence[Row]) -> str:
-    first = next((row for row in rows if row.status), None)
-    return f"first: '{first.id}' is {STATUS[first.status]}: {first.reason}" if first else "is it empty?"
-
-
-def shards_of(images: int, shard_images: int) -> int:
-    """Number of shards for a number of images."""
-    return math.ceil(images / shard_images)

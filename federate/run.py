@@ -1,0 +1,150 @@
+"""One run: caches and configuration in, `projector.safetensors`, history and manifest out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from federate import history
+from federate.batches import Stream
+from federate.server import Progress, run_rounds
+from federate.strategies.base import STRATEGIES
+from pipeline import projector as projectors
+from pipeline.cache import FeatureCache, differences, same_key
+from pipeline.config import Experiment
+from pipeline.console import progress, say, table
+from pipeline.language import FrozenLanguageModel, language_hash, pick_device
+from pipeline.manifest import fingerprint, provenance, read_json, write_json
+
+FORMAT = {"name": "fedcmp-run", "version": 1}
+
+
+def identity(experiment: Experiment, caches: dict[str, FeatureCache]) -> dict[str, Any]:
+    """JSON value of everything that decides the trained projector's bytes."""
+    language = experiment.language
+    return {
+        "format": FORMAT,
+        "seed": experiment.seed,
+        "federate": experiment.federate.model_dump(mode="json"),
+        "language": {
+            "files": language_hash(language.path),
+            "template": language.template,
+            "dtype": language.dtype,
+            "max_length": language.max_length,
+        },
+        "caches": {name: cache.content for name, cache in caches.items()},
+    }
+
+
+def run(experiment: Experiment) -> Path:
+    """Train a run, continue it, or find it done.
+
+    Returns:
+        The run's directory.
+
+    Raises:
+        UserError: A cache is missing or of another encoder, or an option is wrong.
+    """
+    options = experiment.federate
+    strategy = STRATEGIES.build(options.strategy, "federate.strategy")
+    caches = {name: FeatureCache(experiment.cache_path(name)) for name in options.silos}
+    same_key(caches)
+    out = experiment.run_path
+    wanted = identity(experiment, caches)
+    manifest_path, checkpoint_path = out / "manifest.json", out / "checkpoint.pt"
+    manifest = read_json(manifest_path)
+    if manifest is not None:
+        changed = differences(wanted, manifest["identity"])
+        if not changed:
+            say(f"{out}: nothing to do, this run is what the configuration asks for")
+            return out
+        say(f"{out}: training again, because {'; '.join(changed)}")
+        manifest_path.unlink()
+
+    device = pick_device(experiment.device)
+    language = FrozenLanguageModel(experiment.language.path, dtype=experiment.language.dtype, device=device)
+    d_vision = next(iter(caches.values())).d_vision
+    projector = projectors.build(options.projector, d_vision=d_vision, d_llm=language.d_llm)
+    projectors.initialise(projector, torch.Generator().manual_seed(experiment.seed))
+    projector.to(device)
+    groups = {"all": options.silos} if strategy.pooled else {name: (name,) for name in options.silos}
+    streams = {
+        client: Stream(
+            {silo: caches[silo] for silo in silos},
+            language,
+            template=experiment.language.template,
+            max_length=experiment.language.max_length,
+            batch_size=options.batch_size,
+            rounds=options.rounds,
+            seed=experiment.seed,
+        )
+        for client, silos in groups.items()
+    }
+    print_of_run = fingerprint(wanted)
+    saved = Progress.load(checkpoint_path, print_of_run)
+    if saved is not None:
+        say(f"{out}: continuing after round {saved.round} of {options.rounds}")
+    out.mkdir(parents=True, exist_ok=True)
+    left = range(saved.round if saved else 0, options.rounds)
+    steps = sum(stream.steps(round_) for stream in streams.values() for round_ in left)
+    with progress(experiment.run, steps, "steps") as task:
+        done = run_rounds(
+            saved or Progress(projectors.state_of(projector)),
+            projector,
+            language,
+            streams,
+            strategy,
+            options.optimizer,
+            rounds=options.rounds,
+            history_path=out / "history.jsonl",
+            checkpoint=lambda state: state.save(checkpoint_path, print_of_run),
+            advance=task.advance,
+        )
+    names = {"projector.safetensors": done.state}
+    names |= {f"silos/{client}.safetensors": state for client, state in done.personal.items()}
+    for name, state in names.items():
+        projectors.save_projector(out / name, state, options.projector.name)
+    write_json(
+        manifest_path,
+        {
+            "experiment": experiment.experiment,
+            "run": experiment.run,
+            "strategy": options.strategy.name,
+            "identity": wanted,
+            "fingerprint": print_of_run,
+            "cache_key": next(iter(caches.values())).cache_key,
+            "projectors": {name: projectors.content_hash(state) for name, state in names.items()},
+            "made_by": provenance(str(device)),
+        },
+    )
+    checkpoint_path.unlink(missing_ok=True)
+    _summary(experiment.run, out)
+    return out
+
+
+def _summary(name: str, out: Path) -> None:
+    rows = history.read(out / "history.jsonl")
+    clients = list(dict.fromkeys(row["client"] for row in rows if row["client"]))
+    last = max(row["round"] for row in rows)
+    body = []
+    for client in clients:
+        own = [row for row in rows if row["client"] == client]
+        trust = next((row.get("reliability") for row in own if row["round"] == last), None)
+        body.append(
+            [
+                client,
+                f"{sum(row['samples'] for row in own):,}",
+                f"{own[0]['loss']:.3f}",
+                f"{own[-1]['loss']:.3f}",
+                "-" if trust is None else f"{trust:.2f}",
+            ]
+        )
+    seconds = sum(row["seconds"] for row in rows if row["client"])
+    table(
+        f"Run {name}: {last + 1} rounds in {seconds:.1f} s",
+        ["client", "samples", "first loss", "last loss", "reliability"],
+        body,
+    )
+    say(f"Projector and history in {out}")
