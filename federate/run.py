@@ -120,7 +120,8 @@ def run(experiment: Experiment) -> Path:
         },
     )
     checkpoint_path.unlink(missing_ok=True)
-    _summary(experiment.run, out)
+    if options.rounds:
+        _summary(experiment.run, out)
     return out
 
 
@@ -147,4 +148,3 @@ def _summary(name: str, out: Path) -> None:
         ["client", "samples", "first loss", "last loss", "reliability"],
         body,
     )
-    say(f"Projector and history in {out}")

@@ -76,7 +76,7 @@ class Federate(Options):
     """Stage two: one pass over every silo's training texts, split evenly over the rounds."""
 
     silos: tuple[Name, ...] = Field(min_length=1)
-    rounds: int = Field(10, ge=1)
+    rounds: int = Field(10, ge=0)
     batch_size: int = Field(32, ge=1)
     projector: Component = Component(name="mlp2x_gelu")
     optimizer: Optimizer = Optimizer()

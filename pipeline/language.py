@@ -41,6 +41,7 @@ class FrozenLanguageModel:
         language_files = path / "config.json"
         if not language_files.is_file():
             raise UserError(f"language.path = {path}: no config.json there; give a saved model's directory")
+        transformers_logging.disable_progress_bar()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))

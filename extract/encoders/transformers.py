@@ -59,7 +59,9 @@ class Transformers(Encoder):
 class _Loaded(LoadedEncoder):
     def __init__(self, options: Transformers, device: torch.device) -> None:
         from transformers import AutoImageProcessor, AutoModel
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         where = f"extract.encoder.path = {options.path}"
         try:
             self._processor = AutoImageProcessor.from_pretrained(options.path, backend="pil")

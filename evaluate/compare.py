@@ -1,0 +1,43 @@
+"""Intervals: bootstrap over images, because questions about one image are not independent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evaluate.benchmarks.base import Metric
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score with its 95 % bootstrap interval; `n` counts items."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def pooled(metrics: Sequence[Metric]) -> Metric:
+    """One metric over several projectors' answers to the same items: their statistics summed."""
+    first, *_ = metrics
+    return Metric(first.images, np.sum([metric.statistics for metric in metrics], axis=0), first.value)
+
+
+def interval(metric: Metric, generator: np.random.Generator, resamples: int) -> Score:
+    """Score a metric and bootstrap it over images (percentile method).
+
+    Args:
+        metric: Statistics by item.
+        generator: Source of the resamples.
+        resamples: Number of bootstrap resamples.
+    """
+    groups, index = np.unique(metric.images, return_inverse=True)
+    sums = np.zeros((len(groups), metric.statistics.shape[1]))
+    np.add.at(sums, index, metric.statistics)
+    value = float(metric.value(sums.sum(0)))
+    draws = generator.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), resamples)
+    low, high = np.quantile(metric.value(draws.astype(float) @ sums), [0.025, 0.975])
+    return Score(value, float(low), float(high), len(metric.images))
