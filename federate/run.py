@@ -122,6 +122,7 @@ def run(experiment: Experiment) -> Path:
     checkpoint_path.unlink(missing_ok=True)
     if options.rounds:
         _summary(experiment.run, out)
+    say(f"Projector and history in {out}")
     return out
 
 

@@ -86,3 +86,7 @@ def main() -> None:
       fedcmp federate configs/demo/fedcmp.toml
       fedcmp evaluate configs/demo/fedcmp.toml
     """
+
+
+if __name__ == "__main__":
+    main()

@@ -77,6 +77,10 @@ class Benchmark(Options, ABC):
     def score(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, Metric]:
         """Metrics of answered items, the headline first."""
 
+    def show_reference(self, item: Item) -> str:
+        """The reference as a person reads it."""
+        return item.reference
+
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "evaluate.benchmarks")
 

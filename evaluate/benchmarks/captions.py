@@ -87,6 +87,10 @@ class Captions(Benchmark):
         metrics["exact match"] = averaged(items, exact)
         return metrics
 
+    def show_reference(self, item: Item) -> str:
+        """The first reference caption."""
+        return str(json.loads(item.reference)[0])
+
 
 def _f1(sums: np.ndarray) -> np.ndarray:
     return ratio(2 * sums[..., 0], sums[..., 1] + sums[..., 2])

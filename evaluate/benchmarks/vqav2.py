@@ -79,3 +79,8 @@ class VqaV2(Benchmark):
             chosen = [place for place, name in enumerate(kinds) if name == kind]
             metrics[f"accuracy {kind}"] = averaged([items[i] for i in chosen], [values[i] for i in chosen])
         return metrics
+
+    def show_reference(self, item: Item) -> str:
+        """The annotators' most frequent answer."""
+        answers = [annotator["answer"] for annotator in json.loads(item.reference)["answers"]]
+        return str(max(answers, key=answers.count))

@@ -60,7 +60,7 @@ class Writer:
         bags: list[list[tuple[int, float]]] = [[] for _ in range(CELLS)]
         for thing in scene.things:
             for word in (thing.size, thing.colour, thing.shape, *PLACES[thing.cell].split()):
-                bags[thing.cell].append((self.words[word], rng.uniform(0.6, 1.4)))
+                bags[thing.cell].append((self.words[word], rng.uniform(0.5, 1.5)))
         for cell in range(CELLS):
             if everywhere or rng.random() < 0.4:
                 bags[cell].append((domain, rng.uniform(0.4, 1.4)))
@@ -160,15 +160,43 @@ def embed(
     """Input embeddings with the image positions replaced by perturbed bags of words."""
     import torch
 
+    import torch
+
     table = model.get_input_embeddings().weight
     embeds = table[ids]
     if soft.any():
-        bags = weights[soft] @ table
-        amount = 0.5 * torch.rand(bags.shape[0], 1, 1, generator=generator)
-        bags = bags + amount * torch.randn(bags.shape, generator=generator)
         embeds = embeds.clone()
-        embeds[soft, 1 : 1 + CELLS] = bags
+        embeds[soft, 1 : 1 + CELLS] = perturb(weights[soft] @ table, generator)
     return embeds
+
+
+def perturb(bags: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Distort soft tokens in the ways in which projected patch features differ from words.
+
+    Each picture gets its own amounts of leakage from other cells, a random linear distortion, a
+    common offset, a scale and noise. The LLM that reads through these also reads a projector it
+    has never met.
+
+    Args:
+        bags: `(batch, cells, width)`.
+        generator: Source of the distortions.
+    """
+    import torch
+
+    batch, cells, width = bags.shape
+
+    def amount(most: float) -> torch.Tensor:
+        return most * torch.rand(batch, 1, 1, generator=generator)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    leak = torch.softmax(2 * normal(batch, cells, cells), -1)
+    bags = bags + amount(0.25) * (leak @ bags)
+    distortion = normal(width, width) / width**0.5
+    bags = bags + amount(0.6) * (bags @ distortion)
+    bags = bags * (0.6 + amount(0.9)) + amount(0.8) * normal(batch, 1, width)
+    return bags + amount(0.8) * normal(batch, cells, width)
 
 
 def sample(writer: Writer, rng: np.random.Generator, size: int, *, text_share: float) -> list[Document]:

@@ -20,8 +20,9 @@ from PIL import Image
 
 from pipeline.manifest import write_atomic, write_json
 from pipeline.world.scenes import COLOURS, DOMAINS, SHAPES, Content, Scene, render
-from pipeline.world.texts import caption, exists_questions, short_questions
+from pipeline.world.texts import COUNTS, caption, exists_questions, short_questions
 
+_DIGITS = {word: str(number) for number, word in enumerate(COUNTS, 1)}
 CAPTION_PROMPT = "Render a clear and concise summary of the photo.\n<image>"
 
 
@@ -139,6 +140,8 @@ def _vqa(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[dict[str, 
         pool = short_questions(scene)
         for place in rng.permutation(len(pool))[:3].tolist():
             number, question = len(questions), pool[place]
+            # VQAv2's annotators write numbers as digits.
+            answer = _DIGITS.get(question.answer, question.answer)
             questions.append({"question_id": number, "image_id": image, "question": question.text})
             annotations.append(
                 {
@@ -146,9 +149,9 @@ def _vqa(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[dict[str, 
                     "image_id": image,
                     "question_type": question.kind,
                     "answer_type": "number" if question.kind == "count" else "other",
-                    "multiple_choice_answer": question.answer,
+                    "multiple_choice_answer": answer,
                     "answers": [
-                        {"answer_id": n, "answer": question.answer, "answer_confidence": "yes"}
+                        {"answer_id": n, "answer": answer, "answer_confidence": "yes"}
                         for n in range(1, 11)
                     ],
                 }

@@ -1,0 +1,106 @@
+# The three stages as targets: make extract federate evaluate
+#
+# Every product is a real file whose manifest is written last. A stage has two files: .checked is
+# touched at every check, the manifest is rewritten only when its content changed, so touching a
+# configuration costs one cheap check and rebuilds nothing.
+
+EXPERIMENT ?= demo
+CONFIG := configs/$(EXPERIMENT).toml
+VARIANTS := $(wildcard configs/$(EXPERIMENT)/*.toml)
+RUNS := $(or $(notdir $(VARIANTS:.toml=)),$(EXPERIMENT))
+config_of = $(firstword $(wildcard configs/$(EXPERIMENT)/$(1).toml) $(CONFIG))
+
+FEATURES := $(or $(shell sed -n 's/^features *= *"\(.*\)".*/\1/p' $(CONFIG)),build/features)
+RUN_DIR := build/runs/$(EXPERIMENT)
+SCORE_DIR := build/scores/$(EXPERIMENT)
+REPORT_DIR := build/report/$(EXPERIMENT)
+
+# What an experiment is made from besides its configuration.
+INPUTS_demo := build/world/manifest.json $(wildcard pipeline/world/weights/*/*)
+INPUTS := $(INPUTS_$(EXPERIMENT))
+
+# An active environment or PYTHON=... is used as it is; otherwise .venv is made and installed into.
+ifdef PYTHON
+else ifdef VIRTUAL_ENV
+PYTHON := $(VIRTUAL_ENV)/bin/python
+else
+PYTHON := .venv/bin/python
+READY := .venv/.installed
+endif
+FEDCMP := $(PYTHON) -m pipeline.cli
+
+# Waiting threads must not burn the cores that others compute on.
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help extract federate evaluate world test check lint clean FORCE
+.DELETE_ON_ERROR:
+.SECONDEXPANSION:
+.SUFFIXES:
+
+help:
+	@echo "make extract    encode every silo's images once into build/features"
+	@echo "make federate   train one projector for every run of the experiment into build/runs"
+	@echo "make evaluate   answer and score the benchmarks, write build/report"
+	@echo "make test       lint, types and tests: exactly what CI runs"
+	@echo "make world      train the embedded default's two small models again"
+	@echo "make clean      remove build/"
+	@echo
+	@echo "EXPERIMENT=$(EXPERIMENT) has the runs: $(RUNS)"
+	@echo "PYTHON=$(PYTHON)"
+
+.venv/.installed: pyproject.toml
+	@echo "Installing into .venv (once; a few minutes, mostly torch)"
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+build/world/manifest.json: | $(READY)
+	$(FEDCMP) world write build/world $(WORLD_OPTIONS)
+
+# Stage one. A lost manifest asks for a check, as does a changed configuration.
+MANIFESTS := $(wildcard $(FEATURES)/*.zarr/manifest.json)
+SILOS := $(shell cat $(FEATURES)/silos.txt 2>/dev/null)
+LOST := $(filter-out $(MANIFESTS),$(SILOS:%=$(FEATURES)/%.zarr/manifest.json))
+
+extract: $(FEATURES)/.checked
+$(FEATURES)/.checked: $(CONFIG) $(INPUTS) $(if $(LOST),FORCE) | $(READY)
+	$(FEDCMP) extract $(CONFIG)
+	@touch $@
+$(FEATURES)/silos.txt $(MANIFESTS): $(FEATURES)/.checked ;
+
+# Stage two.
+lost = $(if $(wildcard $(1)),,FORCE)
+federate: $(RUNS:%=$(RUN_DIR)/%/.checked)
+$(RUNS:%=$(RUN_DIR)/%/.checked): $(RUN_DIR)/%/.checked: $(CONFIG) $$(call config_of,$$*) $(INPUTS) \
+		$(FEATURES)/silos.txt $(MANIFESTS) $$(call lost,$(RUN_DIR)/$$*/manifest.json) | $(READY)
+	$(FEDCMP) federate $(call config_of,$*)
+	@touch $@
+$(RUNS:%=$(RUN_DIR)/%/manifest.json): %/manifest.json: %/.checked ;
+
+# Stage three.
+evaluate: $(REPORT_DIR)/report.json
+$(RUNS:%=$(SCORE_DIR)/%/.checked): $(SCORE_DIR)/%/.checked: $(RUN_DIR)/%/manifest.json $(CONFIG) $$(call config_of,$$*) \
+		$(FEATURES)/silos.txt $(MANIFESTS) $$(if $$(wildcard $(SCORE_DIR)/$$*/*.json),,FORCE) | $(READY)
+	$(FEDCMP) evaluate $(call config_of,$*)
+	@touch $@
+$(REPORT_DIR)/report.json: $(RUNS:%=$(SCORE_DIR)/%/.checked) $(REPORT_DIR)/runs.txt | $(READY)
+	$(FEDCMP) report $(foreach run,$(RUNS),$(call config_of,$(run)))
+# A removed run is invisible to modification times, so the list of runs is a file of its own.
+$(REPORT_DIR)/runs.txt: FORCE
+	@mkdir -p $(@D); echo "$(RUNS)" | cmp -s - $@ || echo "$(RUNS)" > $@
+
+world: $(READY)
+	$(FEDCMP) world train
+
+lint: $(READY)
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+test: lint
+	$(PYTHON) -m pytest
+check: test
+
+clean:
+	rm -rf build
