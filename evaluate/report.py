@@ -167,8 +167,15 @@ def _html(experiment: str, results: Sequence[RunResult], samples: Sequence[Sampl
 def _score_table(results: Sequence[RunResult]) -> str:
     rows = []
     for benchmark, metric in _columns(results):
-        cells = "".join(f"<td>{_bar(result, (benchmark, metric))}</td>" for result in results)
-        rows.append(f"<tr><th>{escape(benchmark)}: {escape(metric)}</th>{cells}</tr>")
+        cells = "".join(f"<td>{_interval(result, benchmark, metric)}</td>" for result in results)
+        number = next(
+            result.scores[benchmark][metric]["n"]
+            for result in results
+            if metric in result.scores.get(benchmark, {})
+        )
+        rows.append(
+            f"<tr><th>{escape(benchmark)}: {escape(metric)}<br><small>n = {number}</small></th>{cells}</tr>"
+        )
     heads = "".join(
         f"<th>{escape(result.name)}<br><small>{escape(result.strategy)}</small></th>" for result in results
     )
@@ -178,14 +185,11 @@ def _score_table(results: Sequence[RunResult]) -> str:
     )
 
 
-def _bar(result: RunResult, column: tuple[str, str]) -> str:
-    score = result.scores.get(column[0], {}).get(column[1])
+def _interval(result: RunResult, benchmark: str, metric: str) -> str:
+    score = result.scores.get(benchmark, {}).get(metric)
     if score is None:
         return "-"
-    return (
-        f"<b>{score['value']:.3f}</b> <small>{score['low']:.3f} to {score['high']:.3f}, "
-        f"n={score['n']}</small>"
-    )
+    return f"<b>{score['value']:.3f}</b><br><small>{score['low']:.3f} to {score['high']:.3f}</small>"
 
 
 def _by_client(result: RunResult, figure: str) -> dict[str, list[tuple[int, float]]]:
@@ -248,7 +252,7 @@ def _sample_cards(samples: Sequence[Sample]) -> str:
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
+body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
 h2 { margin-top: 2.5rem } small { opacity: .7 } .scroll { overflow-x: auto }
 table { border-collapse: collapse } th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line);
   text-align: left; white-space: nowrap } tbody th { font-weight: 400 }
@@ -256,9 +260,9 @@ table { border-collapse: collapse } th, td { padding: .3rem .8rem; border-bottom
 figcaption { font-weight: 600 } svg { max-width: 100%; height: auto }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor }
 .key { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 1em; border-radius: 2px }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(24rem, 1fr)); gap: 1rem }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(30rem, 1fr)); gap: 1rem }
 article { display: flex; gap: 1rem; border: 1px solid var(--line); border-radius: 6px; padding: .8rem }
-article img { width: 7rem; height: 7rem; object-fit: contain; image-rendering: pixelated }
+article img { width: 6rem; height: 6rem; flex: none; object-fit: contain; image-rendering: pixelated }
 article p { margin: 0 0 .4rem } dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem; margin: 0 }
 dt { opacity: .7 } dd { margin: 0 }
 @media (max-width: 40rem) { .cards { grid-template-columns: 1fr } article { flex-direction: column } }

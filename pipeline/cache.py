@@ -134,6 +134,7 @@ class CacheWriter:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock.close()
             raise UserError(f"{path}: another process is extracting this silo; let it finish") from None
         started = {**asdict(identity), "layout": [patches, d_vision, dtype, shard_images]}
         if read_json(self._partial / "_done" / "identity.json") != started:

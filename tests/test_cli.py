@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+from pipeline.cli import COMMANDS, main
+
+
+def commands() -> list[list[str]]:
+    found = []
+    context = click.Context(main)
+    for name in COMMANDS:
+        command = main.get_command(context, name)  # type: ignore[attr-defined]
+        found.append([name])
+        if isinstance(command, click.Group):
+            found += [[name, sub] for sub in command.commands]
+    return found
+
+
+@pytest.mark.parametrize("words", [[], *commands()], ids=" ".join)
+def test_every_command_has_an_example(words: list[str]) -> None:
+    result = CliRunner().invoke(main, [*words, "--help"])
+    assert result.exit_code == 0
+    assert "Example:" in result.output
+    assert f"fedcmp {' '.join(words)}".strip() in result.output
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *words], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["extract", "nowhere.toml"], ["nowhere.toml", "no such file"]),
+        (["exract"], ["exract", "did you mean 'extract'"]),
+        (["extract", "configs/demo.toml", "--set", "extract.batch_sise=3"], ["batch_sise", "'batch_size'"]),
+        (["extract", "configs/demo.toml", "--set", "nonsense"], ["nonsense", "key.sub=value"]),
+        (["extract", "configs/demo.toml", "--silo", "falt"], ["falt", "did you mean 'flat'"]),
+        (["federate", "configs/demo.toml", "--set", "features=/none"], ["/none/flat.zarr", "fedcmp extract"]),
+        (
+            ["federate", "configs/demo.toml", "--set", "federate.strategy.name=fedavgg"],
+            ["federate.strategy.name", "did you mean 'fedavg'"],
+        ),
+        (
+            ["federate", "configs/demo.toml", "--set", "federate.strategy.kapa=1"],
+            ["federate.strategy.kapa", "unknown key"],
+        ),
+        (["evaluate", "configs/demo.toml", "--set", "build=/none"], ["/none/runs/demo/demo", "federate"]),
+    ],
+)
+def test_a_mistake_is_one_clear_line(words: list[str], parts: list[str]) -> None:
+    result = run(*words)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()[-1:]) == 1
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_a_full_disk_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "shard"))
+
+    monkeypatch.setattr("pipeline.world.write.write", full)
+    result = CliRunner().invoke(main, ["world", "write", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "No space left on device" in result.output
+    assert "rerun" in result.output

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from pipeline.config import Component, Options, load
+from pipeline.errors import UserError
+from pipeline.manifest import fingerprint
+from pipeline.registry import Registry
+
+
+def test_every_shipped_config_is_valid() -> None:
+    paths = sorted((ROOT / "configs").rglob("*.toml"))
+    assert len(paths) >= 6
+    for path in paths:
+        assert load(path).run == path.stem
+
+
+def test_extends_merges_and_a_new_name_replaces(tmp_path: Path) -> None:
+    base = (ROOT / "configs" / "demo.toml").read_text()
+    (tmp_path / "base.toml").write_text(base)
+    (tmp_path / "run.toml").write_text(
+        'extends = "base.toml"\n[federate]\nrounds = 7\n'
+        '[federate.strategy]\nname = "fedcmp"\nkappa = 0.5\n[extract.silos.flat]\nsplit = "test"\n'
+    )
+    (tmp_path / "child.toml").write_text('extends = "run.toml"\n[federate.strategy]\nname = "fedavg"\n')
+    run, child = load(tmp_path / "run.toml"), load(tmp_path / "child.toml")
+    assert run.federate.rounds == child.federate.rounds == 7
+    assert run.federate.strategy.model_extra == {"kappa": 0.5}
+    assert child.federate.strategy.model_extra == {}
+    flat = run.extract.silos["flat"].model_extra
+    assert flat == {"path": "build/world/silos/flat/*.tar", "split": "test"}
+    assert (run.run, child.run) == ("run", "child")
+
+
+def test_circular_extends(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('extends = "b.toml"')
+    (tmp_path / "b.toml").write_text('extends = "a.toml"')
+    with pytest.raises(UserError, match="circle"):
+        load(tmp_path / "a.toml")
+
+
+def test_overrides_are_toml_or_text() -> None:
+    demo = ROOT / "configs" / "demo.toml"
+    changed = load(demo, ["federate.rounds=3", "run=other", "federate.silos=['flat']"])
+    assert (changed.federate.rounds, changed.run, changed.federate.silos) == (3, "other", ("flat",))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("federate.ronds=3", r"unknown key 'federate.ronds'; did you mean 'rounds'"),
+        ("federate.rounds=-1", r"federate.rounds = -1: .*greater than or equal to 0"),
+        ("federate.optimizer.name=adam", r"federate.optimizer.name = 'adam'"),
+        ("run=../escape", r"run = '../escape'"),
+        ("federate.optimizer.learning_rate=nan", r"learning_rate"),
+    ],
+)
+def test_wrong_values_are_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(ROOT / "configs" / "demo.toml", [override])
+
+
+def test_fingerprint_ignores_order_and_sees_values() -> None:
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 1.5})
+    with pytest.raises(ValueError, match="JSON"):
+        fingerprint({"a": float("nan")})
+
+
+def test_registry_refuses_a_second_of_the_same_name() -> None:
+    registry: Registry[Options] = Registry("thing", "federate.strategies")
+
+    @registry.register("one")
+    class One(Options):
+        size: int = 1
+
+    class Two(Options):
+        pass
+
+    with pytest.raises(ValueError, match="registered twice"):
+        registry.register("one")(Two)
+    assert registry.build(Component(name="one", size=3), "here") == One(size=3)  # type: ignore[call-arg]
+    with pytest.raises(UserError, match=r"unknown key 'here.sise'; did you mean 'size'"):
+        registry.build(Component(name="one", sise=3), "here")  # type: ignore[call-arg]
+    with pytest.raises(UserError, match=r"here.name: no thing is called 'on'; did you mean 'one'"):
+        registry.build(Component(name="on"), "here")
