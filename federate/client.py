@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from federate.batches import Batch
 from federate.strategies.base import State
 from pipeline.config import Optimizer
+from pipeline.errors import UserError
 from pipeline.language import FrozenLanguageModel
 from pipeline.projector import state_of
 
@@ -82,7 +83,7 @@ def train_locally(
         advance: Called after every step.
 
     Raises:
-        FloatingPointError: The loss is not finite.
+        UserError: The loss is not finite.
     """
     began = time.monotonic()
     projector.load_state_dict(start)
@@ -100,7 +101,10 @@ def train_locally(
         optimizer.step()
         total = float(losses.detach().sum())
         if not math.isfinite(total):
-            raise FloatingPointError(f"step {step}: the loss is {total}; lower the learning rate")
+            raise UserError(
+                f"step {step}: the loss is {total}; lower federate.optimizer.learning_rate "
+                f"({options.learning_rate:g})"
+            )
         loss_sum, tokens, samples = loss_sum + total, tokens + len(losses), samples + len(batch.ids)
         advance()
     return LocalResult(

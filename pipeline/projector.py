@@ -77,8 +77,11 @@ def state_of(projector: nn.Module) -> State:
 
 
 def save_projector(path: Path, state: Mapping[str, Tensor], architecture: str) -> None:
-    """Write weights as safetensors, atomically; `architecture` goes into the file's metadata."""
-    write_atomic(path, save(dict(state), metadata={"architecture": architecture, "format": "pt"}))
+    """Write weights as safetensors, atomically; `architecture` goes into the file's metadata.
+
+    It is the only entry there, because safetensors writes several in random order.
+    """
+    write_atomic(path, save(dict(state), metadata={"architecture": architecture}))
 
 
 def load_projector(path: Path) -> tuple[nn.Module, State]:

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import ROOT, picture, write_llava, write_shard
+from extract.encoders.transformers import Transformers
+from PIL import Image
+from pipeline.cache import FeatureCache, partial_path
+from pipeline.cli import main
+from pipeline.errors import UserError
+
+
+def digest(folder: Path) -> str:
+    """Hash of every file's name and bytes, but for what says when and where it was made."""
+    parts = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            parts.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return parts.hexdigest()
+
+
+def config(root: Path, clip_dir: Path, llama_dir: Path, source: str, more: str = "") -> Path:
+    path = root / "one.toml"
+    path.write_text(
+        f'experiment = "one"\nfeatures = "{root}/features"\nbuild = "{root}/build"\n'
+        f'[extract]\nshard_images = 4\nbatch_size = 3\n{more}\n[extract.encoder]\nname = "transformers"\n'
+        f'path = "{clip_dir}"\n[extract.silos]\none = {source}\n[language]\npath = "{llama_dir}"\n'
+        '[federate]\nsilos = ["one"]\n'
+    )
+    return path
+
+
+def run(path: Path, *words: str) -> Result:
+    return CliRunner().invoke(main, ["extract", str(path), *words])
+
+
+@pytest.mark.parametrize(("layer", "tokens", "pool"), [(-2, "patch", 1), (-1, "cls_patch", 1), (-2, "patch", 2)])
+def test_features_are_transformers_own(clip_dir: Path, layer: int, tokens: str, pool: int) -> None:
+    from transformers import AutoImageProcessor, CLIPVisionModel
+
+    options = Transformers(path=clip_dir, layer=layer, tokens=tokens, pool=pool)
+    encoder = options.load(torch.device("cpu"))
+    images = [Image.open(io.BytesIO(picture(seed))) for seed in range(3)]
+    features = encoder.encode(torch.from_numpy(np.stack([encoder.preprocess(image) for image in images])))
+    processor = AutoImageProcessor.from_pretrained(clip_dir, backend="pil")
+    model = CLIPVisionModel.from_pretrained(clip_dir).eval()
+    with torch.no_grad():
+        states = model(**processor(images, return_tensors="pt"), output_hidden_states=True).hidden_states
+    wanted = states[layer]
+    if tokens == "patch":
+        wanted = wanted[:, 1:]
+    if pool == 2:
+        grid = wanted.transpose(1, 2).unflatten(2, (4, 4))
+        wanted = torch.nn.functional.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+    assert features.shape == (3, encoder.patches, encoder.d_vision)
+    torch.testing.assert_close(features, wanted, rtol=0, atol=1e-5)
+
+
+def test_unfit_encoder_options_are_named(clip_dir: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"path": clip_dir, "layer": -9}, "layer = -9: the model has only 3 blocks"),
+        ({"path": clip_dir, "pool": 3}, "pool = 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Transformers(**options).load(torch.device("cpu"))
+    with pytest.raises(UserError, match="no such directory"):
+        Transformers(path=tmp_path / "none").identity()
+    with pytest.raises(UserError, match="is it a saved model"):
+        Transformers(path=tmp_path).identity()
+
+
+def test_a_cache_holds_what_the_encoder_gives(extracted: Path, clip_dir: Path) -> None:
+    encoder = Transformers(path=clip_dir, pool=2).load(torch.device("cpu"))
+    for silo, images in (("clinic", 20), ("lab", 18), ("heldout", 12)):
+        cache = FeatureCache(extracted.parent / "features" / f"{silo}.zarr")
+        assert cache.images == images
+        assert cache.texts == images
+        row = 5
+        seed = {"clinic": 0, "lab": 100, "heldout": 500}[silo] + row
+        form = "jpeg" if silo == "lab" else "png"
+        pixels = encoder.preprocess(Image.open(io.BytesIO(picture(seed, form=form))))
+        expected = encoder.encode(torch.from_numpy(pixels)[None]).bfloat16()
+        torch.testing.assert_close(cache.tensor([row]), expected, rtol=2e-2, atol=2e-2)
+    assert (extracted.parent / "features" / "silos.txt").read_text().split() == ["clinic", "lab", "heldout"]
+
+
+def test_a_second_run_does_nothing_and_says_so(extracted: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in extracted.parent.rglob("*.json")}
+    result = run(extracted)
+    assert result.exit_code == 0
+    assert "Nothing to do" in result.output
+    assert before == {file: file.stat().st_mtime_ns for file in extracted.parent.rglob("*.json")}
+
+
+def test_bad_images_are_counted_listed_and_skipped(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+    path = write_llava(tmp_path, 9)
+    scans = tmp_path / "scans"
+    whole = (scans / "001.png").read_bytes()
+    (scans / "001.png").write_bytes(whole[: len(whole) // 2])
+    (scans / "003.png").write_bytes(b"not a picture")
+    (scans / "005.png").unlink()
+    (scans / "007.png").write_bytes(b"")
+    Image.new("L", (40, 90), 128).save(scans / "002.png")
+    Image.new("RGBA", (3, 1), (1, 2, 3, 4)).save(scans / "004.png")
+    source = f'{{ name = "llava_json", path = "{path}", images = "{tmp_path}" }}'
+    result = run(config(tmp_path, clip_dir, llama_dir, source))
+    assert result.exit_code == 0, result.output
+    assert "skipped scans/001.png: unreadable" in result.output
+    cache = FeatureCache(tmp_path / "features" / "one.zarr")
+    failures = {item["id"]: item["status"] for item in cache.manifest["failures"]}
+    assert failures == {
+        "scans/001.png": "unreadable",
+        "scans/003.png": "unreadable",
+        "scans/005.png": "missing",
+        "scans/007.png": "unreadable",
+    }
+    assert cache.status.tolist() == [0, 2, 0, 2, 0, 1, 0, 2, 0]
+    assert not cache.read([1, 3, 5, 7]).any()
+    assert cache.read([0, 2, 4, 6, 8]).any(axis=(1, 2)).all()
+    assert cache.text_image[cache.usable_texts("train")].tolist() == [0, 2, 4, 6, 8]
+
+
+def test_features_that_overflow_are_not_finite(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+    from transformers import AutoImageProcessor, CLIPVisionModel
+
+    broken = tmp_path / "broken"
+    model = CLIPVisionModel.from_pretrained(clip_dir)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e4)
+    model.save_pretrained(broken)
+    AutoImageProcessor.from_pretrained(clip_dir, backend="pil").save_pretrained(broken)
+    write_llava(tmp_path, 3)
+    source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
+    result = run(config(tmp_path, broken, llama_dir, source, 'dtype = "float16"'))
+    assert result.exit_code == 2
+    assert "not one image could be read" in result.output
+
+
+def test_nothing_readable_is_an_error(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+    write_shard(tmp_path / "0.tar", [{"__key__": "a", "png": b"no", "txt": b"words"}])
+    path = config(tmp_path, clip_dir, llama_dir, f'{{ name = "webdataset", path = "{tmp_path}/0.tar" }}')
+    result = run(path)
+    assert result.exit_code == 2
+    assert "not one image could be read" in result.output
+    assert "a.png" in result.output
+
+
+def test_another_encoder_is_refused_until_overwritten(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+    write_llava(tmp_path, 5)
+    source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
+    path = config(tmp_path, clip_dir, llama_dir, source)
+    assert run(path).exit_code == 0
+    refused = run(path, "--set", "extract.encoder.layer=-1")
+    assert refused.exit_code == 2
+    assert "encoder.layer: -1 here, -2 there" in refused.output
+    assert "--overwrite" in refused.output
+    assert FeatureCache(tmp_path / "features/one.zarr").manifest["key"]["encoder"]["layer"] == -2
+    assert run(path, "--set", "extract.encoder.layer=-1", "--overwrite").exit_code == 0
+    assert FeatureCache(tmp_path / "features/one.zarr").manifest["key"]["encoder"]["layer"] == -1
+
+
+def test_new_images_are_encoded(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+    write_llava(tmp_path, 5)
+    source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
+    path = config(tmp_path, clip_dir, llama_dir, source)
+    assert run(path).exit_code == 0
+    write_llava(tmp_path, 7)
+    result = run(path)
+    assert result.exit_code == 0
+    assert "extracted" in result.output
+    assert FeatureCache(tmp_path / "features/one.zarr").images == 7
+
+
+def test_killed_and_rerun_gives_the_same_bytes(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+    """`kill -9` as soon as a few shards are finished; the rerun takes them over."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    write_llava(tmp_path, 400)
+    source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
+    whole = config(tmp_path / "a", clip_dir, llama_dir, source)
+    assert run(whole).exit_code == 0
+    path = config(tmp_path / "b", clip_dir, llama_dir, source)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "extract", str(path)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    done = partial_path(tmp_path / "b/features/one.zarr") / "_done"
+    deadline = time.monotonic() + 60
+    while len(list(done.glob("0*.json"))) < 3 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "b/features/one.zarr").exists()
+    result = run(path)
+    assert result.exit_code == 0, result.output
+    assert "resumed at shard" in result.output
+    assert digest(tmp_path / "a/features") == digest(tmp_path / "b/features")

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import ROOT
+from federate.batches import Stream
+from federate.client import learning_rate, train_locally
+from pipeline import projector as projectors
+from pipeline.cache import FeatureCache
+from pipeline.cli import main
+from pipeline.config import Component, Optimizer, load
+from pipeline.language import FrozenLanguageModel
+
+CPU = torch.device("cpu")
+
+
+def run(config: Path, *overrides: str) -> Result:
+    words = [word for override in overrides for word in ("--set", override)]
+    return CliRunner().invoke(main, ["federate", str(config), *words])
+
+
+def folder(config: Path, name: str) -> Path:
+    return config.parent / "build/runs/study" / name
+
+
+def projector_bytes(config: Path, name: str) -> bytes:
+    return (folder(config, name) / "projector.safetensors").read_bytes()
+
+
+def history(config: Path, name: str) -> list[dict]:
+    lines = (folder(config, name) / "history.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def caches(extracted: Path) -> dict[str, FeatureCache]:
+    experiment = load(extracted)
+    return {name: FeatureCache(experiment.cache_path(name)) for name in ("clinic", "lab")}
+
+
+@pytest.fixture(scope="module")
+def language(llama_dir: Path) -> FrozenLanguageModel:
+    return FrozenLanguageModel(llama_dir, dtype="float32", device=CPU)
+
+
+def stream(caches, language, *, names=("clinic",), rounds=3, batch_size=4, seed=0) -> Stream:  # type: ignore[no-untyped-def]
+    chosen = {name: caches[name] for name in names}
+    return Stream(
+        chosen, language, template="plain", max_length=99, batch_size=batch_size, rounds=rounds, seed=seed
+    )
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 7])
+@pytest.mark.parametrize("names", [("clinic",), ("clinic", "lab")])
+def test_a_pass_takes_every_text_once(caches, language, names, rounds: int) -> None:  # type: ignore[no-untyped-def]
+    one = stream(caches, language, names=names, rounds=rounds)
+    taken = np.concatenate([one.samples(round_) for round_ in range(rounds)])
+    expected = [(silo, i) for silo, name in enumerate(names) for i in range(caches[name].texts)]
+    assert sorted(map(tuple, taken.tolist())) == expected
+    sizes = [len(list(one.batches(round_))) for round_ in range(rounds)]
+    assert sizes == [one.steps(round_) for round_ in range(rounds)]
+
+
+def test_the_order_depends_on_seed_and_silo_alone(caches, language) -> None:  # type: ignore[no-untyped-def]
+    orders = [
+        stream(caches, language, seed=seed, names=names).samples(0).tolist()
+        for seed, names in ((0, ("clinic",)), (0, ("clinic",)), (1, ("clinic",)), (0, ("lab",)))
+    ]
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+    assert orders[0] != orders[3]
+
+
+def test_batches_pair_features_with_their_text(caches, language) -> None:  # type: ignore[no-untyped-def]
+    one = stream(caches, language)
+    cache, batch = caches["clinic"], next(one.batches(0))
+    for row, (_, index) in enumerate(one.samples(0)[:4]):
+        expected = cache.tensor([cache.text_image[index]])[0].float()
+        assert torch.equal(batch.features[row], expected)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    options = Optimizer(learning_rate=1.0, warmup=0.1)
+    rates = [learning_rate(options, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == 1.0
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 1e-3
+
+
+def test_the_loss_falls_and_the_llm_stays(caches, language, llama_dir: Path) -> None:  # type: ignore[no-untyped-def]
+    projector = projectors.build(Component(name="mlp2x_gelu"), d_vision=24, d_llm=32)
+    projectors.initialise(projector, torch.Generator().manual_seed(0))
+    start = projectors.state_of(projector)
+    before = {name: tensor.clone() for name, tensor in language.model.state_dict().items()}
+    one = stream(caches, language, rounds=1)
+    losses = []
+    state, moments = start, None
+    for _ in range(6):
+        result = train_locally(
+            projector,
+            state,
+            language,
+            one.batches(0),
+            Optimizer(learning_rate=1e-2, warmup=0),
+            first_step=0,
+            total_steps=1000,
+            optimizer_state=moments,
+            advance=lambda: None,
+        )
+        state, moments = result.state, result.optimizer
+        losses.append(result.loss)
+    assert losses[-1] < losses[0] - 0.02
+    assert result.samples == 20
+    assert all(torch.equal(before[name], tensor) for name, tensor in language.model.state_dict().items())
+    assert not torch.equal(state["linear_1.weight"], start["linear_1.weight"])
+
+
+def test_a_diverging_run_stops(caches, language) -> None:  # type: ignore[no-untyped-def]
+    projector = projectors.build(Component(name="linear"), d_vision=24, d_llm=32)
+    start = {name: torch.full_like(tensor, float("nan")) for name, tensor in projector.state_dict().items()}
+    with pytest.raises(ValueError, match="lower federate.optimizer.learning_rate"):
+        train_locally(
+            projector,
+            start,
+            language,
+            stream(caches, language).batches(0),
+            Optimizer(),
+            first_step=0,
+            total_steps=1,
+            optimizer_state=None,
+            advance=lambda: None,
+        )
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedcmp", "centralised", "local_only"])
+def test_a_run_leaves_all_it_promises(extracted: Path, name: str) -> None:
+    result = run(extracted, f"run={name}", f"federate.strategy.name={name}")
+    assert result.exit_code == 0, result.output
+    out = folder(extracted, name)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["strategy"] == name
+    assert not (out / "checkpoint.pt").exists()
+    rows = history(extracted, name)
+    clients = ["all"] if name == "centralised" else ["clinic", "lab"]
+    assert [(row["round"], row["client"]) for row in rows] == [
+        (round_, client) for round_ in range(3) for client in [*clients, None]
+    ]
+    for row in rows:
+        assert row["loss"] > 0
+        assert row["tokens"] > row["samples"] > 0
+        assert row["update_norm"] > 0
+    per_client = [row for row in rows if row["client"]]
+    assert sum(row["samples"] for row in per_client) == 38
+    if name == "fedcmp":
+        assert all(0 < row["reliability"] <= 1 for row in per_client)
+    projector, state = projectors.load_projector(out / "projector.safetensors")
+    assert manifest["projectors"]["projector.safetensors"] == projectors.content_hash(state)
+    assert all(tensor.dtype == torch.float32 for tensor in state.values())
+    assert sorted(path.name for path in out.rglob("silos/*")) == (
+        ["clinic.safetensors", "lab.safetensors"] if name == "local_only" else []
+    )
+    again = run(extracted, f"run={name}", f"federate.strategy.name={name}")
+    assert "nothing to do" in again.output
+
+
+def test_centralised_is_fedavg_of_one_client_with_all_data(extracted: Path) -> None:
+    """With one round, local_only's silo projectors averaged are FedAvg."""
+    one_round = ("federate.rounds=1",)
+    run(extracted, "run=one_avg", *one_round)
+    run(extracted, "run=one_local", "federate.strategy.name=local_only", *one_round)
+    assert projector_bytes(extracted, "one_avg") == projector_bytes(extracted, "one_local")
+
+
+def test_same_config_same_bytes_and_a_changed_one_says_why(extracted: Path) -> None:
+    for name in ("first", "second"):
+        assert run(extracted, f"run={name}").exit_code == 0
+    assert projector_bytes(extracted, "first") == projector_bytes(extracted, "second")
+    result = run(extracted, "run=first", "seed=1")
+    assert "training again, because seed: 1 here, 0 there" in result.output
+    assert projector_bytes(extracted, "first") != projector_bytes(extracted, "second")
+    for knob in ("device=cpu", "extract.workers=2", "evaluate.batch_size=7"):
+        assert "nothing to do" in run(extracted, "run=second", knob).output
+
+
+def test_no_rounds_keep_the_initial_projector(extracted: Path) -> None:
+    assert run(extracted, "run=none", "federate.rounds=0").exit_code == 0
+    projector = projectors.build(Component(name="mlp2x_gelu"), d_vision=24, d_llm=32)
+    projectors.initialise(projector, torch.Generator().manual_seed(0))
+    _, state = projectors.load_projector(folder(extracted, "none") / "projector.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in projector.state_dict().items())
+
+
+def test_more_rounds_than_texts(extracted: Path) -> None:
+    result = run(extracted, "run=many", "federate.rounds=19")
+    assert result.exit_code == 2
+    assert "silo lab: 18 training texts do not fill federate.rounds = 19" in result.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["federate.strategy.name=fedcmp"],
+        ["federate.strategy.name=local_only", "federate.optimizer.carry=true"],
+    ],
+    ids=["fedcmp", "local_only"],
+)
+def test_killed_and_rerun_ends_in_the_same_bytes(extracted: Path, options: list[str], tmp_path: Path) -> None:
+    """`kill -9` after a round's checkpoint; the rerun continues there."""
+    options = [*options, "federate.rounds=9", "federate.batch_size=1", f"build={tmp_path}"]
+    words = [word for option in options for word in ("--set", option)]
+    command = [sys.executable, "-m", "pipeline.cli", "federate", str(extracted), *words]
+    process = subprocess.Popen([*command, "--set", "run=killed"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    out = tmp_path / "runs/study/killed"
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "manifest.json").exists()
+    with (out / "history.jsonl").open("a") as file:
+        file.write('{"round": 99, "half a li')
+    resumed = CliRunner().invoke(main, ["federate", str(extracted), *words, "--set", "run=killed"])
+    assert resumed.exit_code == 0, resumed.output
+    assert "continuing after round" in resumed.output
+    whole = CliRunner().invoke(main, ["federate", str(extracted), *words, "--set", "run=whole"])
+    assert whole.exit_code == 0
+    for file in sorted(out.rglob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "runs/study/whole" / file.relative_to(out)).read_bytes()
+
+    def rows(name: str) -> list[dict]:
+        lines = (tmp_path / "runs/study" / name / "history.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+    assert rows("killed") == rows("whole")
+
+
+def test_a_checkpoint_of_another_config_is_not_taken(extracted: Path) -> None:
+    run(extracted, "run=plain")
+    out = folder(extracted, "stale")
+    out.mkdir(parents=True)
+    torch.save({"fingerprint": "other", "state": {}}, out / "checkpoint.pt")
+    assert run(extracted, "run=stale").exit_code == 0
+    assert projector_bytes(extracted, "stale") == projector_bytes(extracted, "plain")
+
+
+def test_a_corrupt_cache_is_never_trained_on(extracted: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(extracted.parent / "features", tmp_path / "features")
+    shard = tmp_path / "features/lab.zarr/features/patch/c/1/0/0"
+    data = bytearray(shard.read_bytes())
+    data[40] ^= 1
+    shard.write_bytes(data)
+    result = run(extracted, "run=corrupt", f"features={tmp_path}/features")
+    assert result.exit_code == 2
+    assert "lab.zarr/features/patch/c/1/0/0" in result.output
+    assert "checksum" in result.output
+    assert not (folder(extracted, "corrupt") / "manifest.json").exists()

@@ -1,0 +1,201 @@
+"""By-hand splice from features = Hugging Face's LLaVA on pixels, on tiny random models."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture
+from extract.encoders.transformers import Transformers
+from PIL import Image
+from pipeline import projector as projectors
+from pipeline.config import Component
+from pipeline.language import FrozenLanguageModel
+from pipeline.prompts import CAPTION_PROMPT, IGNORE_INDEX, IMAGE_TOKEN_INDEX, question, tokenise
+from pipeline.records import Text, Turn, caption
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def language(llama_dir: Path) -> FrozenLanguageModel:
+    return FrozenLanguageModel(llama_dir, dtype="float32", device=CPU)
+
+
+@pytest.fixture(scope="module")
+def llava(clip_dir: Path, llama_dir: Path):  # type: ignore[no-untyped-def]
+    """The full model assembled from the same weights, and the projector's state."""
+    from transformers import (
+        AutoModelForCausalLM,
+        CLIPVisionModel,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    tower, llm = CLIPVisionModel.from_pretrained(clip_dir), AutoModelForCausalLM.from_pretrained(llama_dir)
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=llm.config,
+        image_token_index=4,
+        image_seq_length=16,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.language_model.load_state_dict(llm.model.state_dict())
+    model.lm_head.load_state_dict(llm.lm_head.state_dict())
+    projector = projectors.build(Component(name="mlp2x_gelu"), d_vision=24, d_llm=32)
+    projectors.initialise(projector, torch.Generator().manual_seed(3))
+    model.model.multi_modal_projector.load_state_dict(projector.state_dict())
+    return model, projector
+
+
+@pytest.fixture(scope="module")
+def pixels(clip_dir: Path) -> torch.Tensor:
+    encoder = Transformers(path=clip_dir).load(CPU)
+    images = [Image.open(io.BytesIO(picture(seed))) for seed in range(3)]
+    return torch.from_numpy(np.stack([encoder.preprocess(image) for image in images]))
+
+
+TEXTS = (caption("a small red circle"), caption("in the dark there is a zebra"), caption("sketch"))
+
+
+def test_logits_loss_and_gradient_equal_llava(language, llava, clip_dir, pixels) -> None:  # type: ignore[no-untyped-def]
+    model, projector = llava
+    features = Transformers(path=clip_dir).load(CPU).encode(pixels)
+    samples = [
+        tokenise(text, "plain", language.tokenizer, patches=16, max_length=99) for text in TEXTS
+    ]
+    ids, labels = language.collate(samples)
+    hidden = language.decoder(inputs_embeds=language.embed(ids, projector(features))).last_hidden_state
+    ours = language.head(hidden)
+    theirs = model(input_ids=ids.where(ids >= 0, 4), pixel_values=pixels, labels=labels)
+    torch.testing.assert_close(ours, theirs.logits, rtol=0, atol=1e-5)
+
+    losses, rows = language.token_losses(ids, labels, projector(features))
+    assert len(losses) == sum(sample.supervised for sample in samples)
+    assert torch.bincount(rows).tolist() == [sample.supervised for sample in samples]
+    torch.testing.assert_close(losses.mean(), theirs.loss, rtol=0, atol=1e-5)
+    losses.mean().backward()
+    theirs.loss.backward()
+    for name, parameter in projector.named_parameters():
+        reference = model.model.multi_modal_projector.get_parameter(name)
+        torch.testing.assert_close(parameter.grad, reference.grad, rtol=0, atol=1e-6)
+    assert all(parameter.grad is None for parameter in language.model.parameters())
+
+
+def test_greedy_answers_equal_llava(language, llava, clip_dir, pixels) -> None:  # type: ignore[no-untyped-def]
+    model, projector = llava
+    features = Transformers(path=clip_dir).load(CPU).encode(pixels)
+    questions = ["what color is the star?", "how many?", "is there a blue cross in the image?"]
+    samples = [
+        tokenise(question(text), "chat", language.tokenizer, patches=16, max_length=99)
+        for text in questions
+    ]
+    ids, attention = language.collate_prompts(samples)
+    with torch.no_grad():
+        ours = language.generate(ids, attention, projector(features), max_new_tokens=12, stop=None)
+    for row, sample in enumerate(samples):
+        alone = torch.tensor([sample.ids])
+        output = model.generate(
+            input_ids=alone.where(alone >= 0, 4),
+            attention_mask=torch.ones_like(alone),
+            pixel_values=pixels[row : row + 1],
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=language.tokenizer.eos_token_id,
+            pad_token_id=0,
+        )
+        theirs = language.tokenizer.decode(output[0, len(sample.ids) :], skip_special_tokens=True)
+        assert ours[row] == theirs.strip()
+        assert ours[row]
+
+
+def test_padding_changes_no_loss(language: FrozenLanguageModel) -> None:
+    generator = torch.Generator().manual_seed(0)
+    projected = torch.randn(3, 4, 32, generator=generator)
+    samples = [tokenise(text, "plain", language.tokenizer, patches=4, max_length=99) for text in TEXTS]
+    together, rows = language.token_losses(*language.collate(samples), projected)
+    for row, sample in enumerate(samples):
+        alone, _ = language.token_losses(*language.collate([sample]), projected[row : row + 1])
+        torch.testing.assert_close(together[rows == row], alone, rtol=0, atol=1e-5)
+
+
+def test_every_row_needs_its_visual_tokens(language: FrozenLanguageModel) -> None:
+    ids = torch.tensor([[IMAGE_TOKEN_INDEX] * 3 + [5], [IMAGE_TOKEN_INDEX, 5, 5, 5]])
+    with pytest.raises(ValueError, match="exactly 2 visual tokens"):
+        language.embed(ids, torch.zeros(2, 2, 32))
+
+
+def test_plain_is_llavas_stage_one(language: FrozenLanguageModel) -> None:
+    tokenizer = language.tokenizer
+    text = Text((Turn("user", "Describe.\n<image>"), Turn("assistant", "a red ring")))
+    tokens = tokenise(text, "plain", tokenizer, patches=3, max_length=99)
+    words = tokenizer("a red ring\n", add_special_tokens=False)["input_ids"]
+    assert tokens.ids == [tokenizer.bos_token_id, *[IMAGE_TOKEN_INDEX] * 3, *words]
+    assert tokens.labels == [IGNORE_INDEX] * 4 + words
+    assert tokens == tokenise(caption("a red ring"), "plain", tokenizer, patches=3, max_length=99)
+
+
+@pytest.mark.parametrize("template", ["chat", "v1"])
+def test_only_answers_are_supervised(language: FrozenLanguageModel, template: str) -> None:
+    tokenizer = language.tokenizer
+    turns = (
+        Turn("user", "is there a star?\n<image>"),
+        Turn("assistant", "yes"),
+        Turn("user", "where?"),
+        Turn("assistant", "top left"),
+    )
+    tokens = tokenise(Text(turns), template, tokenizer, patches=2, max_length=999)
+    eos = tokenizer.eos_token_id
+    predicted = [label for label in tokens.labels if label != IGNORE_INDEX]
+    words = tokenizer("yes top left", add_special_tokens=False)["input_ids"]
+    assert predicted == [words[0], eos, *words[1:], eos]
+    assert tokens.ids.count(IMAGE_TOKEN_INDEX) == 2
+    whole = tokens.ids[: tokens.ids.index(IMAGE_TOKEN_INDEX)]
+    assert whole[0] == tokenizer.bos_token_id
+    prompt = tokenise(Text(turns[:1]), template, tokenizer, patches=2, max_length=999)
+    assert tokens.ids[: len(prompt.ids)] == prompt.ids
+    assert prompt.supervised == 0
+
+
+def test_a_bare_caption_gets_a_prompt_in_a_chat(language: FrozenLanguageModel) -> None:
+    for template in ("chat", "v1"):
+        tokens = tokenise(caption("a star"), template, language.tokenizer, patches=2, max_length=999)
+        asked = tokenise(question(CAPTION_PROMPT), template, language.tokenizer, patches=2, max_length=999)
+        assert tokens.ids[: len(asked.ids)] == asked.ids
+
+
+def test_what_has_no_form_is_an_error(language: FrozenLanguageModel) -> None:
+    two = Text((Turn("user", "<image> <image>"), Turn("assistant", "x")))
+    with pytest.raises(ValueError, match="refers to 2 images"):
+        tokenise(two, "chat", language.tokenizer, patches=2, max_length=99)
+    several = Text((Turn("user", "a"), Turn("assistant", "x"), Turn("user", "b"), Turn("assistant", "y")))
+    with pytest.raises(ValueError, match=r"2 answers.*language.template"):
+        tokenise(several, "plain", language.tokenizer, patches=2, max_length=99)
+
+
+def test_long_texts_are_cut(language: FrozenLanguageModel) -> None:
+    tokens = tokenise(caption("star " * 50), "plain", language.tokenizer, patches=3, max_length=20)
+    assert len(tokens.ids) == len(tokens.labels) == 20
+    assert tokens.supervised == 16
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp2x_gelu"])
+def test_projectors_round_trip(tmp_path: Path, name: str) -> None:
+    projector = projectors.build(Component(name=name), d_vision=6, d_llm=10)
+    projectors.initialise(projector, torch.Generator().manual_seed(0))
+    state = projectors.state_of(projector)
+    projectors.save_projector(tmp_path / "p.safetensors", state, name)
+    loaded, again = projectors.load_projector(tmp_path / "p.safetensors")
+    assert projectors.content_hash(again) == projectors.content_hash(state)
+    features = torch.randn(2, 3, 6)
+    torch.testing.assert_close(loaded(features), projector(features), rtol=0, atol=0)
+    (tmp_path / "p.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        projectors.load_projector(tmp_path / "p.safetensors")
