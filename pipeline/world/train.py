@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.manifest import write_json
 from pipeline.world import models, train_language, train_vision
 
-LANGUAGE_STEPS = 4000
+LANGUAGE_STEPS = 5000
 VISION_STEPS = 2000
 _HELD_OUT_SEED = 10_000
 

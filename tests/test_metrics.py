@@ -1,0 +1,160 @@
+"""Metrics against values computed by the official code (golden.json)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from evaluate.benchmarks.base import Item, Metric, averaged, mean
+from evaluate.benchmarks.pope import Pope
+from evaluate.compare import interval, pooled
+from evaluate.metrics import (
+    caption_tokens,
+    cider_d,
+    object_matches,
+    pope_label,
+    vqa_accuracy,
+    vqa_normalise,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pipeline.prompts import question
+
+CASES = json.loads((ROOT / "tests/golden.json").read_text())["cases"]
+
+
+def golden(benchmark: str) -> Any:
+    cases = [case for case in CASES if case["benchmark"] == benchmark]
+    assert cases
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case["id"])
+
+
+@golden("pope_parse")
+def test_pope_parse(case: Mapping[str, Any]) -> None:
+    assert pope_label(case["input"]["text"]) == case["expected"]["label"]
+
+
+@golden("pope_metrics")
+def test_pope_metrics(case: Mapping[str, Any], tmp_path) -> None:  # type: ignore[no-untyped-def]
+    benchmark = Pope(questions={"random": tmp_path / "unused"})
+    labels = case["input"]["labels"]
+    items = [Item(f"random/{n}", "a", question("?"), label) for n, label in enumerate(labels)]
+    answers = {item.id: text for item, text in zip(items, case["input"]["texts"], strict=True)}
+    metrics = benchmark.score(items, answers)
+    expected = case["expected"]
+    for ours, theirs in (("accuracy", "acc"), ("f1", "f1"), ("yes ratio", "yes_ratio")):
+        metric = metrics[ours]
+        assert float(metric.value(metric.statistics.sum(0))) == pytest.approx(expected[theirs], abs=1e-6)
+
+
+@golden("caption_tokenizer")
+def test_caption_tokens(case: Mapping[str, Any]) -> None:
+    assert " ".join(caption_tokens(case["input"]["caption"])) == case["expected"]["tokens"]
+
+
+@golden("caption_scores")
+def test_cider_d(case: Mapping[str, Any]) -> None:
+    given_, expected = case["input"], case["expected"]
+    tokens = caption_tokens if given_["ptb_tokenised"] else str.split
+    images = sorted(given_["predictions"])
+    scores = cider_d(
+        [tokens(given_["predictions"][image]) for image in images],
+        [[tokens(text) for text in given_["references"][image]] for image in images],
+    )
+    assert scores.mean() == pytest.approx(expected["CIDEr"], abs=1e-6)
+    per_image = [expected["per_image"][image]["CIDEr"] for image in images]
+    np.testing.assert_allclose(scores, per_image, atol=1e-6)
+
+
+@golden("vqav2")
+def test_vqa(case: Mapping[str, Any]) -> None:
+    given_, expected = case["input"], case["expected"]
+    assert vqa_normalise(given_["prediction"]) == expected["normalised_prediction_if_normalised"]
+    for normalise_first, key in (
+        (False, "accuracy_percent"),
+        (
+            True,
+            "llava_pipeline_accuracy_percent (EvalAIAnswerProcessor on the prediction, then the official code)",
+        ),
+    ):
+        accuracy = vqa_accuracy(
+            given_["prediction"],
+            given_["answers"],
+            normalise_first=normalise_first,
+            numbered=given_["answers_have_answer_id"],
+        )
+        assert 100 * accuracy == pytest.approx(expected[key], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("word", "normal"),
+    [("dont", "don't"), ("couldntve", "couldntve"), ("couldn'tve", "couldn't've"), ("The 2 Dogs.", "2 dogs")],
+)
+def test_vqa_normalise_contractions(word: str, normal: str) -> None:
+    assert vqa_normalise(word) == normal
+
+
+@given(st.text(max_size=60))
+def test_parsers_take_any_text(text: str) -> None:
+    assert pope_label(text) in ("yes", "no")
+    assert isinstance(vqa_normalise(text), str)
+    assert all(token.strip() for token in caption_tokens(text))
+    assert 0 <= vqa_accuracy(text, ["yes"] * 5 + ["no"] * 5) <= 1
+
+
+def test_object_matches_are_multisets_and_take_the_best_reference() -> None:
+    pattern = "red (?:star|ring)|blue star"
+    said = "A red star, a red star and a BLUE star"
+    assert object_matches(said, ["a red star near a red ring"], pattern) == (1, 3, 2)
+    assert object_matches(said, ["a red ring", "red star, blue star"], pattern) == (2, 3, 2)
+    assert object_matches("", ["nothing"], pattern) == (0, 0, 0)
+
+
+def test_an_always_no_model_scores_without_dividing_by_zero(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    items = [Item(f"random/{n}", str(n), question("?"), ("yes", "no")[n % 2]) for n in range(4)]
+    metrics = Pope(questions={"random": tmp_path}).score(items, {item.id: "No" for item in items})
+    score = interval(metrics["f1"], np.random.default_rng(0), 100)
+    assert (score.value, score.low, score.high) == (0.0, 0.0, 0.0)
+
+
+def test_the_interval_resamples_images_not_questions() -> None:
+    """Six copies of every question must not narrow the interval."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 2, 300).astype(float)
+    single = averaged([Item(str(n), str(n), question("?")) for n in range(300)], values.tolist())
+    copied = averaged(
+        [Item(f"{n}.{k}", str(n), question("?")) for n in range(300) for k in range(6)],
+        np.repeat(values, 6).tolist(),
+    )
+    ours = interval(single, np.random.default_rng(1), 4000)
+    assert ours == interval(single, np.random.default_rng(1), 4000)
+    theirs = interval(copied, np.random.default_rng(1), 4000)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    standard_error = values.std() / np.sqrt(300)
+    assert ours.high - ours.low == pytest.approx(2 * 1.96 * standard_error, rel=0.08)
+
+
+def test_intervals_cover_the_truth() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        values = (rng.random(80) < 0.7).astype(float)
+        metric = averaged([Item(str(n), str(n), question("?")) for n in range(80)], values.tolist())
+        score = interval(metric, np.random.default_rng(trial), 400)
+        covered += score.low <= 0.7 <= score.high
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+@settings(max_examples=20)
+@given(st.lists(st.lists(st.floats(0, 1), min_size=4, max_size=4), min_size=1, max_size=4))
+def test_pooling_averages_projectors(values: list[list[float]]) -> None:
+    metrics = [
+        Metric(["a", "b", "b", "c"], np.array([[value, 1.0] for value in each]), mean) for each in values
+    ]
+    together = pooled(metrics)
+    expected = np.mean(values)
+    assert float(together.value(together.statistics.sum(0))) == pytest.approx(float(expected))
