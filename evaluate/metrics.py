@@ -39,7 +39,9 @@ def _treebank() -> Any:
     return TreebankWordTokenizer()
 
 
-def cider_d(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]) -> np.ndarray:
+def cider_d(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+) -> np.ndarray:
     """CIDEr-D of every image (Vedantam et al., 2015), document frequencies from the references.
 
     Args:
@@ -82,9 +84,7 @@ def _clipped_cosine(guess: dict[tuple[str, ...], float], truth: dict[tuple[str, 
 
 def _ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
     return Counter(
-        tuple(tokens[start : start + size])
-        for size in range(1, 5)
-        for start in range(len(tokens) - size + 1)
+        tuple(tokens[start : start + size]) for size in range(1, 5) for start in range(len(tokens) - size + 1)
     )
 
 
@@ -117,7 +117,7 @@ _NUMBERS = {
     word: str(number)
     for number, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
 he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll let's ma'am mightn't mightn't've might've

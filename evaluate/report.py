@@ -61,8 +61,7 @@ def write_report(experiments: Sequence[Experiment]) -> Path:
         {
             "experiment": experiment.experiment,
             "runs": {
-                result.name: {"strategy": result.strategy, "benchmarks": result.scores}
-                for result in results
+                result.name: {"strategy": result.strategy, "benchmarks": result.scores} for result in results
             },
         },
     )
@@ -158,7 +157,7 @@ def _html(experiment: str, results: Sequence[RunResult], samples: Sequence[Sampl
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{escape(experiment)} - FedCMP report</title><style>{_STYLE}</style></head>
 <body><h1>{escape(experiment)}</h1>
-<p>Federated pre-training of a projector. Every value carries its 95&nbsp;% bootstrap interval over images.</p>
+<p>Federated pre-training of a projector. Values with their 95&nbsp;% bootstrap interval over images.</p>
 {body}
 </body></html>
 """
@@ -263,7 +262,8 @@ svg text { font: 11px system-ui, sans-serif; fill: currentColor }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(30rem, 1fr)); gap: 1rem }
 article { display: flex; gap: 1rem; border: 1px solid var(--line); border-radius: 6px; padding: .8rem }
 article img { width: 6rem; height: 6rem; flex: none; object-fit: contain; image-rendering: pixelated }
-article p { margin: 0 0 .4rem } dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem; margin: 0 }
+article p { margin: 0 0 .4rem }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem; margin: 0 }
 dt { opacity: .7 } dd { margin: 0 }
 @media (max-width: 40rem) { .cards { grid-template-columns: 1fr } article { flex-direction: column } }
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.answers import Reader, answer, open_answers
+from evaluate.answers import open_answers
 from evaluate.benchmarks.base import BENCHMARKS, Answer, Benchmark, Item
 from evaluate.compare import interval, pooled
 from pipeline.cache import FeatureCache
@@ -152,6 +152,7 @@ def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> None:
 
 
 def _answer(experiment: Experiment, pending: list[tuple[Work, str, list[Item], Path]]) -> None:
+    from evaluate.reader import Reader, answer
     from pipeline.language import FrozenLanguageModel, pick_device
     from pipeline.projector import load_projector
 
@@ -230,7 +231,12 @@ def _score(experiment: Experiment, manifest: dict[str, Any], works: list[Work]) 
             write_json(path, content)
         for name, score in scores.items():
             rows.append(
-                [f"{work.name}: {name}", f"{score.value:.3f}", f"{score.low:.3f} - {score.high:.3f}", str(score.n)]
+                [
+                    f"{work.name}: {name}",
+                    f"{score.value:.3f}",
+                    f"{score.low:.3f} - {score.high:.3f}",
+                    str(score.n),
+                ]
             )
         for what in ("missing images", "duplicate ids"):
             if content["counts"][what]:
@@ -244,5 +250,3 @@ def answers_of(experiment: Experiment, work: Work, manifest: dict[str, Any]) -> 
     projector = judged(manifest)[0]
     key = key_of(experiment, work, manifest, projector)
     return open_answers(answers_path(experiment, work.name, projector), key)
-
-

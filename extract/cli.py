@@ -67,9 +67,7 @@ def extract(config: Path, overrides: tuple[str, ...], silos: tuple[str, ...], ov
             outcomes.append(Outcome(done, "unchanged", 0.0))
             continue
         with progress(name, source.size(), "images") as task:
-            outcomes.append(
-                extract_silo(path, source, identity, loaded(), options, device(), task)
-            )
+            outcomes.append(extract_silo(path, source, identity, loaded(), options, device(), task))
     names = "".join(f"{name}\n" for name in options.silos)
     listing = experiment.features / "silos.txt"
     if not silos and (not listing.is_file() or listing.read_text() != names):

@@ -52,9 +52,7 @@ def make_optimizer(options: Optimizer, projector: nn.Module) -> torch.optim.Opti
         return torch.optim.SGD(
             parameters, options.learning_rate, options.momentum, weight_decay=options.weight_decay
         )
-    return torch.optim.AdamW(
-        parameters, options.learning_rate, weight_decay=options.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, options.learning_rate, weight_decay=options.weight_decay, fused=True)
 
 
 def train_locally(

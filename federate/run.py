@@ -5,18 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from federate import history
-from federate.batches import Stream
-from federate.server import Progress, run_rounds
-from federate.strategies.base import STRATEGIES
-from pipeline import projector as projectors
 from pipeline.cache import FeatureCache, differences, same_key
 from pipeline.config import Experiment
 from pipeline.console import progress, say, table
-from pipeline.language import FrozenLanguageModel, language_hash, pick_device
-from pipeline.manifest import fingerprint, provenance, read_json, write_json
+from pipeline.manifest import fingerprint, model_hashes, provenance, read_json, write_json
 
 FORMAT = {"name": "fedcmp-run", "version": 1}
 
@@ -29,7 +22,7 @@ def identity(experiment: Experiment, caches: dict[str, FeatureCache]) -> dict[st
         "seed": experiment.seed,
         "federate": experiment.federate.model_dump(mode="json"),
         "language": {
-            "files": language_hash(language.path),
+            "files": model_hashes(language.path),
             "template": language.template,
             "dtype": language.dtype,
             "max_length": language.max_length,
@@ -47,26 +40,40 @@ def run(experiment: Experiment) -> Path:
     Raises:
         UserError: A cache is missing or of another encoder, or an option is wrong.
     """
-    options = experiment.federate
-    strategy = STRATEGIES.build(options.strategy, "federate.strategy")
-    caches = {name: FeatureCache(experiment.cache_path(name)) for name in options.silos}
+    caches = {name: FeatureCache(experiment.cache_path(name)) for name in experiment.federate.silos}
     same_key(caches)
     out = experiment.run_path
     wanted = identity(experiment, caches)
-    manifest_path, checkpoint_path = out / "manifest.json", out / "checkpoint.pt"
-    manifest = read_json(manifest_path)
+    manifest = read_json(out / "manifest.json")
     if manifest is not None:
         changed = differences(wanted, manifest["identity"])
         if not changed:
             say(f"{out}: nothing to do, this run is what the configuration asks for")
             return out
         say(f"{out}: training again, because {'; '.join(changed)}")
-        manifest_path.unlink()
+        (out / "manifest.json").unlink()
+    _train(experiment, caches, wanted)
+    if experiment.federate.rounds:
+        _summary(experiment.run, out)
+    say(f"Projector and history in {out}")
+    return out
 
+
+def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict[str, Any]) -> None:
+    import torch
+
+    from federate.batches import Stream
+    from federate.server import Progress, run_rounds
+    from federate.strategies.base import STRATEGIES
+    from pipeline import projector as projectors
+    from pipeline.language import FrozenLanguageModel, pick_device
+
+    options, out = experiment.federate, experiment.run_path
+    strategy = STRATEGIES.build(options.strategy, "federate.strategy")
+    first = next(iter(caches.values()))
     device = pick_device(experiment.device)
     language = FrozenLanguageModel(experiment.language.path, dtype=experiment.language.dtype, device=device)
-    d_vision = next(iter(caches.values())).d_vision
-    projector = projectors.build(options.projector, d_vision=d_vision, d_llm=language.d_llm)
+    projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
     projectors.initialise(projector, torch.Generator().manual_seed(experiment.seed))
     projector.to(device)
     groups = {"all": options.silos} if strategy.pooled else {name: (name,) for name in options.silos}
@@ -82,7 +89,7 @@ def run(experiment: Experiment) -> Path:
         )
         for client, silos in groups.items()
     }
-    print_of_run = fingerprint(wanted)
+    checkpoint_path, print_of_run = out / "checkpoint.pt", fingerprint(wanted)
     saved = Progress.load(checkpoint_path, print_of_run)
     if saved is not None:
         say(f"{out}: continuing after round {saved.round} of {options.rounds}")
@@ -107,23 +114,19 @@ def run(experiment: Experiment) -> Path:
     for name, state in names.items():
         projectors.save_projector(out / name, state, options.projector.name)
     write_json(
-        manifest_path,
+        out / "manifest.json",
         {
             "experiment": experiment.experiment,
             "run": experiment.run,
             "strategy": options.strategy.name,
             "identity": wanted,
             "fingerprint": print_of_run,
-            "cache_key": next(iter(caches.values())).cache_key,
+            "cache_key": first.cache_key,
             "projectors": {name: projectors.content_hash(state) for name, state in names.items()},
             "made_by": provenance(str(device)),
         },
     )
     checkpoint_path.unlink(missing_ok=True)
-    if options.rounds:
-        _summary(experiment.run, out)
-    say(f"Projector and history in {out}")
-    return out
 
 
 def _summary(name: str, out: Path) -> None:

@@ -81,7 +81,8 @@ def run_rounds(
     """
     history.truncate(history_path, progress.round)
     for round_ in range(progress.round, rounds):
-        updates, rows = [], []
+        updates: list[Update] = []
+        rows: list[dict[str, Any]] = []
         personal, optimizers = dict(progress.personal), {}
         for client, stream in streams.items():
             start = progress.personal.get(client, progress.state)

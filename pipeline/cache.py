@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ from pipeline.records import KINDS, SPLITS, Text
 if TYPE_CHECKING:
     import torch
 
-FORMAT = {"name": "fedcmp-features", "version": 1}
+FORMAT: dict[str, Any] = {"name": "fedcmp-features", "version": 1}
 STATUS = ("ok", "missing", "unreadable", "not finite")
 _STORAGE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 _CRC_BYTES = 4
@@ -268,9 +269,7 @@ class CacheWriter:
             "texts/split": np.array([SPLITS.index(split) for _, (_, split, _) in texts], np.uint8),
         }
         for name, array in arrays.items():
-            group.create_array(
-                name, data=array, compressors=[Crc32cCodec()], filters=None, overwrite=True
-            )
+            group.create_array(name, data=array, compressors=[Crc32cCodec()], filters=None, overwrite=True)
 
 
 def partial_path(path: Path) -> Path:
@@ -340,7 +339,7 @@ class FeatureCache:
     def ids(self) -> list[str]:
         """Image ids in row order."""
         offsets, data = self._zarr["images/id_offsets"][:], self._zarr["images/id_bytes"][:].tobytes()
-        return [data[start:end].decode() for start, end in zip(offsets, offsets[1:], strict=False)]
+        return [data[start:end].decode() for start, end in pairwise(offsets)]
 
     @cached_property
     def status(self) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import UserError
-from pipeline.manifest import sha256_files
 from pipeline.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens
-
-_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.bin", "tokenizer*", "*.jinja")
-
-
-def language_hash(path: Path) -> dict[str, str]:
-    """SHA-256 of every file that decides what the LLM computes."""
-    return sha256_files(path, _FILES)
 
 
 class FrozenLanguageModel:
@@ -38,16 +31,13 @@ class FrozenLanguageModel:
     def __init__(self, path: Path, *, dtype: str, device: torch.device) -> None:
         if dtype == "auto":
             dtype = "bfloat16" if device.type == "cuda" else "float32"
-        language_files = path / "config.json"
-        if not language_files.is_file():
-            raise UserError(f"language.path = {path}: no config.json there; give a saved model's directory")
         transformers_logging.disable_progress_bar()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         except (OSError, ValueError) as error:
             raise UserError(f"language.path = {path}: {_first_line(error)}") from None
-        self.model.to(device).eval().requires_grad_(False)
+        self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         self.embeddings = self.model.get_input_embeddings()
         self.decoder = self.model.get_decoder()

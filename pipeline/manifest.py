@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
 
+_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 _PACKAGES = ("fedcmp", "torch", "transformers", "open_clip_torch", "zarr", "numpy", "webdataset")
 
 
@@ -34,17 +34,15 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_files(directory: Path, patterns: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of every file of a directory that matches a pattern, by name.
+def model_hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 by name of the files of a saved model: weights, configuration, tokenizer, processor.
 
     Raises:
-        UserError: The directory does not exist, or nothing in it matches.
+        UserError: The directory does not exist or holds no saved model.
     """
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; give the path of a saved model")
-    names = sorted({path.name for pattern in patterns for path in directory.glob(pattern)})
-    if not names:
-        raise UserError(f"{directory}: none of {', '.join(patterns)} is here; is it a saved model?")
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory}: no config.json there; give the directory of a saved model")
+    names = sorted(path.name for pattern in _MODEL_FILES for path in directory.glob(pattern))
     return {name: sha256_file(directory / name) for name in names}
 
 

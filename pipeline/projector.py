@@ -93,7 +93,7 @@ def load_projector(path: Path) -> tuple[nn.Module, State]:
     try:
         with safe_open(path, "pt") as file:
             architecture = (file.metadata() or {}).get("architecture", "")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise UserError(f"{path}: no such projector; run 'fedcmp federate' first") from None
     except Exception as error:

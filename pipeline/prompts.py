@@ -120,9 +120,7 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_S
 
     def render(number: int, *, reply: bool) -> str:
         return str(
-            tokenizer.apply_chat_template(
-                messages[:number], tokenize=False, add_generation_prompt=reply
-            )
+            tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=reply)
         )
 
     spans: _Spans = []

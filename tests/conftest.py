@@ -95,8 +95,9 @@ def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with the world's tokenizer, which knows few of the words used here."""
-    from pipeline.world import models
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline.world import models
 
     torch.manual_seed(1)
     out = tmp_path_factory.mktemp("llama")
@@ -170,7 +171,12 @@ encoder = {{ name = "transformers", path = "{clip_dir}", pool = 2 }}
 [extract.silos]
 clinic = {{ name = "llava_json", path = "{root}/clinic/pairs.json", images = "{root}/clinic" }}
 lab = {{ name = "webdataset", path = "{root}/lab/*.tar" }}
-heldout = {{ name = "llava_json", path = "{root}/heldout/pairs.json", images = "{root}/heldout", split = "test" }}
+
+[extract.silos.heldout]
+name = "llava_json"
+path = "{root}/heldout/pairs.json"
+images = "{root}/heldout"
+split = "test"
 
 [language]
 path = "{llama_dir}"
@@ -202,6 +208,7 @@ pope = {{ name = "pope", questions = {{ random = "{root}/pope.json" }}, max_new_
 def extracted(workplace: Path) -> Path:
     """The experiment file, stage one done."""
     from click.testing import CliRunner
+
     from pipeline.cli import main
 
     result = CliRunner().invoke(main, ["extract", str(workplace / "experiment.toml")])

@@ -10,6 +10,7 @@ import torch
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pipeline.cache import (
     CacheWriter,
     CorruptCacheError,
@@ -37,9 +38,7 @@ def rows(start: int, number: int) -> list[Row]:
 def write(path: Path, features: np.ndarray, identity: Identity = IDENTITY, shard: int = 4) -> FeatureCache:
     images, patches, width = features.shape
     dtype = {"uint16": "bfloat16", "float16": "float16", "float32": "float32"}[features.dtype.name]
-    writer = CacheWriter(
-        path, identity, patches=patches, d_vision=width, dtype=dtype, shard_images=shard
-    )
+    writer = CacheWriter(path, identity, patches=patches, d_vision=width, dtype=dtype, shard_images=shard)
     starts = range(0, images, shard)
     for number, start in enumerate(starts):
         part = features[start : start + shard]

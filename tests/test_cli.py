@@ -8,6 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT
+
 from pipeline.cli import COMMANDS, main
 
 

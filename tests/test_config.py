@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
 from pipeline.config import Component, Options, load
 from pipeline.errors import UserError
 from pipeline.manifest import fingerprint

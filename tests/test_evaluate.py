@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+
 from evaluate.answers import open_answers
 from pipeline.cli import main
 
@@ -48,6 +49,7 @@ def test_scores_carry_intervals_and_counts(evaluated: Path) -> None:
 
 def test_the_loss_is_that_of_the_llm(evaluated: Path, llama_dir: Path) -> None:
     import torch
+
     from pipeline.cache import FeatureCache
     from pipeline.language import FrozenLanguageModel
     from pipeline.projector import load_projector
@@ -210,7 +212,9 @@ def test_the_report_is_whole_and_self_contained(evaluated: Path, tmp_path: Path)
     assert page.count("<img") == page.count("data:image") == 12
     assert page.count("<polyline") == 4
     assert f"{score['value']:.3f}" in page
-    assert f"{score['value']:.3f} ({score['low']:.3f}-{score['high']:.3f})" in (folder / "report.md").read_text()
+    assert (
+        f"{score['value']:.3f} ({score['low']:.3f}-{score['high']:.3f})" in (folder / "report.md").read_text()
+    )
 
 
 def test_a_report_is_about_one_experiment(evaluated: Path, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import ROOT, picture, write_llava, write_shard
-from extract.encoders.transformers import Transformers
 from PIL import Image
+
+from extract.encoders.transformers import Transformers
 from pipeline.cache import FeatureCache, partial_path
 from pipeline.cli import main
 from pipeline.errors import UserError
@@ -45,7 +46,9 @@ def run(path: Path, *words: str) -> Result:
     return CliRunner().invoke(main, ["extract", str(path), *words])
 
 
-@pytest.mark.parametrize(("layer", "tokens", "pool"), [(-2, "patch", 1), (-1, "cls_patch", 1), (-2, "patch", 2)])
+@pytest.mark.parametrize(
+    ("layer", "tokens", "pool"), [(-2, "patch", 1), (-1, "cls_patch", 1), (-2, "patch", 2)]
+)
 def test_features_are_transformers_own(clip_dir: Path, layer: int, tokens: str, pool: int) -> None:
     from transformers import AutoImageProcessor, CLIPVisionModel
 
@@ -74,9 +77,9 @@ def test_unfit_encoder_options_are_named(clip_dir: Path, tmp_path: Path) -> None
     ):
         with pytest.raises(UserError, match=message):
             Transformers(**options).load(torch.device("cpu"))
-    with pytest.raises(UserError, match="no such directory"):
+    with pytest.raises(UserError, match="there; give the directory of a saved model"):
         Transformers(path=tmp_path / "none").identity()
-    with pytest.raises(UserError, match="is it a saved model"):
+    with pytest.raises(UserError, match="there; give the directory of a saved model"):
         Transformers(path=tmp_path).identity()
 
 
@@ -157,7 +160,9 @@ def test_nothing_readable_is_an_error(tmp_path: Path, clip_dir: Path, llama_dir:
     assert "a.png" in result.output
 
 
-def test_another_encoder_is_refused_until_overwritten(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+def test_another_encoder_is_refused_until_overwritten(
+    tmp_path: Path, clip_dir: Path, llama_dir: Path
+) -> None:
     write_llava(tmp_path, 5)
     source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
     path = config(tmp_path, clip_dir, llama_dir, source)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import ROOT
+
 from federate.batches import Stream
 from federate.client import learning_rate, train_locally
 from pipeline import projector as projectors
@@ -130,7 +131,7 @@ def test_the_loss_falls_and_the_llm_stays(caches, language, llama_dir: Path) -> 
 def test_a_diverging_run_stops(caches, language) -> None:  # type: ignore[no-untyped-def]
     projector = projectors.build(Component(name="linear"), d_vision=24, d_llm=32)
     start = {name: torch.full_like(tensor, float("nan")) for name, tensor in projector.state_dict().items()}
-    with pytest.raises(ValueError, match="lower federate.optimizer.learning_rate"):
+    with pytest.raises(ValueError, match=r"lower federate\.optimizer\.learning_rate"):
         train_locally(
             projector,
             start,
@@ -165,7 +166,7 @@ def test_a_run_leaves_all_it_promises(extracted: Path, name: str) -> None:
     assert sum(row["samples"] for row in per_client) == 38
     if name == "fedcmp":
         assert all(0 < row["reliability"] <= 1 for row in per_client)
-    projector, state = projectors.load_projector(out / "projector.safetensors")
+    _, state = projectors.load_projector(out / "projector.safetensors")
     assert manifest["projectors"]["projector.safetensors"] == projectors.content_hash(state)
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     assert sorted(path.name for path in out.rglob("silos/*")) == (

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture
-from extract.encoders.transformers import Transformers
 from PIL import Image
+
+from extract.encoders.transformers import Transformers
 from pipeline import projector as projectors
 from pipeline.config import Component
 from pipeline.language import FrozenLanguageModel
@@ -68,9 +69,7 @@ TEXTS = (caption("a small red circle"), caption("in the dark there is a zebra"),
 def test_logits_loss_and_gradient_equal_llava(language, llava, clip_dir, pixels) -> None:  # type: ignore[no-untyped-def]
     model, projector = llava
     features = Transformers(path=clip_dir).load(CPU).encode(pixels)
-    samples = [
-        tokenise(text, "plain", language.tokenizer, patches=16, max_length=99) for text in TEXTS
-    ]
+    samples = [tokenise(text, "plain", language.tokenizer, patches=16, max_length=99) for text in TEXTS]
     ids, labels = language.collate(samples)
     hidden = language.decoder(inputs_embeds=language.embed(ids, projector(features))).last_hidden_state
     ours = language.head(hidden)
@@ -94,8 +93,7 @@ def test_greedy_answers_equal_llava(language, llava, clip_dir, pixels) -> None: 
     features = Transformers(path=clip_dir).load(CPU).encode(pixels)
     questions = ["what color is the star?", "how many?", "is there a blue cross in the image?"]
     samples = [
-        tokenise(question(text), "chat", language.tokenizer, patches=16, max_length=99)
-        for text in questions
+        tokenise(question(text), "chat", language.tokenizer, patches=16, max_length=99) for text in questions
     ]
     ids, attention = language.collate_prompts(samples)
     with torch.no_grad():

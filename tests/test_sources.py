@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CAPTIONS, conversation, picture, write_llava, write_shard
+
 from extract.sources.base import Skipped
 from extract.sources.llava_json import LlavaJson
 from extract.sources.webdataset import WebDataset
@@ -95,7 +96,7 @@ def test_identity_sees_texts_and_images(tmp_path: Path) -> None:
 def test_webdataset_reads_texts_of_every_form(tmp_path: Path) -> None:
     several = [conversation(2), {"caption": " a caption "}, "plain"]
     samples = [
-        {"__key__": "a", "png": picture(0), "txt": "Zwei Hunde\n".encode()},
+        {"__key__": "a", "png": picture(0), "txt": b"Zwei Hunde\n"},
         {"__key__": "b", "jpg": picture(1, form="jpeg"), "json": json.dumps(conversation(1)).encode()},
         {"__key__": "c", "webp": picture(2, form="webp"), "json": json.dumps(several).encode()},
         {"__key__": "d", "txt": b"no image"},
@@ -118,8 +119,9 @@ def test_a_truncated_shard_loses_only_what_is_damaged(tmp_path: Path) -> None:
     damaged.write_bytes(whole[: len(whole) // 2])
     write_shard(tmp_path / "1.tar", samples[4:])
     records, skipped = split(list(WebDataset(path=f"{tmp_path}/*.tar").records()))
-    assert [record.id for record in records][0] == "0.png"
-    assert [record.id for record in records][-2:] == ["4.png", "5.png"]
+    names = [record.id for record in records]
+    assert names[0] == "0.png"
+    assert names[-2:] == ["4.png", "5.png"]
     assert any("damaged shard" in item.reason and item.place.endswith("0.tar") for item in skipped)
     assert all(record.read_image() == picture(int(record.id[0])) for record in records)
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from federate.strategies.base import STRATEGIES, Aggregate, Memory, State, Strategy, Update, check
 from federate.strategies.fedavg import FedAvg
 from federate.strategies.fedcmp import FedCmp, agreement, canonical_basis
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pipeline.config import Component
 
 SHAPES = {"linear_1.weight": (6, 4), "linear_1.bias": (6,), "linear_2.weight": (6, 6), "linear_2.bias": (6,)}
@@ -29,7 +30,9 @@ def draw(seed: int) -> State:
     return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def clients(number: int, seed: int = 0, samples: Sequence[int] = (3, 5, 2, 7, 1, 4, 6, 8, 9, 10)) -> list[Update]:
+def clients(
+    number: int, seed: int = 0, samples: Sequence[int] = (3, 5, 2, 7, 1, 4, 6, 8, 9, 10)
+) -> list[Update]:
     return [Update(f"c{k}", draw(100 * seed + k + 1), samples[k]) for k in range(number)]
 
 
@@ -67,7 +70,9 @@ class TestContract:
         copies = [{k: v.clone() for k, v in each.items()} for each in (state, first.memory)]
         sent = [{k: v.clone() for k, v in update.state.items()} for update in updates]
         result = strategy.aggregate(state, updates, first.memory)
-        for before, after in zip([*copies, *sent], [state, first.memory, *(u.state for u in updates)], strict=True):
+        for before, after in zip(
+            [*copies, *sent], [state, first.memory, *(u.state for u in updates)], strict=True
+        ):
             assert before.keys() == after.keys()
             assert all(torch.equal(before[key], after[key]) for key in before)
         assert {k: (v.shape, v.dtype) for k, v in result.state.items()} == {

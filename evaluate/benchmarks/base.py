@@ -117,9 +117,7 @@ def mean(sums: np.ndarray) -> np.ndarray:
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Quotient, 0 where the denominator is 0."""
-    return np.divide(
-        numerator, denominator, out=np.zeros_like(numerator, float), where=denominator != 0
-    )
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator, float), where=denominator != 0)
 
 
 def averaged(items: Sequence[Item], values: Sequence[float]) -> Metric:

@@ -34,9 +34,7 @@ class HeldoutLoss(Benchmark):
                 f"{cache.path}: no text of split '{self.split}'; set split = '{self.split}' on the "
                 "silo's source and extract it again"
             )
-        return [
-            Item(str(index), cache.ids[cache.text_image[index]], cache.text(index)) for index in indices
-        ]
+        return [Item(str(index), cache.ids[cache.text_image[index]], cache.text(index)) for index in indices]
 
     def score(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, Metric]:
         """Answers are (summed loss, supervised tokens)."""

@@ -76,7 +76,9 @@ class Pope(Benchmark):
         def counts(split: str) -> np.ndarray:
             """Per question: true positive, said yes, label yes."""
             inside = np.array([name == split for name in splits])[:, None]
-            return np.array([[a and b, a, b] for a, b in zip(said, true, strict=True)]).reshape(-1, 3) * inside
+            return (
+                np.array([[a and b, a, b] for a, b in zip(said, true, strict=True)]).reshape(-1, 3) * inside
+            )
 
         def mean_f1(sums: np.ndarray) -> np.ndarray:
             parts = sums.reshape(*sums.shape[:-1], len(names), 3)
@@ -84,7 +86,9 @@ class Pope(Benchmark):
 
         metrics = {
             "accuracy": averaged(items, right),
-            "f1": Metric(images, np.concatenate([counts(split) for split in names], 1).astype(float), mean_f1),
+            "f1": Metric(
+                images, np.concatenate([counts(split) for split in names], 1).astype(float), mean_f1
+            ),
         }
         for split in names:
             chosen = [place for place, name in enumerate(splits) if name == split]

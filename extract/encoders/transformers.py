@@ -10,14 +10,12 @@ from pydantic import Field
 
 from extract.encoders.base import ENCODERS, Encoder, LoadedEncoder
 from pipeline.errors import UserError
-from pipeline.manifest import sha256_files
+from pipeline.manifest import model_hashes
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from PIL import Image
-
-_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.bin")
 
 
 @ENCODERS.register("transformers")
@@ -41,7 +39,7 @@ class Transformers(Encoder):
         """Weights, configuration and preprocessing by SHA-256, and the options."""
         return {
             "name": "transformers",
-            "files": sha256_files(self.path, _FILES),
+            "files": model_hashes(self.path),
             "layer": self.layer,
             "tokens": self.tokens,
             "pool": self.pool,

@@ -20,7 +20,7 @@ from federate.strategies.base import (
 
 @STRATEGIES.register("fedavg")
 class FedAvg(Strategy):
-    """W ← W + η_s Σ_k p_k (W_k − W)."""
+    """W ← W + η_s Σ_k p_k (W_k - W)."""
 
     server_learning_rate: float = Field(1.0, gt=0)
 

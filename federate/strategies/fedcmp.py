@@ -25,7 +25,6 @@ from federate.strategies.base import (
 )
 
 _FLOOR = 0.02
-_SMALLEST_MEDIAN = 1e-3
 _SMOOTHING = 0.6
 _SPECTRUM_FLOOR = 1e-3
 
@@ -37,6 +36,8 @@ class FedCmp(Strategy):
     Args:
         reliability: Weight clients by their agreement with the others' consensus.
         kappa: Share of the median agreement that earns full weight (κ).
+        consensus: Median agreement below which there is no consensus to judge by, as when training
+            has converged and updates are noise; clients then keep their last reliability.
         warmup: First rounds in which reliability is off, so that rare honest silos are not
             punished before a consensus exists.
         equalise: Exponent of the spectral equalisation (a); 0 leaves the spectrum as it is.
@@ -48,6 +49,7 @@ class FedCmp(Strategy):
 
     reliability: bool = True
     kappa: float = Field(0.3, gt=0)
+    consensus: float = Field(0.03, gt=0, lt=1)
     warmup: int = Field(1, ge=0)
     equalise: float = Field(1.0, ge=0)
     rank: int | float = Field(1.0, gt=0)
@@ -67,12 +69,15 @@ class FedCmp(Strategy):
             for name, old in state.items()
         }
         for name in (name for name, old in state.items() if old.ndim == 2):
-            cosines = _smooth(agreement(deltas[name], shares), name, memory)
-            kept |= {f"cosine/{name}/{client}": torch.tensor(c) for client, c in cosines.items()}
-            trusted = self.reliability and rounds >= self.warmup
-            r = _reliability(cosines, self.kappa) if trusted else dict.fromkeys(shares, 1.0)
-            for client, value in r.items():
-                reliabilities[client].append(value)
+            cosines = _smooth(agreement(deltas[name], shares), _recall(memory, f"cosine/{name}/"))
+            r = _recall(memory, f"reliability/{name}/")
+            r = {client: r.get(client, 1.0) for client in shares}
+            if self.reliability and rounds >= self.warmup and median(cosines.values()) >= self.consensus:
+                r = self._reliability(cosines)
+            for client in shares:
+                kept[f"cosine/{name}/{client}"] = torch.tensor(cosines[client], dtype=torch.float64)
+                kept[f"reliability/{name}/{client}"] = torch.tensor(r[client], dtype=torch.float64)
+                reliabilities[client].append(r[client])
             mean = weighted_sum(deltas[name], _reweigh(shares, r))
             gram = self._gram(deltas[name], shares, memory.get(f"gram/{name}"))
             basis, spectrum = canonical_basis(gram, self.rank)
@@ -90,9 +95,12 @@ class FedCmp(Strategy):
                 step = step + self.momentum * memory[f"momentum/{name}"]
             kept[f"momentum/{name}"] = step
             fused[name] = self._stepped(state[name], step)
-        return Aggregate(
-            {name: fused[name] for name in state}, kept, {"reliability": r, "weight": weights}
-        )
+        return Aggregate({name: fused[name] for name in state}, kept, {"reliability": r, "weight": weights})
+
+    def _reliability(self, cosines: dict[str, float]) -> dict[str, float]:
+        """r_k: full for whoever agrees at least κ times as well as the median client."""
+        enough = self.kappa * median(cosines.values())
+        return {client: min(max(c / enough, _FLOOR), 1.0) for client, c in cosines.items()}
 
     def _gram(self, deltas: dict[str, Tensor], shares: dict[str, float], old: Tensor | None) -> Tensor:
         gram = weighted_sum({client: delta @ delta.T for client, delta in deltas.items()}, shares)
@@ -149,18 +157,16 @@ def canonical_basis(gram: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:
     return vectors[:, :size], values[:size]
 
 
-def _smooth(cosines: dict[str, float], name: str, memory: Memory) -> dict[str, float]:
+def _recall(memory: Memory, prefix: str) -> dict[str, float]:
+    """Figures by client that the last round left in memory."""
+    return {key.removeprefix(prefix): float(c) for key, c in memory.items() if key.startswith(prefix)}
+
+
+def _smooth(cosines: dict[str, float], old: dict[str, float]) -> dict[str, float]:
     """Average with the last round's cosines where the same clients took part."""
-    prefix = f"cosine/{name}/"
-    old = {key.removeprefix(prefix): float(c) for key, c in memory.items() if key.startswith(prefix)}
     if old.keys() != cosines.keys():
         return cosines
     return {client: _SMOOTHING * old[client] + (1 - _SMOOTHING) * c for client, c in cosines.items()}
-
-
-def _reliability(cosines: dict[str, float], kappa: float) -> dict[str, float]:
-    enough = kappa * max(median(cosines.values()), _SMALLEST_MEDIAN)
-    return {client: min(max(c / enough, _FLOOR), 1.0) for client, c in cosines.items()}
 
 
 def _reweigh(shares: dict[str, float], reliability: dict[str, float]) -> dict[str, float]:

@@ -198,7 +198,7 @@ def _dark(layers: list[_Layer], rng: np.random.Generator) -> np.ndarray:
 def _photo(layers: list[_Layer], rng: np.random.Generator) -> np.ndarray:
     coarse = rng.uniform(70, 190, (4, 4, 3)).astype(np.uint8)
     smooth = Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    picture = np.asarray(smooth, np.float32)
+    picture: np.ndarray = np.asarray(smooth, np.float32)
     ramp = np.linspace(0.75, 1.2, SIZE, dtype=np.float32)[::-1, None, None]
     for thing, corners, colour in layers:
         mask = _mask(thing, corners)

@@ -83,8 +83,7 @@ def absent_pairs(scene: Scene, *, adversarial: bool) -> list[tuple[str, str]]:
         (colour, shape)
         for colour in COLOURS
         for shape in SHAPES
-        if (colour, shape) not in present
-        and (colour in colours or shape in shapes) == adversarial
+        if (colour, shape) not in present and (colour in colours or shape in shapes) == adversarial
     ]
 
 
@@ -109,9 +108,7 @@ def short_questions(scene: Scene) -> list[Question]:
             questions.append(Question(f"What color is the {thing.shape}?", thing.colour, "colour"))
             questions.append(Question(f"Where is the {thing.shape}?", PLACES[thing.cell], "where"))
         if len(same_colour) == 1:
-            questions.append(
-                Question(f"What shape is the {thing.colour} object?", thing.shape, "shape")
-            )
+            questions.append(Question(f"What shape is the {thing.colour} object?", thing.shape, "shape"))
     return questions
 
 
@@ -120,7 +117,9 @@ def vocabulary() -> list[str]:
     texts = [*COLOURS, *SHAPES, *SIZES, *PLACES, *COUNTS, *DOMAINS, "yes no an", ",", "\n"]
     texts += [style.format(things="", count="", noun="object objects") for style in _STYLES.values()]
     texts += [describe(Thing("red", "circle", "small", 0)), exists("red", "circle")]
-    texts += [question.text for question in short_questions(Scene("flat", (Thing("red", "circle", "small", 0),)))]
+    texts += [
+        question.text for question in short_questions(Scene("flat", (Thing("red", "circle", "small", 0),)))
+    ]
     return sorted({word for text in texts for word in split_words(text.lower())})
 
 

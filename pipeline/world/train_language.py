@@ -112,7 +112,9 @@ class Writer:
                 unseen = [word for word in (*COLOURS, *SHAPES) if word not in seen]
                 yes = rng.random() < 0.5
                 pool = sorted(seen) if yes else unseen
-                items.append((self.tokens(f"{pool[rng.integers(len(pool))]}?"), self.tokens("yes" if yes else "no")))
+                items.append(
+                    (self.tokens(f"{pool[rng.integers(len(pool))]}?"), self.tokens("yes" if yes else "no"))
+                )
                 continue
             question = next(easy if rng.random() < 0.4 else hard)
             pair = question.text.split(maxsplit=3)[3].removesuffix(" in the image?")
@@ -158,11 +160,7 @@ def embed(
     generator: torch.Generator,
 ) -> torch.Tensor:
     """Input embeddings with the image positions replaced by perturbed bags of words."""
-    import torch
-
-    import torch
-
-    table = model.get_input_embeddings().weight
+    table = model.model.embed_tokens.weight
     embeds = table[ids]
     if soft.any():
         embeds = embeds.clone()
@@ -244,10 +242,8 @@ def answer_accuracy(
     with torch.no_grad():
         for start in range(0, number, 256):
             chunk = documents[start : start + 256]
-            ids, last, weights, soft = batch(
-                chunk, vocab_size=len(tokenizer), pad=tokenizer.pad_token_id
-            )
-            embeds = embed(model, ids, weights, soft, generator)
+            tokens, last, weights, soft = batch(chunk, vocab_size=len(tokenizer), pad=tokenizer.pad_token_id)
+            embeds = embed(model, tokens, weights, soft, generator)
             hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
             said = model.lm_head(hidden[last])[:, yes_no].argmax(-1).bool()
             right += int((said == torch.tensor(answers[start : start + 256])).sum())

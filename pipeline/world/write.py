@@ -1,9 +1,9 @@
 """Write the embedded default as ordinary files, which the ordinary sources and benchmarks read.
 
-    <out>/silos/<domain>/00000.tar      webdataset shards: .png + .json in LLaVA conversation form
-    <out>/heldout/captions.json         LLaVA JSON, with images/ beside it
-    <out>/benchmarks/                   POPE, VQAv2 and COCO caption files over the held-out images
-    <out>/manifest.json                 written last
+<out>/silos/<domain>/00000.tar      webdataset shards: .png + .json in LLaVA conversation form
+<out>/heldout/captions.json         LLaVA JSON, with images/ beside it
+<out>/benchmarks/                   POPE, VQAv2 and COCO caption files over the held-out images
+<out>/manifest.json                 written last
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def _pope(scenes: list[Scene], rng: np.random.Generator, *, adversarial: bool) -
 
 
 def _vqa(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    questions, annotations = [], []
+    questions: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image, scene in enumerate(scenes):
         pool = short_questions(scene)
         for place in rng.permutation(len(pool))[:3].tolist():
@@ -151,8 +152,7 @@ def _vqa(scenes: list[Scene], rng: np.random.Generator) -> tuple[list[dict[str, 
                     "answer_type": "number" if question.kind == "count" else "other",
                     "multiple_choice_answer": answer,
                     "answers": [
-                        {"answer_id": n, "answer": answer, "answer_confidence": "yes"}
-                        for n in range(1, 11)
+                        {"answer_id": n, "answer": answer, "answer_confidence": "yes"} for n in range(1, 11)
                     ],
                 }
             )
