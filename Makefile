@@ -10,6 +10,7 @@ VARIANTS := $(wildcard configs/$(EXPERIMENT)/*.toml)
 RUNS := $(or $(notdir $(VARIANTS:.toml=)),$(EXPERIMENT))
 config_of = $(firstword $(wildcard configs/$(EXPERIMENT)/$(1).toml) $(CONFIG))
 
+BENCHMARKS := $(shell sed -n 's/^\[evaluate\.benchmarks\.\(.*\)\]/\1/p' $(CONFIG))
 FEATURES := $(or $(shell sed -n 's/^features *= *"\(.*\)".*/\1/p' $(CONFIG)),build/features)
 RUN_DIR := build/runs/$(EXPERIMENT)
 SCORE_DIR := build/scores/$(EXPERIMENT)
@@ -59,18 +60,17 @@ build/world/manifest.json: | $(READY)
 	$(FEDCMP) world write build/world $(WORLD_OPTIONS)
 
 # Stage one. A lost manifest asks for a check, as does a changed configuration.
-MANIFESTS := $(wildcard $(FEATURES)/*.zarr/manifest.json)
+lost = $(if $(wildcard $(1)),,FORCE)
 SILOS := $(shell cat $(FEATURES)/silos.txt 2>/dev/null)
-LOST := $(filter-out $(MANIFESTS),$(SILOS:%=$(FEATURES)/%.zarr/manifest.json))
+MANIFESTS := $(SILOS:%=$(FEATURES)/%.zarr/manifest.json)
 
 extract: $(FEATURES)/.checked
-$(FEATURES)/.checked: $(CONFIG) $(INPUTS) $(if $(LOST),FORCE) | $(READY)
+$(FEATURES)/.checked: $(CONFIG) $(INPUTS) $(foreach file,$(MANIFESTS),$(call lost,$(file))) | $(READY)
 	$(FEDCMP) extract $(CONFIG)
 	@touch $@
 $(FEATURES)/silos.txt $(MANIFESTS): $(FEATURES)/.checked ;
 
 # Stage two.
-lost = $(if $(wildcard $(1)),,FORCE)
 federate: $(RUNS:%=$(RUN_DIR)/%/.checked)
 $(RUNS:%=$(RUN_DIR)/%/.checked): $(RUN_DIR)/%/.checked: $(CONFIG) $$(call config_of,$$*) $(INPUTS) \
 		$(FEATURES)/silos.txt $(MANIFESTS) $$(call lost,$(RUN_DIR)/$$*/manifest.json) | $(READY)
@@ -81,7 +81,7 @@ $(RUNS:%=$(RUN_DIR)/%/manifest.json): %/manifest.json: %/.checked ;
 # Stage three.
 evaluate: $(REPORT_DIR)/report.json
 $(RUNS:%=$(SCORE_DIR)/%/.checked): $(SCORE_DIR)/%/.checked: $(RUN_DIR)/%/manifest.json $(CONFIG) $$(call config_of,$$*) \
-		$(FEATURES)/silos.txt $(MANIFESTS) $$(if $$(wildcard $(SCORE_DIR)/$$*/*.json),,FORCE) | $(READY)
+		$(FEATURES)/silos.txt $(MANIFESTS) $$(foreach name,$(BENCHMARKS),$$(call lost,$(SCORE_DIR)/$$*/$$(name).json)) | $(READY)
 	$(FEDCMP) evaluate $(call config_of,$*)
 	@touch $@
 $(REPORT_DIR)/report.json: $(RUNS:%=$(SCORE_DIR)/%/.checked) $(REPORT_DIR)/runs.txt | $(READY)

@@ -161,7 +161,7 @@ def embed(
 ) -> torch.Tensor:
     """Input embeddings with the image positions replaced by perturbed bags of words."""
     table = model.model.embed_tokens.weight
-    embeds = table[ids]
+    embeds = model.model.embed_tokens(ids)
     if soft.any():
         embeds = embeds.clone()
         embeds[soft, 1 : 1 + CELLS] = perturb(weights[soft] @ table, generator)
