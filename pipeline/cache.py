@@ -143,6 +143,8 @@ class CacheWriter:
                 if stale.name != ".lock":
                     shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
             write_json(self._partial / "_done" / "identity.json", started)
+        for torn in self._partial.rglob(".tmp-*"):
+            torn.unlink()
 
     def finished(self, shard: int) -> list[Row] | None:
         """Rows of a shard that an earlier run finished and whose file is whole, else None."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class LlavaJson(Source):
     def records(self) -> Iterator[Record | Skipped]:
         """Yield one record an image, in order of first mention, after what had to be skipped."""
         texts: dict[str, list[Text]] = {}
-        for place, entry in self._entries():
+        for place, entry in self._entries:
             if isinstance(entry, Skipped):
                 yield entry
                 continue
@@ -50,23 +51,24 @@ class LlavaJson(Source):
 
     def identity(self) -> dict[str, Any]:
         """Content of the JSON; name, size and time of the images it names."""
-        names = dict.fromkeys(
-            entry["image"]
-            for _, entry in self._entries()
-            if isinstance(entry, dict) and isinstance(entry.get("image"), str)
-        )
         return {
             "name": "llava_json",
             "split": self.split,
             "texts": sha256_file(self.path),
-            "images": stat_files(self.images / name for name in names),
+            "images": stat_files(self.images / name for name in self._names()),
         }
 
-    def size(self) -> None:
-        """Unknown before the file is read."""
-        return
+    def size(self) -> int:
+        """Number of different images named."""
+        return len(self._names())
 
-    def _entries(self) -> Iterator[tuple[str, Any]]:
+    def _names(self) -> list[str]:
+        images = (entry.get("image") for _, entry in self._entries if isinstance(entry, dict))
+        return list(dict.fromkeys(name for name in images if name and isinstance(name, str)))
+
+    @cached_property
+    def _entries(self) -> list[tuple[str, Any]]:
+        """Each entry with its place in the file; a line that is not JSON is a `Skipped`."""
         try:
             text = self.path.read_text(encoding="utf-8")
         except (FileNotFoundError, IsADirectoryError):
@@ -74,19 +76,19 @@ class LlavaJson(Source):
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: not UTF-8 ({error}); convert it first") from None
         if self.path.suffix == ".jsonl":
-            for number, line in enumerate(text.splitlines(), 1):
-                place = f"{self.path}:{number}"
-                try:
-                    if line.strip():
-                        yield place, json.loads(line)
-                except ValueError as error:
-                    yield place, Skipped(place, f"not valid JSON: {error}")
-            return
+            lines = enumerate(text.splitlines(), 1)
+            return [self._line(f"{self.path}:{number}", line) for number, line in lines if line.strip()]
         try:
             entries = json.loads(text)
         except ValueError as error:
             raise UserError(f"{self.path}: not valid JSON: {error}") from None
         if not isinstance(entries, list):
             raise UserError(f"{self.path}: expected a list of entries, found {type(entries).__name__}")
-        for number, entry in enumerate(entries):
-            yield f"{self.path}[{number}]", entry
+        return [(f"{self.path}[{number}]", entry) for number, entry in enumerate(entries)]
+
+    @staticmethod
+    def _line(place: str, line: str) -> tuple[str, Any]:
+        try:
+            return place, json.loads(line)
+        except ValueError as error:
+            return place, Skipped(place, f"not valid JSON: {error}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import json
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,16 @@ class WebDataset(Source):
         """Name, size and time of every shard."""
         return {"name": "webdataset", "split": self.split, "shards": stat_files(self._shards())}
 
-    def size(self) -> None:
-        """Unknown before the shards are read."""
-        return
+    def size(self) -> int | None:
+        """Number of images by the shards' headers; unknown where shards are compressed or damaged."""
+        count = 0
+        try:
+            for shard in self._shards():
+                with tarfile.open(shard, "r:") as tar:
+                    count += sum(name.lower().endswith(_IMAGE_SUFFIXES) for name in tar.getnames())
+        except tarfile.TarError:
+            return None
+        return count
 
     def _shards(self) -> list[Path]:
         from braceexpand import braceexpand
