@@ -1,0 +1,73 @@
+"""What the README shows is true."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import ROOT
+
+from federate.strategies.base import STRATEGIES, Update
+from pipeline.cli import main
+from pipeline.config import Component, Experiment, load
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_strategy_of_the_readme_works(extracted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    monkeypatch.setattr(STRATEGIES, "_classes", dict(STRATEGIES._classes))
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    median = STRATEGIES.build(Component(name="median"), "federate.strategy")
+    clients = [
+        Update(name, {"w": torch.tensor([value])}, 1)
+        for name, value in zip("abc", (1.0, 9.0, 2.0), strict=True)
+    ]
+    assert median.aggregate({"w": torch.zeros(1)}, clients, {}).state["w"].tolist() == [2.0]
+    words = ["federate", str(extracted), "--set", "run=readme", "--set", "federate.strategy.name=median"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+
+
+def test_the_configurations_of_the_readme_are_valid(tmp_path: Path) -> None:
+    clinics, median = blocks("toml")
+    assert Experiment.model_validate(tomllib.loads(clinics) | {"run": "x"}).federate.rounds == 10
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo.toml").write_bytes((ROOT / "configs/demo.toml").read_bytes())
+    (tmp_path / "demo/median.toml").write_text(median)
+    assert load(tmp_path / "demo/median.toml").federate.strategy.name == "median"
+
+
+def test_the_tree_of_the_readme_is_there() -> None:
+    section = README.split("## The tree")[1]
+    folder, found = "", 0
+    for line in section.splitlines():
+        match = re.match(r"^    (  )?(\S+)  +\S", line)
+        if match:
+            inside, name = match.groups()
+            path = f"{folder}{name}" if inside else name
+            assert (ROOT / path).exists(), path
+            folder = folder if inside else name
+            found += 1
+    assert found > 30
+
+
+def test_the_readme_names_real_commands() -> None:
+    for command in re.findall(r"^    fedcmp (\w+)", README, re.MULTILINE):
+        assert main.get_command(None, command) is not None  # type: ignore[arg-type,attr-defined]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in re.findall(r"^    make ([^#\n]+)", README, re.MULTILINE):
+        assert all(word in targets for word in line.split() if "=" not in word)
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.findall(r"@[A-Z]+@", README)
