@@ -46,14 +46,6 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
         (["extract", "configs/demo.toml", "--set", "nonsense"], ["nonsense", "key.sub=value"]),
         (["extract", "configs/demo.toml", "--silo", "falt"], ["falt", "did you mean 'flat'"]),
         (["federate", "configs/demo.toml", "--set", "features=/none"], ["/none/flat.zarr", "fedcmp extract"]),
-        (
-            ["federate", "configs/demo.toml", "--set", "federate.strategy.name=fedavgg"],
-            ["federate.strategy.name", "did you mean 'fedavg'"],
-        ),
-        (
-            ["federate", "configs/demo.toml", "--set", "federate.strategy.kapa=1"],
-            ["federate.strategy.kapa", "unknown key"],
-        ),
         (["evaluate", "configs/demo.toml", "--set", "build=/none"], ["/none/runs/demo/demo", "federate"]),
     ],
 )

@@ -203,6 +203,27 @@ def test_no_rounds_keep_the_initial_projector(extracted: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in projector.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "federate.strategy.name=fedavgg",
+            "federate.strategy.name: no strategy is called 'fedavgg'; did you mean",
+        ),
+        ("federate.strategy.sever_learning_rate=1", "did you mean 'server_learning_rate'?"),
+        (
+            "federate.projector.name=mlp",
+            "federate.projector.name: no projector is called 'mlp'; known: linear",
+        ),
+        ("federate.silos=['clinic','nowhere']", "nowhere.zarr: this feature cache does not exist"),
+    ],
+)
+def test_wrong_components_are_named(extracted: Path, override: str, message: str) -> None:
+    result = run(extracted, "run=wrong", "federate.strategy.name=fedavg", override)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
 def test_more_rounds_than_texts(extracted: Path) -> None:
     result = run(extracted, "run=many", "federate.rounds=19")
     assert result.exit_code == 2
