@@ -16,10 +16,6 @@ RUN_DIR := build/runs/$(EXPERIMENT)
 SCORE_DIR := build/scores/$(EXPERIMENT)
 REPORT_DIR := build/report/$(EXPERIMENT)
 
-# What an experiment is made from besides its configuration.
-INPUTS_demo := build/world/manifest.json $(wildcard pipeline/world/weights/*/*)
-INPUTS := $(INPUTS_$(EXPERIMENT))
-
 # An active environment or PYTHON=... is used as it is; otherwise .venv is made and installed into.
 ifdef PYTHON
 else ifdef VIRTUAL_ENV
@@ -29,12 +25,19 @@ PYTHON := .venv/bin/python
 READY := .venv/.installed
 endif
 FEDCMP := $(PYTHON) -m pipeline.cli
+PATHS := --set experiment=$(EXPERIMENT) --set features=$(FEATURES) --set build=build
+
+# configs/<experiment>.mk may say what the experiment is made from (INPUTS) and how that is made.
+# Without it nobody knows when images, texts or models change, so every make checks them.
+INPUTS := FORCE
+-include configs/$(EXPERIMENT).mk
 
 # Waiting threads must not burn the cores that others compute on.
 export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help extract federate evaluate world test check lint clean FORCE
+.DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
 .SUFFIXES:
@@ -56,9 +59,6 @@ help:
 	.venv/bin/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-build/world/manifest.json: | $(READY)
-	$(FEDCMP) world write build/world $(WORLD_OPTIONS)
-
 # Stage one. A lost manifest asks for a check, as does a changed configuration.
 lost = $(if $(wildcard $(1)),,FORCE)
 SILOS := $(shell cat $(FEATURES)/silos.txt 2>/dev/null)
@@ -66,7 +66,7 @@ MANIFESTS := $(SILOS:%=$(FEATURES)/%.zarr/manifest.json)
 
 extract: $(FEATURES)/.checked
 $(FEATURES)/.checked: $(CONFIG) $(INPUTS) $(foreach file,$(MANIFESTS),$(call lost,$(file))) | $(READY)
-	$(FEDCMP) extract $(CONFIG)
+	$(FEDCMP) extract $(CONFIG) $(PATHS)
 	@touch $@
 $(FEATURES)/silos.txt $(MANIFESTS): $(FEATURES)/.checked ;
 
@@ -74,7 +74,7 @@ $(FEATURES)/silos.txt $(MANIFESTS): $(FEATURES)/.checked ;
 federate: $(RUNS:%=$(RUN_DIR)/%/.checked)
 $(RUNS:%=$(RUN_DIR)/%/.checked): $(RUN_DIR)/%/.checked: $(CONFIG) $$(call config_of,$$*) $(INPUTS) \
 		$(FEATURES)/silos.txt $(MANIFESTS) $$(call lost,$(RUN_DIR)/$$*/manifest.json) | $(READY)
-	$(FEDCMP) federate $(call config_of,$*)
+	$(FEDCMP) federate $(call config_of,$*) $(PATHS) --set run=$*
 	@touch $@
 $(RUNS:%=$(RUN_DIR)/%/manifest.json): %/manifest.json: %/.checked ;
 
@@ -82,10 +82,10 @@ $(RUNS:%=$(RUN_DIR)/%/manifest.json): %/manifest.json: %/.checked ;
 evaluate: $(REPORT_DIR)/report.json
 $(RUNS:%=$(SCORE_DIR)/%/.checked): $(SCORE_DIR)/%/.checked: $(RUN_DIR)/%/manifest.json $(CONFIG) $$(call config_of,$$*) \
 		$(FEATURES)/silos.txt $(MANIFESTS) $$(foreach name,$(BENCHMARKS),$$(call lost,$(SCORE_DIR)/$$*/$$(name).json)) | $(READY)
-	$(FEDCMP) evaluate $(call config_of,$*)
+	$(FEDCMP) evaluate $(call config_of,$*) $(PATHS) --set run=$*
 	@touch $@
 $(REPORT_DIR)/report.json: $(RUNS:%=$(SCORE_DIR)/%/.checked) $(REPORT_DIR)/runs.txt | $(READY)
-	$(FEDCMP) report $(foreach run,$(RUNS),$(call config_of,$(run)))
+	$(FEDCMP) report $(foreach run,$(RUNS),$(call config_of,$(run))) $(PATHS)
 # A removed run is invisible to modification times, so the list of runs is a file of its own.
 $(REPORT_DIR)/runs.txt: FORCE
 	@mkdir -p $(@D); echo "$(RUNS)" | cmp -s - $@ || echo "$(RUNS)" > $@

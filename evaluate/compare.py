@@ -9,6 +9,8 @@ import numpy as np
 
 from evaluate.benchmarks.base import Metric
 
+_DRAWS_IN_MEMORY = 4_000_000
+
 
 @dataclass(frozen=True)
 class Score:
@@ -38,6 +40,11 @@ def interval(metric: Metric, generator: np.random.Generator, resamples: int) -> 
     sums = np.zeros((len(groups), metric.statistics.shape[1]))
     np.add.at(sums, index, metric.statistics)
     value = float(metric.value(sums.sum(0)))
-    draws = generator.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), resamples)
-    low, high = np.quantile(metric.value(draws.astype(float) @ sums), [0.025, 0.975])
+    values = []
+    at_a_time = max(_DRAWS_IN_MEMORY // len(groups), 1)
+    for start in range(0, resamples, at_a_time):
+        number = min(at_a_time, resamples - start)
+        draws = generator.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), number)
+        values.append(metric.value(draws.astype(float) @ sums))
+    low, high = np.quantile(np.concatenate(values), [0.025, 0.975])
     return Score(value, float(low), float(high), len(metric.images))

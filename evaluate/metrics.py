@@ -88,7 +88,9 @@ def _ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
     )
 
 
-def object_matches(prediction: str, references: Sequence[str], pattern: str) -> tuple[int, int, int]:
+def object_matches(
+    prediction: str, references: Sequence[str], pattern: re.Pattern[str]
+) -> tuple[int, int, int]:
     """Objects named in a caption against those of its references, as multisets.
 
     Args:
@@ -99,10 +101,14 @@ def object_matches(prediction: str, references: Sequence[str], pattern: str) -> 
     Returns:
         Matched, predicted and referenced objects.
     """
-    named = Counter(re.findall(pattern, prediction.lower()))
+
+    def objects(text: str) -> Counter[str]:
+        return Counter(match.group().lower() for match in pattern.finditer(text))
+
+    named = objects(prediction)
     counts = []
     for reference in references:
-        there = Counter(re.findall(pattern, reference.lower()))
+        there = objects(reference)
         counts.append(((named & there).total(), named.total(), there.total()))
     return max(counts, key=lambda c: f1(*c))
 
@@ -149,6 +155,12 @@ def vqa_normalise(answer: str) -> str:
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
 
 
+def evalai_normalise(answer: str) -> str:
+    """The EvalAI answer processor, by which LLaVA treats predictions before the official code."""
+    words = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    return vqa_normalise(words)
+
+
 def vqa_accuracy(
     prediction: str, answers: Sequence[str], *, normalise_first: bool = True, numbered: bool = True
 ) -> float:
@@ -164,7 +176,7 @@ def vqa_accuracy(
         numbered: The annotations carry an `answer_id`. Where they do not, the official code leaves
             out, with each annotator, all others who said the same.
     """
-    guess = vqa_normalise(prediction) if normalise_first else re.sub(r"[\n\t]", " ", prediction).strip()
+    guess = evalai_normalise(prediction) if normalise_first else re.sub(r"[\n\t]", " ", prediction).strip()
     truths = list(answers)
     if len(set(truths)) > 1:
         guess = vqa_normalise(guess)

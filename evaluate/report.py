@@ -27,6 +27,7 @@ class RunResult:
     name: str
     strategy: str
     scores: dict[str, dict[str, dict[str, float]]]
+    headlines: list[tuple[str, str]]
     history: list[dict[str, Any]]
 
 
@@ -75,14 +76,16 @@ def write_report(experiments: Sequence[Experiment]) -> Path:
 
 def _result(experiment: Experiment) -> RunResult:
     manifest = read_manifest(experiment)
-    scores = {}
+    scores, headlines = {}, []
     for name in benchmarks_of(experiment):
         content = read_json(experiment.scores_path / f"{name}.json")
         if content is None:
             raise UserError(f"run '{experiment.run}' has no scores of '{name}'; run 'fedcmp evaluate' first")
         scores[name] = content["metrics"]
+        headlines += [(name, metric) for metric in content["headlines"]]
     lines = (experiment.run_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return RunResult(experiment.run, manifest["strategy"], scores, [json.loads(line) for line in lines])
+    history = [json.loads(line) for line in lines]
+    return RunResult(experiment.run, manifest["strategy"], scores, headlines, history)
 
 
 def _columns(results: Sequence[RunResult]) -> list[tuple[str, str]]:
@@ -98,11 +101,9 @@ def _columns(results: Sequence[RunResult]) -> list[tuple[str, str]]:
 
 
 def _headlines(results: Sequence[RunResult]) -> list[tuple[str, str]]:
-    """The first metric of every benchmark."""
-    first: dict[str, tuple[str, str]] = {}
-    for benchmark, metric in _columns(results):
-        first.setdefault(benchmark, (benchmark, metric))
-    return list(first.values())
+    """What a summary shows of every benchmark."""
+    wanted = {column for result in results for column in result.headlines}
+    return [column for column in _columns(results) if column in wanted]
 
 
 def _cell(result: RunResult, column: tuple[str, str]) -> str:
@@ -136,7 +137,7 @@ def _samples(experiments: Sequence[Experiment]) -> list[Sample]:
             continue
         work = prepare(experiment, name, benchmark)
         answers = {
-            each.run: answers_of(each, prepare(each, name, benchmark), read_manifest(each))
+            each.run: answers_of(each, prepare(each, name, benchmarks_of(each)[name]), read_manifest(each))
             for each in experiments
         }
         step = max(len(work.items) // _SAMPLES, 1)

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.answers import open_answers
+from evaluate.answers import answers_path, begin_answers, read_answers
 from evaluate.benchmarks.base import BENCHMARKS, Answer, Benchmark, Item
 from evaluate.compare import interval, pooled
-from pipeline.cache import FeatureCache
+from pipeline.cache import FeatureCache, differences
 from pipeline.config import Experiment
 from pipeline.console import progress, say, table
+from pipeline.device import pick_device
 from pipeline.errors import UserError, did_you_mean
-from pipeline.manifest import fingerprint, read_json, write_json
+from pipeline.identity import run_identity
+from pipeline.manifest import fingerprint, locked, read_json, write_json
 
 FORMAT = {"name": "fedcmp-scores", "version": 1}
 
@@ -92,8 +94,7 @@ def key_of(experiment: Experiment, work: Work, manifest: dict[str, Any], project
     language = experiment.language
     return {
         "projector": manifest["projectors"][projector],
-        "language": manifest["identity"]["language"]["files"],
-        "dtype": language.dtype,
+        "language": {name: manifest["identity"]["language"][name] for name in ("files", "dtype")},
         "template": language.template if work.benchmark.asks == "caption" else language.question_template,
         "max_length": language.max_length,
         "max_new_tokens": work.benchmark.max_new_tokens,
@@ -108,22 +109,23 @@ def judged(manifest: dict[str, Any]) -> list[str]:
     return [name for name in names if name.startswith("silos/")] or names
 
 
-def answers_path(experiment: Experiment, benchmark: str, projector: str) -> Path:
-    """Where a projector's answers are kept."""
-    stem = projector.removesuffix(".safetensors").replace("/", "-")
-    return experiment.scores_path / "answers" / f"{benchmark}.{stem}.jsonl"
-
-
 def read_manifest(experiment: Experiment) -> dict[str, Any]:
     """The finished run's manifest.
 
     Raises:
-        UserError: The run is not finished, or other caches than its own are to be used.
+        UserError: The run is not finished, or was trained with another configuration or LLM.
     """
-    manifest = read_json(experiment.run_path / "manifest.json")
+    path = experiment.run_path
+    manifest: dict[str, Any] | None = read_json(path / "manifest.json")
     if manifest is None:
-        raise UserError(f"{experiment.run_path}: no finished run here; run 'fedcmp federate' first")
-    return dict(manifest)
+        raise UserError(f"{path}: no finished run here; run 'fedcmp federate' first")
+    trained = {name: value for name, value in manifest["identity"].items() if name != "caches"}
+    changed = differences(run_identity(experiment), trained)
+    if changed:
+        raise UserError(
+            f"{path}: trained with another configuration ({'; '.join(changed)}); run 'fedcmp federate' again"
+        )
+    return manifest
 
 
 def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> None:
@@ -139,26 +141,29 @@ def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> None:
     pending = []
     for work in works:
         for projector in judged(manifest):
-            path = answers_path(experiment, work.name, projector)
-            done = open_answers(path, key_of(experiment, work, manifest, projector))
+            key = key_of(experiment, work, manifest, projector)
+            path = answers_path(experiment.scores_path, work.name, projector, key)
+            done = read_answers(path)
             left = [item for item in work.items if item.id not in done]
             if left:
+                begin_answers(path, key)
                 pending.append((work, projector, left, path))
     if pending:
-        _answer(experiment, pending)
+        with locked(experiment.scores_path / ".lock", str(experiment.scores_path)):
+            _answer(experiment, pending, manifest["identity"]["language"]["dtype"])
     else:
         say(f"{experiment.run}: nothing to answer, every answer is saved")
     _score(experiment, manifest, works)
 
 
-def _answer(experiment: Experiment, pending: list[tuple[Work, str, list[Item], Path]]) -> None:
+def _answer(experiment: Experiment, pending: list[tuple[Work, str, list[Item], Path]], dtype: str) -> None:
     from evaluate.reader import Reader, answer
-    from pipeline.language import FrozenLanguageModel, pick_device
+    from pipeline.language import FrozenLanguageModel
     from pipeline.projector import load_projector
 
     options = experiment.language
     device = pick_device(experiment.device)
-    language = FrozenLanguageModel(options.path, dtype=options.dtype, device=device)
+    language = FrozenLanguageModel(options.path, dtype=dtype, device=device)
     total = sum(len(left) for _, _, left, _ in pending)
     with progress(f"{experiment.run}: answers", total, "answers") as task:
         for work, name, left, path in pending:
@@ -192,7 +197,7 @@ def _score(experiment: Experiment, manifest: dict[str, Any], works: list[Work]) 
         keys = []
         for projector in judged(manifest):
             key = key_of(experiment, work, manifest, projector)
-            saved = open_answers(answers_path(experiment, work.name, projector), key)
+            saved = read_answers(answers_path(experiment.scores_path, work.name, projector, key))
             missing = sum(item.id not in saved for item in work.items)
             if missing:
                 raise UserError(
@@ -224,6 +229,7 @@ def _score(experiment: Experiment, manifest: dict[str, Any], works: list[Work]) 
                 "duplicate ids": work.duplicates,
                 "projectors": len(by_projector),
             },
+            "headlines": [name for name in scores if name in work.benchmark.headlines],
             "metrics": {name: asdict(score) for name, score in scores.items()},
         }
         path = experiment.scores_path / f"{work.name}.json"
@@ -249,4 +255,4 @@ def answers_of(experiment: Experiment, work: Work, manifest: dict[str, Any]) -> 
     """Saved answers of the first projector a run is judged by, for showing."""
     projector = judged(manifest)[0]
     key = key_of(experiment, work, manifest, projector)
-    return open_answers(answers_path(experiment, work.name, projector), key)
+    return read_answers(answers_path(experiment.scores_path, work.name, projector, key))

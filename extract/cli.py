@@ -32,6 +32,7 @@ def extract(config: Path, overrides: tuple[str, ...], silos: tuple[str, ...], ov
     from pipeline.cache import FORMAT, Identity
     from pipeline.config import load
     from pipeline.console import progress, say, table
+    from pipeline.device import pick_device, pick_dtype
     from pipeline.errors import UserError, did_you_mean
     from pipeline.manifest import write_atomic
 
@@ -46,17 +47,18 @@ def extract(config: Path, overrides: tuple[str, ...], silos: tuple[str, ...], ov
         for name, component in options.silos.items()
         if not silos or name in silos
     }
-    key = {"format": FORMAT, "encoder": encoder.identity(), "dtype": options.dtype}
+    device = pick_device(experiment.device)
+    compute_dtype = pick_dtype(options.compute_dtype, device)
+    key = {
+        "format": FORMAT,
+        "encoder": encoder.identity(),
+        "compute_dtype": compute_dtype,
+        "dtype": options.dtype,
+    }
 
     @cache
     def loaded() -> LoadedEncoder:
-        return encoder.load(device())
-
-    @cache
-    def device():  # type: ignore[no-untyped-def]
-        from pipeline.language import pick_device
-
-        return pick_device(experiment.device)
+        return encoder.load(device, compute_dtype)
 
     outcomes = []
     for name, source in sources.items():
@@ -67,7 +69,7 @@ def extract(config: Path, overrides: tuple[str, ...], silos: tuple[str, ...], ov
             outcomes.append(Outcome(done, "unchanged", 0.0))
             continue
         with progress(name, source.size(), "images") as task:
-            outcomes.append(extract_silo(path, source, identity, loaded(), options, device(), task))
+            outcomes.append(extract_silo(path, source, identity, loaded(), options, device, task))
     names = "".join(f"{name}\n" for name in options.silos)
     listing = experiment.features / "silos.txt"
     if not silos and (not listing.is_file() or listing.read_text() != names):

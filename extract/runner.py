@@ -35,7 +35,7 @@ from pipeline.manifest import provenance
 from pipeline.records import Record
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ def extract_silo(
     identity: Identity,
     encoder: LoadedEncoder,
     options: Extract,
-    device: torch.device,
+    device: str,
     task: Task,
 ) -> Outcome:
     """Encode a silo into its cache, continuing where a killed run stopped.
@@ -83,18 +83,18 @@ def extract_silo(
         UserError: No image can be read, or another process is at work on this silo.
     """
     start = time.monotonic()
-    writer = CacheWriter(
-        path,
-        identity,
-        patches=encoder.patches,
-        d_vision=encoder.d_vision,
-        dtype=options.dtype,
-        shard_images=options.shard_images,
-    )
     skipped: list[Skipped] = []
     problems: list[Skipped] = []
     resumed = shards = usable = 0
-    with writing(writer), ThreadPoolExecutor(options.workers) as pool:
+    with writing(path), ThreadPoolExecutor(options.workers) as pool:
+        writer = CacheWriter(
+            path,
+            identity,
+            patches=encoder.patches,
+            d_vision=encoder.d_vision,
+            dtype=options.dtype,
+            shard_images=options.shard_images,
+        )
         for chunk in chunks(_only_records(source, skipped), options.shard_images):
             rows = writer.finished(shards)
             if rows is not None and [row.id for row in rows] == [record.id for record in chunk]:
@@ -111,12 +111,11 @@ def extract_silo(
             why = f"; first, {first[0].place}: {first[0].reason}" if first else "; the source is empty"
             raise UserError(f"{path}: not one image could be read{why}")
         cache = writer.commit(
-            shards,
             {
                 "silo": path.stem,
                 "probe": _probe(encoder, options.dtype),
                 "skipped": [[item.place, item.reason] for item in skipped],
-                "made_by": provenance(str(device)),
+                "made_by": provenance(device),
             },
         )
     state = f"resumed at shard {resumed}" if resumed else "extracted"
@@ -157,10 +156,22 @@ def _decode(record: Record, preprocess: Callable[[Image.Image], np.ndarray]) -> 
     digest = hashlib.sha256(data).hexdigest()
     try:
         with Image.open(io.BytesIO(data)) as image:
-            pixels = preprocess(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return failed("unreadable", str(error), digest)
+            pixels = preprocess(_to_rgb(image))
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        return failed("unreadable", f"{type(error).__name__}: {error}", digest)
     return _Decoded(Row(record.id, digest, 0, "", texts), pixels)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB; 16-bit grey is scaled, where Pillow would clip it to white."""
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.min() < 0 or pixels.max() > 0xFFFF:
+            raise ValueError(f"its pixels go from {pixels.min()} to {pixels.max()}, not from 0 to 65535")
+        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range; convert it to 8 bit")
+    return image.convert("RGB")
 
 
 def _encode_shard(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pipeline.manifest import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,13 +17,19 @@ if TYPE_CHECKING:
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows and flush them to the disk."""
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+        file.write(_lines(rows))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def truncate(path: Path, rounds: int) -> None:
     """Keep the rows of the first `rounds` rounds; a half-written last line is dropped."""
     kept = [row for row in read(path) if row["round"] < rounds] if path.is_file() else []
-    path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in kept), encoding="utf-8")
+    write_atomic(path, _lines(kept).encode())
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

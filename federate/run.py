@@ -9,26 +9,9 @@ from federate import history
 from pipeline.cache import FeatureCache, differences, same_key
 from pipeline.config import Experiment
 from pipeline.console import progress, say, table
-from pipeline.manifest import fingerprint, model_hashes, provenance, read_json, write_json
-
-FORMAT = {"name": "fedcmp-run", "version": 1}
-
-
-def identity(experiment: Experiment, caches: dict[str, FeatureCache]) -> dict[str, Any]:
-    """JSON value of everything that decides the trained projector's bytes."""
-    language = experiment.language
-    return {
-        "format": FORMAT,
-        "seed": experiment.seed,
-        "federate": experiment.federate.model_dump(mode="json"),
-        "language": {
-            "files": model_hashes(language.path),
-            "template": language.template,
-            "dtype": language.dtype,
-            "max_length": language.max_length,
-        },
-        "caches": {name: cache.content for name, cache in caches.items()},
-    }
+from pipeline.device import pick_device
+from pipeline.identity import run_identity
+from pipeline.manifest import fingerprint, locked, provenance, read_json, write_json
 
 
 def run(experiment: Experiment) -> Path:
@@ -43,7 +26,7 @@ def run(experiment: Experiment) -> Path:
     caches = {name: FeatureCache(experiment.cache_path(name)) for name in experiment.federate.silos}
     same_key(caches)
     out = experiment.run_path
-    wanted = identity(experiment, caches)
+    wanted = run_identity(experiment) | {"caches": {name: cache.content for name, cache in caches.items()}}
     manifest = read_json(out / "manifest.json")
     if manifest is not None:
         changed = differences(wanted, manifest["identity"])
@@ -52,7 +35,8 @@ def run(experiment: Experiment) -> Path:
             return out
         say(f"{out}: training again, because {'; '.join(changed)}")
         (out / "manifest.json").unlink()
-    _train(experiment, caches, wanted)
+    with locked(out / ".lock", str(out)):
+        _train(experiment, caches, wanted)
     if experiment.federate.rounds:
         _summary(experiment.run, out)
     say(f"Projector and history in {out}")
@@ -66,13 +50,13 @@ def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict
     from federate.server import Progress, run_rounds
     from federate.strategies.base import STRATEGIES
     from pipeline import projector as projectors
-    from pipeline.language import FrozenLanguageModel, pick_device
+    from pipeline.language import FrozenLanguageModel
 
     options, out = experiment.federate, experiment.run_path
     strategy = STRATEGIES.build(options.strategy, "federate.strategy")
     first = next(iter(caches.values()))
-    device = pick_device(experiment.device)
-    language = FrozenLanguageModel(experiment.language.path, dtype=experiment.language.dtype, device=device)
+    device, dtype = pick_device(experiment.device), wanted["language"]["dtype"]
+    language = FrozenLanguageModel(experiment.language.path, dtype=dtype, device=device)
     projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
     projectors.initialise(projector, torch.Generator().manual_seed(experiment.seed))
     projector.to(device)
@@ -93,7 +77,8 @@ def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict
     saved = Progress.load(checkpoint_path, print_of_run)
     if saved is not None:
         say(f"{out}: continuing after round {saved.round} of {options.rounds}")
-    out.mkdir(parents=True, exist_ok=True)
+    elif checkpoint_path.exists():
+        say(f"{out}: the checkpoint there is of another configuration; starting anew")
     left = range(saved.round if saved else 0, options.rounds)
     steps = sum(stream.steps(round_) for stream in streams.values() for round_ in left)
     with progress(experiment.run, steps, "steps") as task:
@@ -123,7 +108,7 @@ def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict
             "fingerprint": print_of_run,
             "cache_key": first.cache_key,
             "projectors": {name: projectors.content_hash(state) for name, state in names.items()},
-            "made_by": provenance(str(device)),
+            "made_by": provenance(device),
         },
     )
     checkpoint_path.unlink(missing_ok=True)

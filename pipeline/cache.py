@@ -14,13 +14,12 @@ is renamed when it is whole.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -34,6 +33,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import (
     canonical,
     fingerprint,
+    locked,
     read_json,
     sha256_file,
     sync_directory,
@@ -93,7 +93,8 @@ def differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
             place = f"{where}.{name}" if where else name
             found += differences(ours.get(name), theirs.get(name), place)
         return found
-    return [] if ours == theirs else [f"{where}: {_short(ours)} here, {_short(theirs)} there"]
+    same = canonical(ours) == canonical(theirs)
+    return [] if same else [f"{where}: {_short(ours)} here, {_short(theirs)} there"]
 
 
 def _short(value: Any) -> str:
@@ -104,6 +105,8 @@ def _short(value: Any) -> str:
 class CacheWriter:
     """Writes a cache shard by shard; a killed writer loses at most its unfinished shard.
 
+    One process at a time: hold `writing(path)` meanwhile.
+
     Args:
         path: Final directory of the cache.
         identity: What the cache is made of; an unfinished cache of another identity is discarded.
@@ -111,9 +114,6 @@ class CacheWriter:
         d_vision: Width of a token.
         dtype: Logical dtype: `bfloat16` (stored as its bits in uint16), `float16` or `float32`.
         shard_images: Images a shard.
-
-    Raises:
-        UserError: Another process is writing this cache.
     """
 
     def __init__(
@@ -130,18 +130,11 @@ class CacheWriter:
         self._shape = (patches, d_vision)
         self._dtype = dtype
         self._partial = partial_path(path)
-        self._partial.mkdir(parents=True, exist_ok=True)
-        self._lock = (self._partial / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(f"{path}: another process is extracting this silo; let it finish") from None
+        self._rows: dict[int, list[Row]] = {}
+        self._digests: dict[str, str] = {}
         started = {**asdict(identity), "layout": [patches, d_vision, dtype, shard_images]}
         if read_json(self._partial / "_done" / "identity.json") != started:
-            for stale in self._partial.iterdir():
-                if stale.name != ".lock":
-                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            shutil.rmtree(self._partial, ignore_errors=True)
             write_json(self._partial / "_done" / "identity.json", started)
         for torn in self._partial.rglob(".tmp-*"):
             torn.unlink()
@@ -152,10 +145,12 @@ class CacheWriter:
         file = self._partial / _shard_name(shard)
         if record is None or not file.is_file() or sha256_file(file) != record["sha256"]:
             return None
-        return [
+        rows = [
             Row(row["id"], row["sha256"], row["status"], row["reason"], tuple(map(tuple, row["texts"])))
             for row in record["rows"]
         ]
+        self._keep(shard, rows, record["sha256"])
+        return rows
 
     def write(self, shard: int, features: np.ndarray, rows: Sequence[Row]) -> None:
         """Write one shard durably: file, then its record.
@@ -196,16 +191,23 @@ class CacheWriter:
         sync_directory(path.parent)
         record = {"sha256": digest.hexdigest(), "rows": [asdict(row) for row in rows]}
         write_atomic(self._record_path(shard), canonical(record))
+        self._keep(shard, list(rows), digest.hexdigest())
 
-    def commit(self, shards: int, manifest: dict[str, Any]) -> FeatureCache:
-        """Write images, texts and the manifest, then give the cache its final name."""
-        rows = [row for shard in range(shards) for row in self.finished(shard) or ()]
+    def commit(self, manifest: dict[str, Any]) -> FeatureCache:
+        """Write images, texts and the manifest, then give the cache its final name.
+
+        Raises:
+            ValueError: A shard was neither written nor found finished.
+        """
+        if sorted(self._rows) != list(range(len(self._rows))):
+            raise ValueError(f"{self.path}: only the shards {sorted(self._rows)} are finished")
+        rows = [row for shard in sorted(self._rows) for row in self._rows[shard]]
         self._write_arrays(rows)
-        files = {
-            str(file.relative_to(self._partial)): [file.stat().st_size, sha256_file(file)]
-            for file in sorted(self._partial.rglob("*"))
-            if file.is_file() and "_done" not in file.parts and file.name != ".lock"
-        }
+        files = {}
+        for file in sorted(self._partial.rglob("*")):
+            name = str(file.relative_to(self._partial))
+            if file.is_file() and not name.startswith("_done/"):
+                files[name] = [file.stat().st_size, self._digests.get(name) or sha256_file(file)]
         write_json(
             self._partial / "manifest.json",
             {
@@ -232,9 +234,9 @@ class CacheWriter:
         finish_commit(self.path)
         return FeatureCache(self.path)
 
-    def close(self) -> None:
-        """Let others write."""
-        self._lock.close()
+    def _keep(self, shard: int, rows: list[Row], digest: str) -> None:
+        self._rows[shard] = rows
+        self._digests[_shard_name(shard)] = digest
 
     def _record_path(self, shard: int) -> Path:
         return self._partial / "_done" / f"{shard:05d}.json"
@@ -243,6 +245,8 @@ class CacheWriter:
         import zarr
         from zarr.codecs import Crc32cCodec
 
+        # A commit that was killed left the array's metadata; overwriting it would delete the shards.
+        (self._partial / "features/patch/zarr.json").unlink(missing_ok=True)
         group = zarr.open_group(self._partial, mode="a", zarr_format=3, attributes=FORMAT)
         group.create_array(
             "features/patch",
@@ -285,7 +289,6 @@ def finish_commit(path: Path) -> None:
     if not (partial / "manifest.json").is_file():
         return
     shutil.rmtree(partial / "_done", ignore_errors=True)
-    (partial / ".lock").unlink(missing_ok=True)
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
@@ -426,13 +429,13 @@ def same_key(caches: dict[str, FeatureCache]) -> None:
             )
 
 
-@contextmanager
-def writing(writer: CacheWriter) -> Iterator[CacheWriter]:
-    """Release the writer's lock in the end."""
-    try:
-        yield writer
-    finally:
-        writer.close()
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Keep other processes from writing the same cache.
+
+    Raises:
+        UserError: Another process is at it.
+    """
+    return locked(path.with_name(f".{path.name}.lock"), str(path))
 
 
 def to_storage(features: torch.Tensor, dtype: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -68,7 +69,8 @@ class StageCommands(click.Group):
         except UserError as error:
             click.echo(f"fedcmp: {error}", err=True)
         except OSError as error:
-            click.echo(f"fedcmp: {error}; nothing half-written is kept, rerun to go on", err=True)
+            hint = "; free some space and rerun to go on" if error.errno == errno.ENOSPC else ""
+            click.echo(f"fedcmp: {error}{hint}", err=True)
         except KeyboardInterrupt:
             click.echo("fedcmp: interrupted; run the same command to go on", err=True)
             ctx.exit(130)

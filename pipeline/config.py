@@ -34,11 +34,16 @@ class Component(BaseModel):
 
 
 class Extract(Options):
-    """Stage one."""
+    """Stage one.
+
+    `dtype` is what is stored, `compute_dtype` what the encoder computes in; `auto` is bfloat16 on
+    CUDA and float32 on the CPU.
+    """
 
     encoder: Component
     silos: dict[Name, Component] = Field(min_length=1)
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     shard_images: int = Field(256, ge=1)
     batch_size: int = Field(64, ge=1)
     workers: int = Field(4, ge=1)
@@ -186,6 +191,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     base = tables.pop("extends", None)
     if base is None:
         return tables
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends = {base!r}: expected the path of another file")
     return _merge(_read(path.parent / base, (*seen, path.resolve())), tables)
 
 

@@ -10,6 +10,11 @@ class UserError(ValueError):
     """A mistake the user can mend; the command line prints it without traceback, exit code 2."""
 
 
+def one_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for a close match, else the list of what is known."""
     names = sorted(known)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens
 
 
@@ -21,24 +22,25 @@ class FrozenLanguageModel:
 
     Args:
         path: Directory of a saved model with its tokenizer.
-        dtype: `auto` is bfloat16 on CUDA and float32 elsewhere.
+        dtype: `bfloat16` or `float32`.
         device: Where it runs.
 
     Raises:
         UserError: The directory is missing or does not hold such a model.
     """
 
-    def __init__(self, path: Path, *, dtype: str, device: torch.device) -> None:
-        if dtype == "auto":
-            dtype = "bfloat16" if device.type == "cuda" else "float32"
+    def __init__(self, path: Path, *, dtype: str, device: str) -> None:
         transformers_logging.disable_progress_bar()
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-        except (OSError, ValueError) as error:
-            raise UserError(f"language.path = {path}: {_first_line(error)}") from None
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.device = device
+        except Exception as error:
+            raise UserError(f"language.path = {path}: cannot be loaded: {one_line(error)}") from None
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self._ends = _end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
+        # Greedy means greedy: no penalty or sampling setting that the model ships with.
+        self.model.generation_config = GenerationConfig()
         self.embeddings = self.model.get_input_embeddings()
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
@@ -100,9 +102,7 @@ class FrozenLanguageModel:
         Returns:
             The answers, stripped.
         """
-        ends = {self.tokenizer.eos_token_id} - {None}
-        if stop is not None:
-            ends |= {token for word, token in self.tokenizer.get_vocab().items() if word == stop}
+        ends = self._ends | (self._newlines if stop == "\n" else set())
         output = self.model.generate(
             inputs_embeds=self.embed(prompts, projected),
             attention_mask=attention,
@@ -114,6 +114,12 @@ class FrozenLanguageModel:
         )
         texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
         return [(text.split(stop)[0] if stop else text).strip() for text in texts]
+
+    @cached_property
+    def _newlines(self) -> set[int]:
+        """Tokens that are a newline and nothing else, as the usual tokenizers spell it."""
+        vocabulary = self.tokenizer.get_vocab()
+        return {vocabulary[word] for word in ("\n", "Ċ", "<0x0A>") if word in vocabulary}
 
     @property
     def pad_id(self) -> int:
@@ -144,18 +150,9 @@ class FrozenLanguageModel:
         return ids.to(self.device), attention.to(self.device)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one.
-
-    Raises:
-        UserError: CUDA is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = 'cuda': torch sees no CUDA device; use device = 'cpu' or 'auto'")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _end_tokens(*ids: int | list[int] | None) -> set[int]:
+    """Every token id that ends an answer."""
+    ends: set[int] = set()
+    for each in ids:
+        ends |= set(each) if isinstance(each, list) else {each} - {None}  # type: ignore[arg-type]
+    return ends

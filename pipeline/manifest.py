@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
 
-_MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 _PACKAGES = ("fedcmp", "torch", "transformers", "open_clip_torch", "zarr", "numpy", "webdataset")
 
 
@@ -34,16 +36,35 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_hashes(directory: Path) -> dict[str, str]:
-    """SHA-256 by name of the files of a saved model: weights, configuration, tokenizer, processor.
+def model_hashes(directory: Path, files: Sequence[str]) -> dict[str, str]:
+    """SHA-256 by name of a saved model's weights and of those of `files` that are there.
+
+    The weights are what transformers loads: `*.safetensors`, or `*.bin` where there are none.
 
     Raises:
         UserError: The directory does not exist or holds no saved model.
     """
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory}: no config.json there; give the directory of a saved model")
-    names = sorted(path.name for pattern in _MODEL_FILES for path in directory.glob(pattern))
-    return {name: sha256_file(directory / name) for name in names}
+    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    if not weights or not (directory / "config.json").is_file():
+        raise UserError(f"{directory}: no config.json with weights; give the directory of a saved model")
+    others = [directory / name for name in ("config.json", *files) if (directory / name).is_file()]
+    return {path.name: sha256_file(path) for path in [*others, *weights]}
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file while at work on something.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{what}: another process is at work on it; let it finish") from None
+        yield
 
 
 def write_atomic(path: Path, data: bytes) -> None:

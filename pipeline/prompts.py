@@ -55,7 +55,8 @@ def tokenise(
         max_length: Tokens to keep at most; what is longer is cut at the end.
 
     Raises:
-        UserError: `plain` is given several exchanges, or not exactly one image is referred to.
+        UserError: `plain` is given several exchanges, not exactly one image is referred to, or
+            `max_length` leaves no room for the image or for anything of the answer.
     """
     spans, begin = _RENDER[template](text.turns, tokenizer)
     rendered = "".join(content for content, _ in spans)
@@ -77,7 +78,14 @@ def tokenise(
             ids.append(token)
             labels.append(token if answered[start + max(stop - 1, 0)] else IGNORE_INDEX)
         start += len(stretch) + len(IMAGE_PLACEHOLDER)
-    return Tokens(ids[:max_length], labels[:max_length])
+    kept = Tokens(ids[:max_length], labels[:max_length])
+    lost_answer = not kept.supervised and any(label != IGNORE_INDEX for label in labels)
+    if kept.ids.count(IMAGE_TOKEN_INDEX) < patches or lost_answer:
+        raise UserError(
+            f"language.max_length = {max_length} leaves no room for the image's {patches} tokens and an "
+            f"answer in text {rendered[:60]!r}; raise it"
+        )
+    return kept
 
 
 def question(content: str) -> Text:

@@ -22,8 +22,10 @@ from pipeline.cache import (
     partial_path,
     same_key,
     to_storage,
+    writing,
 )
 from pipeline.errors import UserError
+from pipeline.manifest import write_json
 
 IDENTITY = Identity({"encoder": {"layer": -2}, "dtype": "bfloat16"}, {"files": "abc"})
 
@@ -43,9 +45,7 @@ def write(path: Path, features: np.ndarray, identity: Identity = IDENTITY, shard
     for number, start in enumerate(starts):
         part = features[start : start + shard]
         writer.write(number, part, rows(start, len(part)))
-    cache = writer.commit(len(starts), {"silo": "test"})
-    writer.close()
-    return cache
+    return writer.commit({"silo": "test"})
 
 
 def some(images: int = 10, dtype: str = "bfloat16", patches: int = 3, width: int = 5) -> np.ndarray:
@@ -135,7 +135,6 @@ def test_an_unfinished_cache_is_resumed_by_shard(tmp_path: Path) -> None:
     writer = CacheWriter(path, IDENTITY, patches=3, d_vision=5, dtype="bfloat16", shard_images=4)
     writer.write(0, features[:4], rows(0, 4))
     writer.write(1, features[4:8], rows(4, 4))
-    writer.close()
     torn = partial_path(path) / "features/patch/c/1/0/0"
     torn.write_bytes(torn.read_bytes()[:-3])
     with pytest.raises(UserError, match="unfinished"):
@@ -146,8 +145,7 @@ def test_an_unfinished_cache_is_resumed_by_shard(tmp_path: Path) -> None:
     assert writer.finished(2) is None
     writer.write(1, features[4:8], rows(4, 4))
     writer.write(2, features[8:], rows(8, 2))
-    cache = writer.commit(3, {"silo": "test"})
-    writer.close()
+    cache = writer.commit({"silo": "test"})
     assert cache.manifest == whole.manifest
     assert not (path / "_done").exists()
 
@@ -156,19 +154,76 @@ def test_another_identity_starts_anew(tmp_path: Path) -> None:
     path = tmp_path / "s.zarr"
     writer = CacheWriter(path, IDENTITY, patches=3, d_vision=5, dtype="bfloat16", shard_images=4)
     writer.write(0, some(4), rows(0, 4))
-    writer.close()
     other = Identity({"encoder": {"layer": -1}}, IDENTITY.source)
     writer = CacheWriter(path, other, patches=3, d_vision=5, dtype="bfloat16", shard_images=4)
     assert writer.finished(0) is None
-    writer.close()
 
 
 def test_two_writers_on_one_silo(tmp_path: Path) -> None:
-    options = {"patches": 3, "d_vision": 5, "dtype": "bfloat16", "shard_images": 4}
-    writer = CacheWriter(tmp_path / "s.zarr", IDENTITY, **options)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="another process"):
-        CacheWriter(tmp_path / "s.zarr", IDENTITY, **options)  # type: ignore[arg-type]
-    writer.close()
+    with (
+        writing(tmp_path / "s.zarr"),
+        pytest.raises(UserError, match="another process"),
+        writing(tmp_path / "s.zarr"),
+    ):
+        pass
+    with writing(tmp_path / "s.zarr"):
+        pass
+
+
+@pytest.mark.parametrize("moment", ["after the arrays", "before the manifest", "after the manifest"])
+def test_a_commit_killed_anywhere_is_made_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    whole = write(tmp_path / "whole" / "s.zarr", some(10))
+    target = {
+        "after the arrays": "pipeline.cache.sha256_file",
+        "before the manifest": "pipeline.cache.write_json",
+        "after the manifest": "pipeline.cache.finish_commit",
+    }[moment]
+    path = tmp_path / "s.zarr"
+
+    def resume() -> FeatureCache:
+        writer = CacheWriter(path, IDENTITY, patches=3, d_vision=5, dtype="bfloat16", shard_images=4)
+        for shard, start in enumerate(range(0, 10, 4)):
+            if writer.finished(shard) is None:
+                part = some(10)[start : start + 4]
+                writer.write(shard, part, rows(start, len(part)))
+        return writer.commit({"silo": "test"})
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    real_write_json = write_json
+    if moment == "before the manifest":
+
+        def kill_at_manifest(file: Path, value: object) -> None:
+            if file.name == "manifest.json":
+                raise Killed
+            real_write_json(file, value)
+
+        monkeypatch.setattr(target, kill_at_manifest)
+    else:
+        monkeypatch.setattr(target, kill)
+    with pytest.raises(Killed):
+        resume()
+    monkeypatch.undo()
+    assert not path.exists()
+    finish_commit(path)
+    cache = FeatureCache(path) if path.exists() else resume()
+    assert cache.manifest == whole.manifest
+    np.testing.assert_array_equal(cache.read(range(10)), some(10))
+
+
+def test_no_shard_is_dropped_at_commit(tmp_path: Path) -> None:
+    writer = CacheWriter(
+        tmp_path / "s.zarr", IDENTITY, patches=3, d_vision=5, dtype="bfloat16", shard_images=4
+    )
+    writer.write(1, some(4), rows(4, 4))
+    with pytest.raises(ValueError, match="only the shards"):
+        writer.commit({})
 
 
 def test_an_interrupted_commit_is_completed(tmp_path: Path) -> None:
@@ -188,7 +243,6 @@ def test_wrong_shape_or_dtype_is_refused(tmp_path: Path) -> None:
         writer.write(0, np.zeros((4, 3, 5), np.float32), rows(0, 4))
     with pytest.raises(ValueError, match=r"\(4, 3, 5\)"):
         writer.write(0, np.zeros((3, 3, 5), np.uint16), rows(0, 4))
-    writer.close()
 
 
 def test_caches_of_two_encoders_are_not_mixed(tmp_path: Path) -> None:
@@ -200,6 +254,7 @@ def test_caches_of_two_encoders_are_not_mixed(tmp_path: Path) -> None:
 
 def test_differences_name_leaves() -> None:
     assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}) == ["a.b: 1 here, 3 there"]
+    assert differences({"a": 1}, {"a": 1.0}) == ["a: 1 here, 1.0 there"]
     assert differences({"a": 1}, {}) == ["a: 1 here, null there"]
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from evaluate.answers import open_answers
+from evaluate.answers import begin_answers, read_answers
 from pipeline.cli import main
+from pipeline.config import load
 
 
 def call(command: str, config: Path, *overrides: str, more: tuple[str, ...] = ()) -> Result:
@@ -21,7 +22,12 @@ def scores(config: Path, run: str, benchmark: str) -> dict:
 
 
 def answers_file(config: Path, run: str, benchmark: str) -> Path:
-    return config.parent / "build/scores/study" / run / "answers" / f"{benchmark}.projector.jsonl"
+    folder = config.parent / "build/scores/study" / run / "answers"
+    (path,) = folder.glob(f"{benchmark}.projector.*.jsonl")
+    return path
+
+
+FIGURES = ("accuracy", "precision", "recall", "f1", "yes ratio")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def test_scores_carry_intervals_and_counts(evaluated: Path) -> None:
     for benchmark, metrics, number in (
         ("loss", {"loss"}, 12),
         ("captions", {"CIDEr-D", "exact match"}, 12),
-        ("pope", {"accuracy", "f1", "accuracy random", "yes ratio"}, 24),
+        ("pope", {"accuracy", "f1", *(f"{n} random" for n in FIGURES)}, 24),
     ):
         content = scores(evaluated, "judged", benchmark)
         assert set(content["metrics"]) == metrics
@@ -55,7 +61,7 @@ def test_the_loss_is_that_of_the_llm(evaluated: Path, llama_dir: Path) -> None:
     from pipeline.projector import load_projector
     from pipeline.prompts import tokenise
 
-    language = FrozenLanguageModel(llama_dir, dtype="float32", device=torch.device("cpu"))
+    language = FrozenLanguageModel(llama_dir, dtype="float32", device="cpu")
     projector, _ = load_projector(evaluated.parent / "build/runs/study/judged/projector.safetensors")
     cache = FeatureCache(evaluated.parent / "features/heldout.zarr")
     total, tokens = 0.0, 0
@@ -84,22 +90,46 @@ def test_answers_are_kept_and_resumed_in_the_middle(evaluated: Path) -> None:
     assert scores(evaluated, "judged", "pope") == before
 
 
-def test_answers_of_an_older_projector_are_not_taken(evaluated: Path) -> None:
-    """Retraining at the same path changes the key, so nothing stale is scored."""
+def test_another_llm_or_configuration_than_the_runs_is_refused(evaluated: Path, tmp_path: Path) -> None:
+    for override, message in (
+        ("federate.rounds=9", "federate.rounds: 9 here, 3 there"),
+        ("federate.strategy.name=fedcmp", 'federate.strategy.name: "fedcmp" here, "fedavg" there'),
+    ):
+        for command in ("evaluate", "score"):
+            result = call(command, evaluated, "run=judged", "seed=6", override)
+            assert result.exit_code == 2
+            assert message in result.output
+    source = evaluated.parent
+    llm = load(evaluated).language.path
+    shutil.copytree(llm, tmp_path / "llm")
+    tokenizer = tmp_path / "llm/tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    result = call("evaluate", evaluated, "run=judged", "seed=6", f"language.path={tmp_path}/llm")
+    assert result.exit_code == 2
+    assert "language.files.tokenizer_config.json" in result.output
+    assert (source / "build/scores/study/judged/pope.json").is_file()
+
+
+def test_answers_of_another_projector_or_length_are_kept_apart(evaluated: Path) -> None:
+    """Retraining at the same path changes the key: nothing stale is scored, nothing is lost."""
     path = answers_file(evaluated, "judged", "captions")
     old = path.read_bytes()
     run = evaluated.parent / "build/runs/study"
-    shutil.copytree(run / "judged", run / "kept")
-    shutil.rmtree(run / "judged")
-    shutil.copytree(run / "other", run / "judged")
-    refused = call("score", evaluated, "run=judged")
-    assert refused.exit_code == 2
-    assert "answers are missing" in refused.output
-    assert call("evaluate", evaluated, "run=judged").exit_code == 0
-    assert path.read_bytes().splitlines()[0] != old.splitlines()[0]
-    shutil.rmtree(run / "judged")
-    shutil.move(run / "kept", run / "judged")
-    assert call("evaluate", evaluated, "run=judged", "seed=6").exit_code == 0
+    manifest = run / "judged/manifest.json"
+    whole = manifest.read_text()
+    content = json.loads(whole)
+    other = json.loads((run / "other/manifest.json").read_text())
+    content["projectors"] = other["projectors"]
+    manifest.write_text(json.dumps(content))
+    for overrides in (("run=judged", "seed=6"),):
+        refused = call("score", evaluated, *overrides)
+        assert refused.exit_code == 2
+        assert "answers are missing" in refused.output
+    manifest.write_text(whole)
+    shorter = "evaluate.benchmarks.captions.max_new_tokens=2"
+    assert call("score", evaluated, "run=judged", "seed=6", shorter).exit_code == 2
+    assert call("score", evaluated, "run=judged", "seed=6").exit_code == 0
+    assert path.read_bytes() == old
 
 
 def test_score_needs_no_model(evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +192,7 @@ def test_local_only_is_judged_by_its_silos_projectors(evaluated: Path) -> None:
     names = sorted(
         path.name for path in (evaluated.parent / "build/scores/study/alone/answers").glob("loss.*")
     )
-    assert names == ["loss.silos-clinic.jsonl", "loss.silos-lab.jsonl"]
+    assert [name.split(".")[1] for name in names] == ["silos-clinic", "silos-lab"]
     values = []
     for name in names:
         lines = (evaluated.parent / "build/scores/study/alone/answers" / name).read_text().splitlines()[1:]
@@ -172,15 +202,19 @@ def test_local_only_is_judged_by_its_silos_projectors(evaluated: Path) -> None:
     assert scores(evaluated, "alone", "loss")["metrics"]["loss"]["value"] == pytest.approx(total / tokens)
 
 
-def test_open_answers_begins_anew_for_another_key(tmp_path: Path) -> None:
+def test_an_unfinished_line_does_not_count(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    assert open_answers(path, {"projector": "a"}) == {}
+    assert read_answers(path) == {}
+    begin_answers(path, {"projector": "a"})
+    assert read_answers(path) == {}
     with path.open("a") as file:
         file.write('{"answer":"yes","id":"1","image":"x"}\n{"answer":"n')
-    assert open_answers(path, {"projector": "a"}) == {"1": "yes"}
+    before = path.read_bytes()
+    assert read_answers(path) == {"1": "yes"}
+    assert path.read_bytes() == before
+    begin_answers(path, {"projector": "a"})
     assert path.read_text().endswith('"image":"x"}\n')
-    assert open_answers(path, {"projector": "b"}) == {}
-    assert len(path.read_text().splitlines()) == 1
+    assert read_answers(path) == {"1": "yes"}
 
 
 def test_the_report_is_whole_and_self_contained(evaluated: Path, tmp_path: Path) -> None:

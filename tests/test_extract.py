@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_features_are_transformers_own(clip_dir: Path, layer: int, tokens: str, 
     from transformers import AutoImageProcessor, CLIPVisionModel
 
     options = Transformers(path=clip_dir, layer=layer, tokens=tokens, pool=pool)
-    encoder = options.load(torch.device("cpu"))
+    encoder = options.load("cpu", "float32")
     images = [Image.open(io.BytesIO(picture(seed))) for seed in range(3)]
     features = encoder.encode(torch.from_numpy(np.stack([encoder.preprocess(image) for image in images])))
     processor = AutoImageProcessor.from_pretrained(clip_dir, backend="pil")
@@ -76,15 +77,15 @@ def test_unfit_encoder_options_are_named(clip_dir: Path, tmp_path: Path) -> None
         ({"path": clip_dir, "pool": 3}, "pool = 3"),
     ):
         with pytest.raises(UserError, match=message):
-            Transformers(**options).load(torch.device("cpu"))
-    with pytest.raises(UserError, match="there; give the directory of a saved model"):
+            Transformers(**options).load("cpu", "float32")
+    with pytest.raises(UserError, match=r"no config\.json with weights; give the directory"):
         Transformers(path=tmp_path / "none").identity()
-    with pytest.raises(UserError, match="there; give the directory of a saved model"):
+    with pytest.raises(UserError, match=r"no config\.json with weights; give the directory"):
         Transformers(path=tmp_path).identity()
 
 
 def test_a_cache_holds_what_the_encoder_gives(extracted: Path, clip_dir: Path) -> None:
-    encoder = Transformers(path=clip_dir, pool=2).load(torch.device("cpu"))
+    encoder = Transformers(path=clip_dir, pool=2).load("cpu", "float32")
     for silo, images in (("clinic", 20), ("lab", 18), ("heldout", 12)):
         cache = FeatureCache(extracted.parent / "features" / f"{silo}.zarr")
         assert cache.images == images
@@ -132,6 +133,57 @@ def test_bad_images_are_counted_listed_and_skipped(tmp_path: Path, clip_dir: Pat
     assert not cache.read([1, 3, 5, 7]).any()
     assert cache.read([0, 2, 4, 6, 8]).any(axis=(1, 2)).all()
     assert cache.text_image[cache.usable_texts("train")].tolist() == [0, 2, 4, 6, 8]
+
+
+def test_sixteen_bit_pictures_are_not_white(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+    write_llava(tmp_path, 4)
+    ramp = np.linspace(0, 0xFFFF, 40 * 50).reshape(40, 50).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "scans/000.png")
+    Image.fromarray((ramp >> 8).astype(np.uint8)).save(tmp_path / "scans/001.png")
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "scans/002.png", format="tiff")
+    source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
+    assert run(config(tmp_path, clip_dir, llama_dir, source)).exit_code == 0
+    cache = FeatureCache(tmp_path / "features/one.zarr")
+    assert cache.status.tolist() == [0, 0, 2, 0]
+    assert (cache.read([0]) == cache.read([1])).all()
+    assert "floating-point" in cache.manifest["failures"][0]["reason"]
+
+
+def test_damaged_or_foreign_models_are_one_line(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+    write_llava(tmp_path, 2)
+    source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
+    damaged = tmp_path / "damaged"
+    shutil.copytree(clip_dir, damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for model, message in ((damaged, "cannot be loaded"), (llama_dir, "a model of type 'llama'")):
+        result = run(config(tmp_path, model, llama_dir, source))
+        assert result.exit_code == 2
+        assert f"extract.encoder.path = {model}: {message}" in " ".join(result.output.split())
+    small = tmp_path / "small"
+    shutil.copytree(clip_dir, small)
+    processor = small / "preprocessor_config.json"
+    processor.write_text(processor.read_text().replace("32", "24"))
+    result = run(config(tmp_path, small, llama_dir, source))
+    assert result.exit_code == 2
+    assert "set crop_size in preprocessor_config.json" in result.output
+
+
+def test_compute_dtype_is_in_the_key(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+    write_llava(tmp_path, 2)
+    source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
+    path = config(tmp_path, clip_dir, llama_dir, source)
+    assert run(path).exit_code == 0
+    assert "Nothing to do" in run(path, "--set", "extract.compute_dtype=float32").output
+    result = run(path, "--set", "extract.compute_dtype=bfloat16")
+    assert 'compute_dtype: "bfloat16" here, "float32" there' in result.output
+
+
+def test_a_mistyped_path_is_named(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+    source = f'{{ name = "llava_json", path = "{tmp_path}/nowhere.json", images = "{tmp_path}" }}'
+    result = run(config(tmp_path, clip_dir, llama_dir, source))
+    assert result.exit_code == 2
+    assert "nowhere.json: no such file; set 'path'" in result.output
 
 
 def test_features_that_overflow_are_not_finite(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:

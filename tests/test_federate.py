@@ -22,8 +22,6 @@ from pipeline.cli import main
 from pipeline.config import Component, Optimizer, load
 from pipeline.language import FrozenLanguageModel
 
-CPU = torch.device("cpu")
-
 
 def run(config: Path, *overrides: str) -> Result:
     words = [word for override in overrides for word in ("--set", override)]
@@ -51,7 +49,7 @@ def caches(extracted: Path) -> dict[str, FeatureCache]:
 
 @pytest.fixture(scope="module")
 def language(llama_dir: Path) -> FrozenLanguageModel:
-    return FrozenLanguageModel(llama_dir, dtype="float32", device=CPU)
+    return FrozenLanguageModel(llama_dir, dtype="float32", device="cpu")
 
 
 def stream(caches, language, *, names=("clinic",), rounds=3, batch_size=4, seed=0) -> Stream:  # type: ignore[no-untyped-def]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from pipeline.language import FrozenLanguageModel
 from pipeline.prompts import CAPTION_PROMPT, IGNORE_INDEX, IMAGE_TOKEN_INDEX, question, tokenise
 from pipeline.records import Text, Turn, caption
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def llava(clip_dir: Path, llama_dir: Path):  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="module")
 def pixels(clip_dir: Path) -> torch.Tensor:
-    encoder = Transformers(path=clip_dir).load(CPU)
+    encoder = Transformers(path=clip_dir).load(CPU, "float32")
     images = [Image.open(io.BytesIO(picture(seed))) for seed in range(3)]
     return torch.from_numpy(np.stack([encoder.preprocess(image) for image in images]))
 
@@ -68,7 +70,7 @@ TEXTS = (caption("a small red circle"), caption("in the dark there is a zebra"),
 
 def test_logits_loss_and_gradient_equal_llava(language, llava, clip_dir, pixels) -> None:  # type: ignore[no-untyped-def]
     model, projector = llava
-    features = Transformers(path=clip_dir).load(CPU).encode(pixels)
+    features = Transformers(path=clip_dir).load(CPU, "float32").encode(pixels)
     samples = [tokenise(text, "plain", language.tokenizer, patches=16, max_length=99) for text in TEXTS]
     ids, labels = language.collate(samples)
     hidden = language.decoder(inputs_embeds=language.embed(ids, projector(features))).last_hidden_state
@@ -90,7 +92,7 @@ def test_logits_loss_and_gradient_equal_llava(language, llava, clip_dir, pixels)
 
 def test_greedy_answers_equal_llava(language, llava, clip_dir, pixels) -> None:  # type: ignore[no-untyped-def]
     model, projector = llava
-    features = Transformers(path=clip_dir).load(CPU).encode(pixels)
+    features = Transformers(path=clip_dir).load(CPU, "float32").encode(pixels)
     questions = ["what color is the star?", "how many?", "is there a blue cross in the image?"]
     samples = [
         tokenise(question(text), "chat", language.tokenizer, patches=16, max_length=99) for text in questions
@@ -112,6 +114,30 @@ def test_greedy_answers_equal_llava(language, llava, clip_dir, pixels) -> None: 
         theirs = language.tokenizer.decode(output[0, len(sample.ids) :], skip_special_tokens=True)
         assert ours[row] == theirs.strip()
         assert ours[row]
+
+
+def test_greedy_is_greedy_and_every_end_token_ends(llama_dir: Path, tmp_path: Path) -> None:
+    """Penalties and end tokens that a model ships with: the first are ignored, the second heeded."""
+    shutil.copytree(llama_dir, tmp_path / "m")
+    plain = FrozenLanguageModel(tmp_path / "m", dtype="float32", device=CPU)
+    samples = [tokenise(question("what color?"), "chat", plain.tokenizer, patches=2, max_length=99)]
+    projected = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
+    ids, attention = plain.collate_prompts(samples)
+
+    def said(language: FrozenLanguageModel) -> list[str]:
+        answer = language.generate(ids, attention, projected, max_new_tokens=8, stop=None)
+        return answer[0].split()
+
+    words = said(plain)
+    config = json.loads((tmp_path / "m/generation_config.json").read_text())
+    config |= {"repetition_penalty": 5.0, "do_sample": True, "temperature": 3.0}
+    (tmp_path / "m/generation_config.json").write_text(json.dumps(config))
+    assert said(FrozenLanguageModel(tmp_path / "m", dtype="float32", device=CPU)) == words
+    second = plain.tokenizer.get_vocab()[words[1]]
+    config["eos_token_id"] = [plain.tokenizer.eos_token_id, second]
+    (tmp_path / "m/generation_config.json").write_text(json.dumps(config))
+    ended = said(FrozenLanguageModel(tmp_path / "m", dtype="float32", device=CPU))
+    assert ended == words[: words.index(words[1]) + 1]
 
 
 def test_padding_changes_no_loss(language: FrozenLanguageModel) -> None:
@@ -182,6 +208,9 @@ def test_long_texts_are_cut(language: FrozenLanguageModel) -> None:
     tokens = tokenise(caption("star " * 50), "plain", language.tokenizer, patches=3, max_length=20)
     assert len(tokens.ids) == len(tokens.labels) == 20
     assert tokens.supervised == 16
+    for max_length in (2, 4):
+        with pytest.raises(ValueError, match=rf"max_length = {max_length} leaves no room"):
+            tokenise(caption("star"), "plain", language.tokenizer, patches=3, max_length=max_length)
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp2x_gelu"])

@@ -23,6 +23,7 @@ class House:
         for package in ("pipeline", "extract", "federate", "evaluate"):
             (root / package).symlink_to(ROOT / package)
         (root / "configs/demo").mkdir(parents=True)
+        (root / "configs/demo.mk").write_bytes((ROOT / "configs/demo.mk").read_bytes())
         demo = (ROOT / "configs/demo.toml").read_text()
         (root / "configs/demo.toml").write_text(demo.replace("rounds = 12", "rounds = 2"))
         for name in ("fedavg", "local_only"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from evaluate.compare import interval, pooled
 from evaluate.metrics import (
     caption_tokens,
     cider_d,
+    evalai_normalise,
     object_matches,
     pope_label,
     vqa_accuracy,
@@ -47,7 +49,15 @@ def test_pope_metrics(case: Mapping[str, Any], tmp_path) -> None:  # type: ignor
     answers = {item.id: text for item, text in zip(items, case["input"]["texts"], strict=True)}
     metrics = benchmark.score(items, answers)
     expected = case["expected"]
-    for ours, theirs in (("accuracy", "acc"), ("f1", "f1"), ("yes ratio", "yes_ratio")):
+    for ours, theirs in (
+        ("accuracy", "acc"),
+        ("f1", "f1"),
+        ("accuracy random", "acc"),
+        ("precision random", "precision"),
+        ("recall random", "recall"),
+        ("f1 random", "f1"),
+        ("yes ratio random", "yes_ratio"),
+    ):
         metric = metrics[ours]
         assert float(metric.value(metric.statistics.sum(0))) == pytest.approx(expected[theirs], abs=1e-6)
 
@@ -88,6 +98,11 @@ def test_vqa(case: Mapping[str, Any]) -> None:
         assert 100 * accuracy == pytest.approx(expected[key], abs=1e-6)
 
 
+@golden("textvqa")
+def test_evalai_answers(case: Mapping[str, Any]) -> None:
+    assert evalai_normalise(case["input"]["prediction"]) == case["expected"]["normalised_prediction"]
+
+
 @pytest.mark.parametrize(
     ("word", "normal"),
     [("dont", "don't"), ("couldntve", "couldntve"), ("couldn'tve", "couldn't've"), ("The 2 Dogs.", "2 dogs")],
@@ -105,7 +120,7 @@ def test_parsers_take_any_text(text: str) -> None:
 
 
 def test_object_matches_are_multisets_and_take_the_best_reference() -> None:
-    pattern = "red (?:star|ring)|blue star"
+    pattern = re.compile("Red (star|ring)|blue star", re.IGNORECASE)
     said = "A red star, a red star and a BLUE star"
     assert object_matches(said, ["a red star near a red ring"], pattern) == (1, 3, 2)
     assert object_matches(said, ["a red ring", "red star, blue star"], pattern) == (2, 3, 2)
@@ -117,6 +132,20 @@ def test_an_always_no_model_scores_without_dividing_by_zero(tmp_path) -> None:  
     metrics = Pope(questions={"random": tmp_path}).score(items, {item.id: "No" for item in items})
     score = interval(metrics["f1"], np.random.default_rng(0), 100)
     assert (score.value, score.low, score.high) == (0.0, 0.0, 0.0)
+
+
+def test_mean_f1_is_the_mean_over_splits(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    benchmark = Pope(questions={"random": tmp_path, "popular": tmp_path})
+    items = [
+        Item(f"{split}/{n}", str(n), question("?"), ("yes", "no")[n % 2])
+        for split in ("random", "popular")
+        for n in range(4)
+    ]
+    answers = {item.id: item.reference if item.id.startswith("random") else "no" for item in items}
+    metrics = benchmark.score(items, answers)
+    values = {name: float(metric.value(metric.statistics.sum(0))) for name, metric in metrics.items()}
+    assert (values["f1 random"], values["f1 popular"], values["f1"]) == (1.0, 0.0, 0.5)
+    assert (values["accuracy"], values["accuracy popular"]) == (0.75, 0.5)
 
 
 def test_the_interval_resamples_images_not_questions() -> None:

@@ -103,13 +103,39 @@ def test_webdataset_reads_texts_of_every_form(tmp_path: Path) -> None:
         {"__key__": "e", "png": picture(3), "json": b"{broken"},
         {"__key__": "a", "png": picture(4), "txt": b"again"},
     ]
-    write_shard(tmp_path / "0.tar", samples[:3])
-    write_shard(tmp_path / "1.tar", samples[3:])
+    write_shard(tmp_path / "0.tar", [*samples[:3], samples[5]])
+    write_shard(tmp_path / "1.tar", samples[3:5])
     records, skipped = split(list(WebDataset(path=f"{tmp_path}/{{0..1}}.tar").records()))
     assert [record.id for record in records] == ["a.png", "b.jpg", "c.webp"]
     assert records[0].texts == (Text((Turn("assistant", "Zwei Hunde"),)),)
     assert [text.kind for text in records[2].texts] == ["conversation", "caption", "caption"]
-    assert [item.place.split(":")[-1] for item in skipped] == ["d", "e", "a"]
+    assert [item.place.split(":")[-1] for item in skipped] == ["a", "d", "e"]
+
+
+def test_keys_that_start_again_in_every_shard_are_kept_apart(tmp_path: Path) -> None:
+    for shard in range(2):
+        samples = [{"__key__": "0000", "png": picture(shard), "txt": b"words"}]
+        write_shard(tmp_path / f"{shard}.tar", [samples[0], samples[0] | {"__key__": "0001"}])
+    records, skipped = split(list(WebDataset(path=f"{tmp_path}/*.tar").records()))
+    assert [record.id for record in records] == ["0000.png", "0001.png", "1/0000.png", "1/0001.png"]
+    assert not skipped
+
+
+def test_line_separators_inside_a_text_end_no_line(tmp_path: Path) -> None:
+    entry = {"image": "a.png", "caption": "one\u2028two\u0085three"}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(entry, ensure_ascii=False) + "\n", encoding="utf-8")
+    records, skipped = split(list(LlavaJson(path=path, images=tmp_path).records()))
+    assert records[0].texts[0].turns[0].content == entry["caption"]
+    assert not skipped
+
+
+def test_invalid_unicode_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text('[{"image": "a.png", "caption": "\\ud83d"}, {"image": "\\ud83d", "caption": "x"}]')
+    records, skipped = split(list(LlavaJson(path=path, images=tmp_path).records()))
+    assert not records
+    assert len(skipped) == 2
 
 
 def test_a_truncated_shard_loses_only_what_is_damaged(tmp_path: Path) -> None:

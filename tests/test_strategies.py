@@ -125,9 +125,9 @@ def test_fedavg_by_hand() -> None:
     assert twice.state["w"].tolist() == [[2.0, 8.0]]
 
 
-@pytest.mark.parametrize("rank", [1, 3, 0.5, 1.0])
-def test_fedcmp_with_its_parts_off_is_fedavg(rank: float) -> None:
-    fedcmp = FedCmp(rank=rank, **PLAIN)
+@pytest.mark.parametrize("size", [{"rank": 1}, {"rank": 3}, {"energy": 0.5}, {}])
+def test_fedcmp_with_its_parts_off_is_fedavg(size: dict) -> None:
+    fedcmp = FedCmp(**size, **PLAIN)
     ours = rounds(fedcmp, 3, lambda r: clients(5, r))
     assert_same(ours.state, rounds(FedAvg(), 3, lambda r: clients(5, r)).state)
 
@@ -176,11 +176,11 @@ def test_splitting_a_client_changes_nothing_without_reliability() -> None:
     )
 
 
-@pytest.mark.parametrize("rank", [2, 0.7, 1.0])
-def test_the_basis_stays_orthonormal(rank: float) -> None:
-    result = rounds(FedCmp(rank=rank), 8, lambda r: clients(4, r))
+@pytest.mark.parametrize("size", [{"rank": 2}, {"energy": 0.7}, {}])
+def test_the_basis_stays_orthonormal(size: dict) -> None:
+    result = rounds(FedCmp(**size), 8, lambda r: clients(4, r))
     for name in ("linear_1.weight", "linear_2.weight"):
-        basis, spectrum = canonical_basis(result.memory[f"gram/{name}"], rank)
+        basis, spectrum = canonical_basis(result.memory[f"gram/{name}"], **size)
         identity = torch.eye(basis.shape[1], dtype=torch.float64)
         torch.testing.assert_close(basis.T @ basis, identity, rtol=0, atol=1e-6)
         assert bool((spectrum[:-1] >= spectrum[1:]).all())
@@ -188,8 +188,10 @@ def test_the_basis_stays_orthonormal(rank: float) -> None:
 
 def test_canonical_basis_by_hand() -> None:
     gram = torch.diag(torch.tensor([1.0, 6.0, 3.0], dtype=torch.float64))
-    for rank, size in ((1, 1), (2, 2), (99, 3), (0.6, 1), (0.61, 2), (0.9, 2), (0.95, 3), (1.0, 3)):
-        basis, spectrum = canonical_basis(gram, rank)
+    cases = [({"rank": 1}, 1), ({"rank": 2}, 2), ({"rank": 99}, 3), ({}, 3), ({"rank": 1, "energy": 0.9}, 1)]
+    cases += [({"energy": share}, size) for share, size in ((0.6, 1), (0.61, 2), (0.9, 2), (0.95, 3))]
+    for options, size in cases:
+        basis, spectrum = canonical_basis(gram, **options)
         assert basis.shape == (3, size)
         assert spectrum.tolist() == pytest.approx([6.0, 3.0, 1.0][:size])
 

@@ -55,12 +55,14 @@ Answer = str | list[float]
 class Benchmark(Options, ABC):
     """A benchmark's options and rules; `version` changes whenever its scores do.
 
-    `asks` selects the template, `likelihood` whether answers are generated or references scored.
+    `asks` selects the template, `likelihood` whether answers are generated or references scored,
+    and `headlines` are the metrics that a summary shows.
     """
 
     version: ClassVar[int]
     asks: ClassVar[Literal["caption", "question"]] = "question"
     likelihood: ClassVar[bool] = False
+    headlines: ClassVar[tuple[str, ...]]
 
     silo: str | None = None
     max_new_tokens: int = Field(32, ge=1)
@@ -75,7 +77,7 @@ class Benchmark(Options, ABC):
 
     @abstractmethod
     def score(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, Metric]:
-        """Metrics of answered items, the headline first."""
+        """Metrics of answered items."""
 
     def show_reference(self, item: Item) -> str:
         """The reference as a person reads it."""

@@ -38,6 +38,7 @@ class Captions(Benchmark):
 
     version = 1
     asks = "caption"
+    headlines = ("object F1", "CIDEr-D")
 
     annotations: Path
     object_pattern: str | None = None
@@ -76,7 +77,7 @@ class Captions(Benchmark):
         reference_tokens = [[caption_tokens(text) for text in texts] for texts in references]
         metrics = {}
         if self.object_pattern is not None:
-            pattern = re.compile(self.object_pattern, re.IGNORECASE).pattern
+            pattern = re.compile(self.object_pattern, re.IGNORECASE)
             counts = [
                 object_matches(text, texts, pattern) for text, texts in zip(said, references, strict=True)
             ]

@@ -23,6 +23,7 @@ class HeldoutLoss(Benchmark):
     version = 1
     asks = "caption"
     likelihood = True
+    headlines = ("loss",)
 
     split: Literal["validation", "test"] = "test"
 

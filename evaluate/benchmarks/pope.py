@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ from evaluate.benchmarks.base import (
     Benchmark,
     Item,
     Metric,
-    averaged,
     field,
     ratio,
 )
@@ -28,13 +27,14 @@ from pipeline.prompts import question
 
 @BENCHMARKS.register("pope")
 class Pope(Benchmark):
-    """Accuracy over all splits, then accuracy and F1 of every split, their mean F1 and yes-ratio.
+    """Mean F1 over the splits and accuracy over all; then every split's official five figures.
 
     Args:
         questions: The official JSON-lines file of each split.
     """
 
     version = 1
+    headlines = ("f1", "accuracy")
 
     questions: dict[str, Path] = Field(min_length=1)
 
@@ -43,7 +43,7 @@ class Pope(Benchmark):
         items = []
         for split, path in self.questions.items():
             try:
-                lines = path.read_text(encoding="utf-8").splitlines()
+                lines = path.read_text(encoding="utf-8").split("\n")
             except OSError as error:
                 raise UserError(f"{path}: POPE questions cannot be read ({error.strerror})") from None
             for number, line in enumerate(lines, 1):
@@ -66,32 +66,39 @@ class Pope(Benchmark):
 
     def score(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, Metric]:
         """By POPE's own parsing rule."""
-        said = [pope_label(str(answers[item.id])) == "yes" for item in items]
-        true = [item.reference == "yes" for item in items]
-        right = [float(a == b) for a, b in zip(said, true, strict=True)]
-        splits = [item.id.split("/", 1)[0] for item in items]
-        names = list(dict.fromkeys(splits))
+        said = np.array([pope_label(str(answers[item.id])) == "yes" for item in items], float)
+        true = np.array([item.reference == "yes" for item in items], float)
+        splits = np.array([item.id.split("/", 1)[0] for item in items])
         images = [item.image for item in items]
-
-        def counts(split: str) -> np.ndarray:
-            """Per question: true positive, said yes, label yes."""
-            inside = np.array([name == split for name in splits])[:, None]
-            return (
-                np.array([[a and b, a, b] for a, b in zip(said, true, strict=True)]).reshape(-1, 3) * inside
-            )
+        names = list(dict.fromkeys(splits.tolist()))
+        # Per question: true positive, said yes, label yes, right, one.
+        counts = np.stack([said * true, said, true, said == true, np.ones_like(said)], 1)
+        by_split = np.concatenate([counts * (splits == name)[:, None] for name in names], 1)
 
         def mean_f1(sums: np.ndarray) -> np.ndarray:
-            parts = sums.reshape(*sums.shape[:-1], len(names), 3)
-            return ratio(2 * parts[..., 0], parts[..., 1] + parts[..., 2]).mean(-1)
+            return _f1(sums.reshape(*sums.shape[:-1], len(names), counts.shape[1])).mean(-1)
 
-        metrics = {
-            "accuracy": averaged(items, right),
-            "f1": Metric(
-                images, np.concatenate([counts(split) for split in names], 1).astype(float), mean_f1
-            ),
-        }
-        for split in names:
-            chosen = [place for place, name in enumerate(splits) if name == split]
-            metrics[f"accuracy {split}"] = averaged([items[i] for i in chosen], [right[i] for i in chosen])
-        metrics["yes ratio"] = averaged(items, [float(a) for a in said])
+        metrics = {"f1": Metric(images, by_split, mean_f1), "accuracy": Metric(images, counts, _accuracy)}
+        for name in names:
+            inside = splits == name
+            shown = [image for image, kept in zip(images, inside, strict=True) if kept]
+            for figure, value in _FIGURES.items():
+                metrics[f"{figure} {name}"] = Metric(shown, counts[inside], value)
         return metrics
+
+
+def _f1(sums: np.ndarray) -> np.ndarray:
+    return ratio(2 * sums[..., 0], sums[..., 1] + sums[..., 2])
+
+
+def _accuracy(sums: np.ndarray) -> np.ndarray:
+    return ratio(sums[..., 3], sums[..., 4])
+
+
+_FIGURES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "accuracy": _accuracy,
+    "precision": lambda sums: ratio(sums[..., 0], sums[..., 1]),
+    "recall": lambda sums: ratio(sums[..., 0], sums[..., 2]),
+    "f1": _f1,
+    "yes ratio": lambda sums: ratio(sums[..., 1], sums[..., 4]),
+}

@@ -35,6 +35,7 @@ class VqaV2(Benchmark):
     """
 
     version = 1
+    headlines = ("accuracy",)
 
     questions: Path
     annotations: Path

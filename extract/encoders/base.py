@@ -37,8 +37,8 @@ class Encoder(Options, ABC):
         """JSON value of everything that decides a feature: weights, layer, tokens, preprocessing."""
 
     @abstractmethod
-    def load(self, device: torch.device) -> LoadedEncoder:
-        """Load the weights."""
+    def load(self, device: str, dtype: str) -> LoadedEncoder:
+        """Load the weights onto a device, to compute in `dtype` (autocast where it is not float32)."""
 
 
 ENCODERS: Registry[Encoder] = Registry("encoder", "extract.encoders")

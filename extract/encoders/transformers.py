@@ -6,16 +6,19 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from PIL import Image
 from pydantic import Field
 
 from extract.encoders.base import ENCODERS, Encoder, LoadedEncoder
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.manifest import model_hashes
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from PIL import Image
+
+
+_FAMILIES = ("clip", "clip_vision_model")
 
 
 @ENCODERS.register("transformers")
@@ -39,33 +42,38 @@ class Transformers(Encoder):
         """Weights, configuration and preprocessing by SHA-256, and the options."""
         return {
             "name": "transformers",
-            "files": model_hashes(self.path),
+            "files": model_hashes(self.path, ["preprocessor_config.json"]),
             "layer": self.layer,
             "tokens": self.tokens,
             "pool": self.pool,
         }
 
-    def load(self, device: torch.device) -> LoadedEncoder:
+    def load(self, device: str, dtype: str) -> LoadedEncoder:
         """Load the tower without the blocks after `layer`.
 
         Raises:
             UserError: The directory holds no such model, or the options do not fit it.
         """
-        return _Loaded(self, device)
+        return _Loaded(self, device, dtype)
 
 
 class _Loaded(LoadedEncoder):
-    def __init__(self, options: Transformers, device: torch.device) -> None:
-        from transformers import AutoImageProcessor, AutoModel
+    def __init__(self, options: Transformers, device: str, dtype: str) -> None:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModel
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         where = f"extract.encoder.path = {options.path}"
         try:
+            family = AutoConfig.from_pretrained(options.path).model_type
+            if family not in _FAMILIES:
+                raise UserError(f"{where}: a model of type '{family}'; supported: {', '.join(_FAMILIES)}")
             self._processor = AutoImageProcessor.from_pretrained(options.path, backend="pil")
             model = AutoModel.from_pretrained(options.path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{where}: {str(error).strip().splitlines()[0]}") from None
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{where}: cannot be loaded: {one_line(error)}") from None
         tower = getattr(model, "vision_model", model)
         blocks = tower.encoder.layers
         keep = len(blocks) + 1 + options.layer
@@ -75,8 +83,14 @@ class _Loaded(LoadedEncoder):
             )
         tower.encoder.layers = blocks[:keep]
         self._tower = tower.to(device).float().eval().requires_grad_(False)
-        self._device, self._options = device, options
+        self._device, self._dtype, self._options = device, dtype, options
         config = tower.config
+        pixels = self.preprocess(Image.new("RGB", (config.image_size, config.image_size))).shape
+        if pixels != (3, config.image_size, config.image_size):
+            raise UserError(
+                f"{where}: its processor gives pixels {pixels}, its model takes images of "
+                f"{config.image_size}; set crop_size in preprocessor_config.json"
+            )
         self._side = config.image_size // config.patch_size
         if options.pool > 1 and (options.tokens != "patch" or self._side % options.pool):
             raise UserError(
@@ -92,8 +106,8 @@ class _Loaded(LoadedEncoder):
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         import torch
 
-        fast = self._device.type == "cuda"
-        with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=fast):
+        fast = self._dtype != "float32"
+        with torch.inference_mode(), torch.autocast(self._device, torch.bfloat16, enabled=fast):
             states = self._tower(pixels.to(self._device), output_hidden_states=True).hidden_states
         features = states[-1].float()
         if self._options.tokens == "patch":

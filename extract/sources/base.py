@@ -47,7 +47,7 @@ def stat_files(paths: Iterable[Path]) -> str:
         try:
             stat = path.stat()
             facts.append([path.name, stat.st_size, stat.st_mtime_ns])
-        except FileNotFoundError:
+        except OSError:
             facts.append([path.name, None, None])
     return fingerprint(facts)
 
@@ -56,15 +56,18 @@ def text_of(entry: Any, split: str) -> Text:
     """Read one text: a string, `{"caption": ...}` or LLaVA's `{"conversations": [...]}`.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: It is none of these, or not valid Unicode.
     """
     if isinstance(entry, str):
-        return caption(entry.strip(), split)
-    if isinstance(entry, dict) and "conversations" in entry:
-        return from_llava(entry["conversations"], split)
-    if isinstance(entry, dict) and isinstance(entry.get("caption"), str):
-        return caption(entry["caption"].strip(), split)
-    raise ValueError("neither 'conversations' nor 'caption' is in it")
+        text = caption(entry.strip(), split)
+    elif isinstance(entry, dict) and "conversations" in entry:
+        text = from_llava(entry["conversations"], split)
+    elif isinstance(entry, dict) and isinstance(entry.get("caption"), str):
+        text = caption(entry["caption"].strip(), split)
+    else:
+        raise ValueError("neither 'conversations' nor 'caption' is in it")
+    text.encode()
+    return text
 
 
 SOURCES: Registry[Source] = Registry("source", "extract.sources")

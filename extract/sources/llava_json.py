@@ -38,6 +38,7 @@ class LlavaJson(Source):
                 yield Skipped(place, "it names no image")
                 continue
             try:
+                image.encode()
                 text = text_of(entry, self.split)
             except ValueError as error:
                 yield Skipped(place, str(error))
@@ -51,11 +52,12 @@ class LlavaJson(Source):
 
     def identity(self) -> dict[str, Any]:
         """Content of the JSON; name, size and time of the images it names."""
+        names = self._names()
         return {
             "name": "llava_json",
             "split": self.split,
             "texts": sha256_file(self.path),
-            "images": stat_files(self.images / name for name in self._names()),
+            "images": stat_files(self.images / name for name in names),
         }
 
     def size(self) -> int:
@@ -76,7 +78,7 @@ class LlavaJson(Source):
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: not UTF-8 ({error}); convert it first") from None
         if self.path.suffix == ".jsonl":
-            lines = enumerate(text.splitlines(), 1)
+            lines = enumerate(text.split("\n"), 1)
             return [self._line(f"{self.path}:{number}", line) for number, line in lines if line.strip()]
         try:
             entries = json.loads(text)

@@ -48,7 +48,7 @@ class WebDataset(Source):
                 with shard.open("rb") as stream:
                     yield {"url": str(shard), "stream": stream}
 
-        seen: set[str] = set()
+        seen: dict[str, str] = {}
         files = tar_file_expander(opened(), handler=damaged)
         for sample in group_by_keys(files, handler=damaged):
             yield from problems
@@ -56,15 +56,18 @@ class WebDataset(Source):
             yield self._record(sample, seen)
         yield from problems
 
-    def _record(self, sample: dict[str, Any], seen: set[str]) -> Record | Skipped:
+    def _record(self, sample: dict[str, Any], seen: dict[str, str]) -> Record | Skipped:
         place = f"{sample['__url__']}:{sample['__key__']}"
         suffix = next((suffix for suffix in _IMAGE_SUFFIXES if suffix in sample), None)
         if suffix is None:
             return Skipped(place, f"no image ({', '.join(_IMAGE_SUFFIXES)}) in the sample")
         name = f"{sample['__key__']}.{suffix}"
+        if seen.get(name, sample["__url__"]) != sample["__url__"]:
+            # Keys that start again in every shard are told apart by the shard's name.
+            name = f"{Path(sample['__url__']).stem}/{name}"
         if name in seen:
             return Skipped(place, "a sample of this name came before")
-        seen.add(name)
+        seen[name] = sample["__url__"]
         try:
             if "json" in sample:
                 entries = json.loads(sample["json"])

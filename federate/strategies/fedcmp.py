@@ -41,7 +41,8 @@ class FedCmp(Strategy):
         warmup: First rounds in which reliability is off, so that rare honest silos are not
             punished before a consensus exists.
         equalise: Exponent of the spectral equalisation (a); 0 leaves the spectrum as it is.
-        rank: Size of the canonical basis, as a number (int) or a share of the energy (float).
+        rank: Directions in the canonical basis; all by default.
+        energy: Share of the energy that the basis must hold; with `rank`, the smaller basis.
         basis_momentum: Memory of G (b).
         momentum: Memory of the update within the basis (β).
         server_learning_rate: η_s.
@@ -52,7 +53,8 @@ class FedCmp(Strategy):
     consensus: float = Field(0.03, gt=0, lt=1)
     warmup: int = Field(1, ge=0)
     equalise: float = Field(1.0, ge=0)
-    rank: int | float = Field(1.0, gt=0)
+    rank: int | None = Field(None, ge=1)
+    energy: float = Field(1.0, gt=0, le=1)
     basis_momentum: float = Field(0.6, ge=0, lt=1)
     momentum: float = Field(0.3, ge=0, lt=1)
     server_learning_rate: float = Field(1.5, gt=0)
@@ -80,7 +82,7 @@ class FedCmp(Strategy):
                 reliabilities[client].append(r[client])
             mean = weighted_sum(deltas[name], _reweigh(shares, r))
             gram = self._gram(deltas[name], shares, memory.get(f"gram/{name}"))
-            basis, spectrum = canonical_basis(gram, self.rank)
+            basis, spectrum = canonical_basis(gram, self.rank, self.energy)
             step = mean + basis @ self._interference(basis.T @ mean, spectrum)
             if f"momentum/{name}" in memory:
                 transported = basis @ (basis.T @ memory[f"momentum/{name}"])
@@ -136,24 +138,24 @@ def agreement(deltas: dict[str, Tensor], shares: dict[str, float]) -> dict[str, 
     return cosines
 
 
-def canonical_basis(gram: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:
+def canonical_basis(gram: Tensor, rank: int | None = None, energy: float = 1.0) -> tuple[Tensor, Tensor]:
     """Leading eigenpairs of G, largest first.
 
     Args:
         gram: `(d_out, d_out)` float64, symmetric positive semidefinite.
-        rank: Number of directions (int), or share of the trace they must hold (float).
+        rank: Number of directions at most.
+        energy: Share of the trace they must hold.
 
     Returns:
         U `(d_out, r)` with orthonormal columns, and e `(r,)`.
     """
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    if isinstance(rank, int):
-        size = min(rank, len(values))
-    elif rank >= 1 or values.sum() == 0:
-        size = len(values)
-    else:
-        size = 1 + int((values.cumsum(0) < rank * values.sum()).sum())
+    size = len(values)
+    if energy < 1:
+        size = min(size, 1 + int((values.cumsum(0) < energy * values.sum()).sum()))
+    if rank is not None:
+        size = min(size, rank)
     return vectors[:, :size], values[:size]
 
 

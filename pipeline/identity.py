@@ -1,0 +1,43 @@
+"""What decides the bytes of a run besides its caches; both training and evaluation compare it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.config import Experiment
+from pipeline.device import pick_device, pick_dtype
+from pipeline.manifest import model_hashes
+
+FORMAT = {"name": "fedcmp-run", "version": 1}
+_LANGUAGE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def language_identity(experiment: Experiment) -> dict[str, Any]:
+    """The frozen LLM: SHA-256 of its files, and the dtype it computes in."""
+    options = experiment.language
+    return {
+        "files": model_hashes(options.path, _LANGUAGE_FILES),
+        "dtype": pick_dtype(options.dtype, pick_device(experiment.device)),
+    }
+
+
+def run_identity(experiment: Experiment) -> dict[str, Any]:
+    """JSON value of every option that decides the trained projector."""
+    return {
+        "format": FORMAT,
+        "seed": experiment.seed,
+        "federate": experiment.federate.model_dump(mode="json"),
+        "language": language_identity(experiment)
+        | {"template": experiment.language.template, "max_length": experiment.language.max_length},
+    }
