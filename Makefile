@@ -32,8 +32,6 @@ PATHS := --set experiment=$(EXPERIMENT) --set features=$(FEATURES) --set build=b
 INPUTS := FORCE
 -include configs/$(EXPERIMENT).mk
 
-# Waiting threads must not burn the cores that others compute on.
-export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help extract federate evaluate world test check lint clean FORCE

@@ -13,7 +13,7 @@ from typing import Any
 from evaluate import charts
 from evaluate.run import answers_of, benchmarks_of, prepare, read_manifest
 from pipeline.config import Experiment
-from pipeline.console import say
+from pipeline.console import say, table
 from pipeline.errors import UserError
 from pipeline.manifest import read_json, write_atomic, write_json
 
@@ -69,7 +69,8 @@ def write_report(experiments: Sequence[Experiment]) -> Path:
     write_atomic(out / "report.md", _markdown(experiment.experiment, results).encode())
     page = _html(experiment.experiment, results, _samples(experiments))
     write_atomic(out / "report.html", page.encode())
-    say(_markdown(experiment.experiment, results))
+    heads, rows = _summary(results, between="\n")
+    table(f"{experiment.experiment}: value and 95 % bootstrap interval over images", heads, rows)
     say(f"Report: {out / 'report.html'}")
     return out
 
@@ -106,22 +107,25 @@ def _headlines(results: Sequence[RunResult]) -> list[tuple[str, str]]:
     return [column for column in _columns(results) if column in wanted]
 
 
-def _cell(result: RunResult, column: tuple[str, str]) -> str:
+def _cell(result: RunResult, column: tuple[str, str], between: str) -> str:
     score = result.scores.get(column[0], {}).get(column[1])
     if score is None:
         return "-"
-    return f"{score['value']:.3f} ({score['low']:.3f}-{score['high']:.3f})"
+    return f"{score['value']:.3f}{between}({score['low']:.3f}-{score['high']:.3f})"
+
+
+def _summary(results: Sequence[RunResult], between: str = " ") -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the headline table."""
+    columns = _headlines(results)
+    heads = ["run", *(f"{benchmark}:{between}{metric}" for benchmark, metric in columns)]
+    return heads, [[result.name, *(_cell(result, each, between) for each in columns)] for result in results]
 
 
 def _markdown(experiment: str, results: Sequence[RunResult]) -> str:
-    columns = _headlines(results)
-    heads = ["run", *(f"{benchmark}: {metric}" for benchmark, metric in columns)]
+    heads, rows = _summary(results)
     lines = [f"# {experiment}", "", "Value and 95 % bootstrap interval over images.", ""]
     lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    lines += [
-        "| " + " | ".join([result.name, *(_cell(result, column) for column in columns)]) + " |"
-        for result in results
-    ]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

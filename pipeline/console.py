@@ -62,7 +62,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """Print a table; the first column is left-aligned, the others right-aligned."""
     view = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        view.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        view.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         view.add_row(*row)
     width = None if sys.stdout.isatty() else 200

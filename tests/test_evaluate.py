@@ -33,7 +33,8 @@ FIGURES = ("accuracy", "precision", "recall", "f1", "yes ratio")
 @pytest.fixture(scope="module")
 def evaluated(extracted: Path) -> Path:
     for name in ("judged", "other"):
-        assert call("federate", extracted, f"run={name}", f"seed={len(name)}").exit_code == 0
+        trained = call("federate", extracted, f"run={name}", f"seed={len(name)}")
+        assert trained.exit_code == 0, trained.output
     result = call("evaluate", extracted, "run=judged", "seed=6")
     assert result.exit_code == 0, result.output
     return extracted
