@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @experiment_options
 @click.option("--silo", "silos", multiple=True, metavar="NAME", help="Only this silo; repeatable.")
-@click.option("--overwrite", is_flag=True, help="Encode again where a cache was made differently.")
+@click.option("--overwrite", is_flag=True, help="Encode again what is there already.")
 def extract(config: Path, overrides: tuple[str, ...], silos: tuple[str, ...], overwrite: bool) -> None:
     """Encode every silo's images once and cache their patch features.
 

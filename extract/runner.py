@@ -20,16 +20,18 @@ from extract.sources.base import Skipped, Source
 from pipeline.cache import (
     STATUS,
     CacheWriter,
+    CorruptCacheError,
     FeatureCache,
     Identity,
     Row,
     differences,
     finish_commit,
+    started_key,
     to_storage,
     writing,
 )
 from pipeline.config import Extract
-from pipeline.console import Task
+from pipeline.console import Task, say
 from pipeline.errors import UserError
 from pipeline.manifest import provenance
 from pipeline.records import Record
@@ -53,19 +55,25 @@ def current(path: Path, identity: Identity, *, overwrite: bool) -> FeatureCache 
     """The committed cache if it is just what would be made now.
 
     Raises:
-        UserError: It was made by another encoder or in another way, and `overwrite` is not given.
+        UserError: What is there, whole or unfinished, was made by another encoder or in another way,
+            and `overwrite` is not given.
     """
     finish_commit(path)
-    if not (path / "manifest.json").is_file():
-        return None
-    cache = FeatureCache(path)
-    changed = differences(identity.key, cache.manifest["key"])
+    key = started_key(path)
+    changed = differences(identity.key, key) if key is not None else []
     if changed and not overwrite:
         raise UserError(
-            f"{path}: the configuration and this cache differ in {'; '.join(changed)}; set another "
+            f"{path}: the configuration and the cache there differ in {'; '.join(changed)}; set another "
             "'features' directory, or pass --overwrite to encode the silo again"
         )
-    return None if changed or cache.manifest["source"] != identity.source else cache
+    if overwrite or not (path / "manifest.json").is_file():
+        return None
+    try:
+        cache = FeatureCache(path)
+    except CorruptCacheError as error:
+        say(str(error))
+        return None
+    return cache if cache.manifest["source"] == identity.source else None
 
 
 def extract_silo(

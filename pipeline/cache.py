@@ -283,6 +283,15 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def started_key(path: Path) -> dict[str, Any] | None:
+    """The key of a silo's finished or unfinished cache, None where there is neither."""
+    for place in (path / "manifest.json", partial_path(path) / "_done" / "identity.json"):
+        content = read_json(place)
+        if content is not None:
+            return dict(content["key"])
+    return None
+
+
 def finish_commit(path: Path) -> None:
     """Give a whole partial cache its final name; also completes a commit that was interrupted."""
     partial, old = partial_path(path), path.with_name(path.name + ".old")
@@ -389,7 +398,7 @@ class FeatureCache:
             if len(chunk) != size + _CRC_BYTES or _crc(chunk[:size]) != chunk[size:].tobytes():
                 raise CorruptCacheError(
                     f"{self.path / _shard_name(shard)}: bytes {offset} to {offset + length} "
-                    f"(image '{self.ids[int(row)]}') fail their checksum; extract this silo again"
+                    f"(image '{self.ids[int(row)]}') fail their checksum; extract this silo with --overwrite"
                 )
             out[place] = chunk[:size].view(self._dtype).reshape(self.patches, self.d_vision)
         return out
@@ -408,7 +417,9 @@ class FeatureCache:
             end = data.size - _CRC_BYTES
             start = end - self._shard_images * 2 * _INDEX_DTYPE.itemsize
             if start < 0 or _crc(data[start:end]) != data[end:].tobytes():
-                raise CorruptCacheError(f"{path}: its index fails its checksum; extract this silo again")
+                raise CorruptCacheError(
+                    f"{path}: its index fails its checksum; extract this silo with --overwrite"
+                )
             self._shards[shard] = data, data[start:end].view(_INDEX_DTYPE).reshape(-1, 2)
         return self._shards[shard]
 

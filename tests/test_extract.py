@@ -228,6 +228,23 @@ def test_another_encoder_is_refused_until_overwritten(
     assert FeatureCache(tmp_path / "features/one.zarr").manifest["key"]["encoder"]["layer"] == -1
 
 
+def test_a_damaged_cache_is_encoded_again(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+    write_llava(tmp_path, 5)
+    source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
+    path = config(tmp_path, clip_dir, llama_dir, source)
+    assert run(path).exit_code == 0
+    whole = digest(tmp_path / "features")
+    shard = tmp_path / "features/one.zarr/features/patch/c/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert run(path).exit_code == 0
+    assert digest(tmp_path / "features") == whole
+    flipped = bytearray(shard.read_bytes())
+    flipped[7] ^= 1
+    shard.write_bytes(flipped)
+    assert run(path, "--overwrite").exit_code == 0
+    assert digest(tmp_path / "features") == whole
+
+
 def test_new_images_are_encoded(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
     write_llava(tmp_path, 5)
     source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
@@ -260,6 +277,9 @@ def test_killed_and_rerun_gives_the_same_bytes(tmp_path: Path, clip_dir: Path, l
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "b/features/one.zarr").exists()
+    refused = run(path, "--set", "extract.encoder.layer=-1")
+    assert refused.exit_code == 2
+    assert "encoder.layer: -1 here, -2 there" in refused.output
     result = run(path)
     assert result.exit_code == 0, result.output
     assert "resumed at shard" in result.output
