@@ -6,12 +6,16 @@
 
 EXPERIMENT ?= demo
 CONFIG := configs/$(EXPERIMENT).toml
+ifeq ($(wildcard $(CONFIG)),)
+$(error EXPERIMENT=$(EXPERIMENT): no $(CONFIG); there are $(patsubst configs/%.toml,%,$(wildcard configs/*.toml)))
+endif
+# The runs are the files of configs/<experiment>/, or the experiment's own file where there is no such folder.
 VARIANTS := $(wildcard configs/$(EXPERIMENT)/*.toml)
 RUNS := $(or $(notdir $(VARIANTS:.toml=)),$(EXPERIMENT))
 config_of = $(firstword $(wildcard configs/$(EXPERIMENT)/$(1).toml) $(CONFIG))
 
 BENCHMARKS := $(shell sed -n 's/^\[evaluate\.benchmarks\.\(.*\)\]/\1/p' $(CONFIG))
-FEATURES := $(or $(shell sed -n 's/^features *= *"\(.*\)".*/\1/p' $(CONFIG)),build/features)
+FEATURES := $(or $(shell sed -n "s/^features *= *.\([^\"']*\).*/\1/p" $(CONFIG)),build/features)
 RUN_DIR := build/runs/$(EXPERIMENT)
 SCORE_DIR := build/scores/$(EXPERIMENT)
 REPORT_DIR := build/report/$(EXPERIMENT)

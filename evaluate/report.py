@@ -152,6 +152,8 @@ def _samples(experiments: Sequence[Experiment]) -> list[Sample]:
                 question = item.text.turns[0].content.split("\n")[1]
                 reference = benchmark.show_reference(item)
                 samples.append(Sample(name, picture.read_bytes(), question, reference, said))
+    if not samples:
+        say(f"evaluate.images = '{folder}': no picture of the benchmarks is there; the report shows none")
     return samples
 
 

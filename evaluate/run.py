@@ -12,7 +12,7 @@ import numpy as np
 from evaluate.answers import answers_path, begin_answers, read_answers
 from evaluate.benchmarks.base import BENCHMARKS, Answer, Benchmark, Item
 from evaluate.compare import interval, pooled
-from pipeline.cache import FeatureCache, differences
+from pipeline.cache import FeatureCache, differences, open_cache
 from pipeline.config import Experiment
 from pipeline.console import progress, say, table
 from pipeline.device import pick_device
@@ -73,15 +73,17 @@ def prepare(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
     silo = benchmark.silo or experiment.evaluate.silo
     if silo is None:
         raise UserError(f"evaluate.benchmarks.{name}.silo is missing; name the silo of its images")
-    cache = FeatureCache(experiment.cache_path(silo))
+    cache = open_cache(experiment, silo)
     rows = usable_rows(cache)
     unique: dict[str, Item] = {}
     listed = benchmark.items(cache)
     for item in listed:
         unique.setdefault(item.id, item)
     items = [item for item in unique.values() if item.image in rows]
+    if not unique:
+        raise UserError(f"benchmark '{name}': its files hold no question")
     if not items:
-        example = next(iter(unique.values())).image if unique else "no question at all"
+        example = next(iter(unique.values())).image
         raise UserError(
             f"benchmark '{name}': none of its images (first: '{example}') is in {cache.path}; "
             "extract the silo that holds them"

@@ -70,6 +70,12 @@ class Stream:
         samples = np.stack([where, np.concatenate(texts)], axis=1)
         name = int.from_bytes(hashlib.sha256("\0".join(caches).encode()).digest()[:8], "little")
         self._samples = np.random.default_rng([seed, name]).permutation(samples)
+        if not len(samples):
+            others = sum(cache.texts for cache in self._caches)
+            raise UserError(
+                f"silo {', '.join(caches)} has no training text ({others} texts of other splits or without "
+                "a readable image); remove it from federate.silos, or mend its source and extract it again"
+            )
         if len(samples) < rounds:
             raise UserError(
                 f"silo {', '.join(caches)}: {len(samples)} training texts do not fill "

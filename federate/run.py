@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from federate import history
-from pipeline.cache import FeatureCache, differences, same_key
+from pipeline.cache import FeatureCache, differences, open_cache, same_key
 from pipeline.config import Experiment
 from pipeline.console import progress, say, table
 from pipeline.device import pick_device
@@ -23,7 +23,7 @@ def run(experiment: Experiment) -> Path:
     Raises:
         UserError: A cache is missing or of another encoder, or an option is wrong.
     """
-    caches = {name: FeatureCache(experiment.cache_path(name)) for name in experiment.federate.silos}
+    caches = {name: open_cache(experiment, name) for name in experiment.federate.silos}
     same_key(caches)
     out = experiment.run_path
     wanted = run_identity(experiment) | {"caches": {name: cache.content for name, cache in caches.items()}}
@@ -103,7 +103,7 @@ def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict
         {
             "experiment": experiment.experiment,
             "run": experiment.run,
-            "strategy": options.strategy.name,
+            "strategy": options.strategy.name if options.rounds else "none",
             "identity": wanted,
             "fingerprint": print_of_run,
             "cache_key": first.cache_key,

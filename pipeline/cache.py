@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.config import Experiment
+from pipeline.errors import UserError, did_you_mean
 from pipeline.manifest import (
     canonical,
     fingerprint,
@@ -422,6 +423,19 @@ class FeatureCache:
                 )
             self._shards[shard] = data, data[start:end].view(_INDEX_DTYPE).reshape(-1, 2)
         return self._shards[shard]
+
+
+def open_cache(experiment: Experiment, silo: str) -> FeatureCache:
+    """The cache of a silo of an experiment, or one that a partner site put beside them.
+
+    Raises:
+        UserError: There is none, with the nearest name where the silo is not configured either.
+    """
+    path = experiment.cache_path(silo)
+    if silo not in experiment.extract.silos and not path.exists():
+        hint = did_you_mean(silo, experiment.extract.silos)
+        raise UserError(f"no silo '{silo}' in extract.silos, and no cache {path}{hint}")
+    return FeatureCache(path)
 
 
 def same_key(caches: dict[str, FeatureCache]) -> None:

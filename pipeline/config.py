@@ -7,12 +7,13 @@ Paths are relative to the working directory.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pipeline.errors import UserError, did_you_mean
 
@@ -86,6 +87,14 @@ class Federate(Options):
     projector: Component = Component(name="mlp2x_gelu")
     optimizer: Optimizer = Optimizer()
     strategy: Component = Component(name="fedavg")
+
+    @field_validator("silos")
+    @classmethod
+    def _named_once(cls, silos: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in silos if silos.count(name) > 1})
+        if twice:
+            raise ValueError(f"names {', '.join(twice)} more than once")
+        return silos
 
 
 class Evaluate(Options):
@@ -167,7 +176,8 @@ def validate(model: type[Model], values: Mapping[str, Any], where: str, source: 
         raise UserError(f"{place}unknown key '{key}'{did_you_mean(location[-1], known)}")
     if problem["type"] == "missing":
         raise UserError(f"{place}'{key}' is missing; add it to the file or pass --set {key}=...")
-    raise UserError(f"{place}{key} = {problem['input']!r}: {problem['msg']}")
+    message = re.sub(r"valid dictionary.*", "table", problem["msg"]).replace("tuple", "list")
+    raise UserError(f"{place}{key} = {problem['input']!r}: {message}")
 
 
 def _fields(model: type[BaseModel], location: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ _LOG_EVERY_SECONDS = 30.0
 
 def say(text: str) -> None:
     """Print one line, unwrapped."""
-    Console(highlight=False, markup=False).print(text, soft_wrap=True)
+    Console(highlight=False, markup=False, emoji=False).print(text, soft_wrap=True)
 
 
 class Task:
@@ -66,4 +66,4 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         view.add_row(*row)
     width = None if sys.stdout.isatty() else 200
-    Console(highlight=False, width=width).print(view)
+    Console(highlight=False, markup=False, emoji=False, width=width).print(view)

@@ -11,8 +11,9 @@ class UserError(ValueError):
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The beginning of an error's message on one line, or its type where it has none."""
+    message = " ".join(str(error).split())
+    return message[:200] or type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

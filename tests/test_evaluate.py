@@ -170,7 +170,12 @@ def test_missing_images_and_duplicate_ids_are_counted(evaluated: Path, tmp_path:
     ("content", "message"),
     [
         ("{broken", "pope.json:1: not valid JSON"),
-        ('{"image": "a"}', "pope.json:1: no field 'question_id'"),
+        ("", "benchmark 'pope': its files hold no question"),
+        (
+            '{"question_id": 1, "image": "a.png", "text": "?", "label": "maybe"}',
+            "pope.json:1: label 'maybe' is neither yes nor no",
+        ),
+        ('{"image": "a"}', "pope.json:1: no field 'label'"),
         (
             '{"question_id": 1, "image": "a.png", "text": "?", "label": "no"}',
             "none of its images (first: 'a.png')",
@@ -183,6 +188,15 @@ def test_unfit_files_are_named(evaluated: Path, tmp_path: Path, content: str, me
     result = call("evaluate", evaluated, "run=judged", "seed=6", questions)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_labels_of_another_case_are_the_same_labels(evaluated: Path, tmp_path: Path) -> None:
+    text = (evaluated.parent / "pope.json").read_text()
+    (tmp_path / "pope.json").write_text(text.replace('"yes"', '"Yes "').replace('"no"', '"NO"'))
+    questions = f"evaluate.benchmarks.pope.questions={{ random = '{tmp_path}/pope.json' }}"
+    before = scores(evaluated, "judged", "pope")["metrics"]
+    assert call("score", evaluated, "run=judged", "seed=6", questions).exit_code == 0
+    assert scores(evaluated, "judged", "pope")["metrics"] == before
 
 
 def test_local_only_is_judged_by_its_silos_projectors(evaluated: Path) -> None:

@@ -213,7 +213,14 @@ def test_no_rounds_keep_the_initial_projector(extracted: Path) -> None:
             "federate.projector.name=mlp",
             "federate.projector.name: no projector is called 'mlp'; known: linear",
         ),
-        ("federate.silos=['clinic','nowhere']", "nowhere.zarr: this feature cache does not exist"),
+        ("federate.silos=['clinic','labb']", "no silo 'labb' in extract.silos"),
+        ("federate.silos=['clinic','labb']", "did you mean 'lab'?"),
+        ("federate.silos=['clinic','clinic']", "names clinic more than once"),
+        ("federate.silos='clinic'", "federate.silos = 'clinic': Input should be a valid list"),
+        (
+            "federate.silos=['clinic','heldout']",
+            "silo heldout has no training text (12 texts of other splits",
+        ),
     ],
 )
 def test_wrong_components_are_named(extracted: Path, override: str, message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -27,6 +29,14 @@ def test_the_strategy_of_the_readme_works(extracted: Path, monkeypatch: pytest.M
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     known = {name: STRATEGIES._classes[name] for name in STRATEGIES.names()}
     monkeypatch.setattr(STRATEGIES, "_classes", known)
+    linted = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--stdin-filename", "federate/strategies/median.py", "-"],
+        input=code,
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
+    assert linted.returncode == 0, linted.stdout
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     median = STRATEGIES.build(Component(name="median"), "federate.strategy")
     clients = [

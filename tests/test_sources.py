@@ -130,6 +130,24 @@ def test_line_separators_inside_a_text_end_no_line(tmp_path: Path) -> None:
     assert not skipped
 
 
+def test_empty_texts_and_images_elsewhere_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(picture(0))
+    entries = [
+        {"image": "a.png", "caption": "  "},
+        {"image": "../secret.png", "caption": "x"},
+        {"image": str(tmp_path / "secret.png"), "caption": "x"},
+    ]
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(entries))
+    records, skipped = split(list(LlavaJson(path=path, images=tmp_path / "images").records()))
+    assert not records
+    assert [item.reason for item in skipped] == [
+        "a text in it is empty",
+        "its image '../secret.png' lies outside 'images'",
+        f"its image '{tmp_path}/secret.png' lies outside 'images'",
+    ]
+
+
 def test_invalid_unicode_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "pairs.json"
     path.write_text('[{"image": "a.png", "caption": "\\ud83d"}, {"image": "\\ud83d", "caption": "x"}]')

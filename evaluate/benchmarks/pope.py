@@ -54,12 +54,15 @@ class Pope(Benchmark):
                     entry = json.loads(line)
                 except ValueError as error:
                     raise UserError(f"{place}: not valid JSON: {error}") from None
+                label = str(field(entry, "label", place)).strip().lower()
+                if label not in ("yes", "no"):
+                    raise UserError(f"{place}: label {entry['label']!r} is neither yes nor no")
                 items.append(
                     Item(
                         f"{split}/{field(entry, 'question_id', place)}",
                         field(entry, "image", place),
                         question(field(entry, "text", place) + SHORT_ANSWER),
-                        field(entry, "label", place),
+                        label,
                     )
                 )
         return items

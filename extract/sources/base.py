@@ -56,7 +56,7 @@ def text_of(entry: Any, split: str) -> Text:
     """Read one text: a string, `{"caption": ...}` or LLaVA's `{"conversations": [...]}`.
 
     Raises:
-        ValueError: It is none of these, or not valid Unicode.
+        ValueError: It is none of these, empty, or not valid Unicode.
     """
     if isinstance(entry, str):
         text = caption(entry.strip(), split)
@@ -66,6 +66,8 @@ def text_of(entry: Any, split: str) -> Text:
         text = caption(entry["caption"].strip(), split)
     else:
         raise ValueError("neither 'conversations' nor 'caption' is in it")
+    if not all(turn.content.strip() for turn in text.turns):
+        raise ValueError("a text in it is empty")
     text.encode()
     return text
 

@@ -37,6 +37,9 @@ class LlavaJson(Source):
             if not isinstance(image, str) or not image:
                 yield Skipped(place, "it names no image")
                 continue
+            if Path(image).is_absolute() or ".." in Path(image).parts:
+                yield Skipped(place, f"its image '{image}' lies outside 'images'")
+                continue
             try:
                 image.encode()
                 text = text_of(entry, self.split)
