@@ -30,7 +30,7 @@ import google_crc32c
 import numpy as np
 
 from pipeline.config import Experiment
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import UserError, did_you_mean, one_line
 from pipeline.manifest import (
     canonical,
     fingerprint,
@@ -344,32 +344,37 @@ class FeatureCache:
         """SHA-256 of the table of files: equal content, equal training."""
         return fingerprint(self.manifest["files"])
 
-    @cached_property
-    def _zarr(self) -> Any:
+    def _array(self, name: str) -> np.ndarray:
+        """A small array, whole; zarr checks its crc32c."""
         import zarr
 
-        return zarr.open_group(self.path, mode="r", zarr_format=3)
+        try:
+            return zarr.open_array(self.path / name, mode="r", zarr_format=3)[:]  # type: ignore[return-value]
+        except Exception as error:
+            raise CorruptCacheError(
+                f"{self.path / name}: {one_line(error)}; extract this silo with --overwrite"
+            ) from None
 
     @cached_property
     def ids(self) -> list[str]:
         """Image ids in row order."""
-        offsets, data = self._zarr["images/id_offsets"][:], self._zarr["images/id_bytes"][:].tobytes()
+        offsets, data = self._array("images/id_offsets"), self._array("images/id_bytes").tobytes()
         return [data[start:end].decode() for start, end in pairwise(offsets)]
 
     @cached_property
     def status(self) -> np.ndarray:
         """`(images,)` uint8: index into `STATUS`; only rows with 0 have features."""
-        return self._zarr["images/status"][:]
+        return self._array("images/status")
 
     @cached_property
     def text_image(self) -> np.ndarray:
         """`(texts,)` int64: the image row of each text."""
-        return self._zarr["texts/image_index"][:]
+        return self._array("texts/image_index")
 
     @cached_property
     def _text_arrays(self) -> tuple[np.ndarray, bytes, np.ndarray, np.ndarray]:
-        group = self._zarr["texts"]
-        return group["offsets"][:], group["bytes"][:].tobytes(), group["kind"][:], group["split"][:]
+        data = self._array("texts/bytes").tobytes()
+        return self._array("texts/offsets"), data, self._array("texts/kind"), self._array("texts/split")
 
     def text(self, index: int) -> Text:
         """One text."""

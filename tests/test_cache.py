@@ -112,6 +112,21 @@ def test_every_flipped_feature_byte_is_found(tmp_path: Path) -> None:
     FeatureCache(cache.path).read(range(4))
 
 
+@pytest.mark.parametrize("name", ["texts/bytes", "texts/offsets", "images/status", "images/id_bytes"])
+def test_a_flipped_byte_in_texts_or_ids_is_found(tmp_path: Path, name: str) -> None:
+    cache = write(tmp_path / "s.zarr", some())
+    (chunk,) = (file for file in (cache.path / name / "c").rglob("*") if file.is_file())
+    damaged = bytearray(chunk.read_bytes())
+    damaged[3] ^= 1
+    chunk.write_bytes(damaged)
+
+    def use(damaged_cache: FeatureCache) -> tuple[object, ...]:
+        return damaged_cache.ids, damaged_cache.usable_texts("train"), damaged_cache.text(0)
+
+    with pytest.raises(CorruptCacheError, match=rf"{name}.*--overwrite"):
+        use(FeatureCache(cache.path))
+
+
 def test_truncated_missing_or_linked_files_are_refused(tmp_path: Path) -> None:
     cache = write(tmp_path / "s.zarr", some())
     shard = cache.path / "features/patch/c/1/0/0"
