@@ -112,7 +112,7 @@ def test_every_flipped_feature_byte_is_found(tmp_path: Path) -> None:
     FeatureCache(cache.path).read(range(4))
 
 
-@pytest.mark.parametrize("name", ["texts/bytes", "texts/offsets", "images/status", "images/id_bytes"])
+@pytest.mark.parametrize("name", ["texts/bytes", "texts/offsets", "texts/image_index", "images/id_bytes"])
 def test_a_flipped_byte_in_texts_or_ids_is_found(tmp_path: Path, name: str) -> None:
     cache = write(tmp_path / "s.zarr", some())
     (chunk,) = (file for file in (cache.path / name / "c").rglob("*") if file.is_file())
