@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +26,17 @@ FORMAT = {"name": "fedcmp-scores", "version": 1}
 class Work:
     """One benchmark of one run: what to answer and where answers and scores go.
 
-    `missing` counts items whose image has no cached features; `duplicates` items whose id came
-    before. Neither is answered or scored.
+    `rows` are the cache rows of images by name. `missing` counts items whose image has no cached
+    features, `duplicates` items whose id came before; neither is answered or scored.
     """
 
     name: str
     benchmark: Benchmark
     cache: FeatureCache
     items: list[Item]
+    rows: dict[str, int]
     missing: int
     duplicates: int
-
-    @cached_property
-    def rows(self) -> dict[str, int]:
-        """Cache row of every image that has features."""
-        return usable_rows(self.cache)
-
-
-def usable_rows(cache: FeatureCache) -> dict[str, int]:
-    """Row of every image of a cache that has features, by id."""
-    return {name: row for row, name in enumerate(cache.ids) if cache.status[row] == 0}
 
 
 def benchmarks_of(experiment: Experiment, only: tuple[str, ...] = ()) -> dict[str, Benchmark]:
@@ -74,7 +64,7 @@ def prepare(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
     if silo is None:
         raise UserError(f"evaluate.benchmarks.{name}.silo is missing; name the silo of its images")
     cache = open_cache(experiment, silo)
-    rows = usable_rows(cache)
+    rows = {image: row for row, image in enumerate(cache.ids) if cache.status[row] == 0}
     unique: dict[str, Item] = {}
     listed = benchmark.items(cache)
     for item in listed:
@@ -88,7 +78,7 @@ def prepare(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
             f"benchmark '{name}': none of its images (first: '{example}') is in {cache.path}; "
             "extract the silo that holds them"
         )
-    return Work(name, benchmark, cache, items, len(unique) - len(items), len(listed) - len(unique))
+    return Work(name, benchmark, cache, items, rows, len(unique) - len(items), len(listed) - len(unique))
 
 
 def key_of(experiment: Experiment, work: Work, manifest: dict[str, Any], projector: str) -> dict[str, Any]:
@@ -121,7 +111,7 @@ def read_manifest(experiment: Experiment) -> dict[str, Any]:
     manifest: dict[str, Any] | None = read_json(path / "manifest.json")
     if manifest is None:
         raise UserError(f"{path}: no finished run here; run 'fedcmp federate' first")
-    trained = {name: value for name, value in manifest["identity"].items() if name != "caches"}
+    trained = {name: value for name, value in manifest.get("identity", {}).items() if name != "caches"}
     changed = differences(run_identity(experiment), trained)
     if changed:
         raise UserError(

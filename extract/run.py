@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from functools import cache
 
@@ -61,7 +62,12 @@ def run(experiment: Experiment, *, only: Sequence[str], overwrite: bool) -> list
             outcomes.append(Outcome(done, "unchanged", 0.0))
             continue
         with progress(name, source.size(), "images") as task:
-            outcomes.append(extract_silo(path, source, identity, loaded(), options, device, task))
+            try:
+                outcomes.append(extract_silo(path, source, identity, loaded(), options, device, task))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise UserError(f"{path}: the disk is full; free some space and rerun to go on") from None
     listing, names = experiment.features / "silos.txt", "".join(f"{name}\n" for name in options.silos)
     if not only and (not listing.is_file() or listing.read_text() != names):
         write_atomic(listing, names.encode())

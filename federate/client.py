@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from federate.batches import Batch
 from federate.strategies.base import State
@@ -17,8 +17,6 @@ from pipeline.config import Optimizer
 from pipeline.errors import UserError
 from pipeline.language import FrozenLanguageModel
 from pipeline.projector import state_of
-
-Objective = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def run(experiment: Experiment) -> Path:
     wanted = run_identity(experiment) | {"caches": {name: cache.content for name, cache in caches.items()}}
     manifest = read_json(out / "manifest.json")
     if manifest is not None:
-        changed = differences(wanted, manifest["identity"])
+        changed = differences(wanted, manifest.get("identity", {}))
         if not changed:
             say(f"{out}: nothing to do, this run is what the configuration asks for")
             return out

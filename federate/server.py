@@ -16,6 +16,7 @@ from federate.batches import Stream
 from federate.client import train_locally
 from federate.strategies.base import Memory, State, Strategy, Update, check
 from pipeline.config import Optimizer
+from pipeline.errors import UserError
 from pipeline.language import FrozenLanguageModel
 from pipeline.manifest import write_atomic
 
@@ -42,11 +43,19 @@ class Progress:
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> Progress | None:
-        """Read a checkpoint, or None where there is none of this configuration."""
+        """Read a checkpoint, or None where there is none of this configuration.
+
+        Raises:
+            UserError: The file is no checkpoint.
+        """
         if not path.is_file():
             return None
-        saved = torch.load(path, weights_only=True)
-        return cls(**saved) if saved.pop("fingerprint") == fingerprint else None
+        try:
+            saved = torch.load(path, weights_only=True)
+            ours = saved.pop("fingerprint") == fingerprint
+        except Exception:
+            raise UserError(f"{path}: damaged, not a checkpoint; delete it to train from the start") from None
+        return cls(**saved) if ours else None
 
 
 def run_rounds(

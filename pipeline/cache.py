@@ -288,7 +288,7 @@ def started_key(path: Path) -> dict[str, Any] | None:
     """The key of a silo's finished or unfinished cache, None where there is neither."""
     for place in (path / "manifest.json", partial_path(path) / "_done" / "identity.json"):
         content = read_json(place)
-        if content is not None:
+        if content is not None and "key" in content:
             return dict(content["key"])
     return None
 
@@ -325,7 +325,9 @@ class FeatureCache:
             state = "is unfinished" if partial_path(path).exists() else "does not exist"
             raise UserError(f"{path}: this feature cache {state}; run 'fedcmp extract' first")
         if self.manifest.get("format") != FORMAT:
-            raise UserError(f"{path}: format {self.manifest.get('format')} is not {FORMAT}; extract it again")
+            raise UserError(
+                f"{path}: format {self.manifest.get('format')} is not {FORMAT}; extract it with --overwrite"
+            )
         for name, (size, _) in self.manifest["files"].items():
             file = path / name
             if file.is_symlink() or not file.is_file() or file.stat().st_size != size:

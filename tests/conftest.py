@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -25,6 +26,15 @@ def picture(seed: int, size: tuple[int, int] = (70, 52), form: str = "png") -> b
     buffer = io.BytesIO()
     small.resize(size).save(buffer, form)
     return buffer.getvalue()
+
+
+def digest(folder: Path) -> str:
+    """Hash of every file's name and bytes."""
+    parts = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            parts.update(str(file.relative_to(folder)).encode() + file.read_bytes())
+    return parts.hexdigest()
 
 
 CAPTIONS = (

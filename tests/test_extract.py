@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import shutil
@@ -14,22 +13,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import ROOT, picture, write_llava, write_shard
+from conftest import ROOT, digest, picture, write_llava, write_shard
 from PIL import Image
 
 from extract.encoders.transformers import Transformers
 from pipeline.cache import FeatureCache, partial_path
 from pipeline.cli import main
 from pipeline.errors import UserError
-
-
-def digest(folder: Path) -> str:
-    """Hash of every file's name and bytes, but for what says when and where it was made."""
-    parts = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            parts.update(str(file.relative_to(folder)).encode() + file.read_bytes())
-    return parts.hexdigest()
 
 
 def config(root: Path, clip_dir: Path, llama_dir: Path, source: str, more: str = "") -> Path:
@@ -243,6 +233,20 @@ def test_a_damaged_cache_is_encoded_again(tmp_path: Path, clip_dir: Path, llama_
     shard.write_bytes(flipped)
     assert run(path, "--overwrite").exit_code == 0
     assert digest(tmp_path / "features") == whole
+
+
+@pytest.mark.parametrize("content", ["{}", "{broken"])
+def test_a_foreign_manifest_is_one_line(
+    tmp_path: Path, clip_dir: Path, llama_dir: Path, content: str
+) -> None:
+    write_llava(tmp_path, 5)
+    source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
+    path = config(tmp_path, clip_dir, llama_dir, source)
+    assert run(path).exit_code == 0
+    (tmp_path / "features/one.zarr/manifest.json").write_text(content)
+    result = run(path)
+    assert result.exit_code == 2
+    assert "--overwrite" in result.output or "delete it and run again" in result.output
 
 
 def test_new_images_are_encoded(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:

@@ -283,6 +283,15 @@ def test_a_checkpoint_of_another_config_is_not_taken(extracted: Path) -> None:
     assert projector_bytes(extracted, "stale") == projector_bytes(extracted, "plain")
 
 
+def test_a_damaged_checkpoint_is_one_line(extracted: Path) -> None:
+    out = folder(extracted, "damaged")
+    out.mkdir(parents=True)
+    (out / "checkpoint.pt").write_bytes(b"garbage")
+    result = run(extracted, "run=damaged")
+    assert result.exit_code == 2
+    assert "damaged/checkpoint.pt: damaged, not a checkpoint; delete it" in result.output
+
+
 def test_a_corrupt_cache_is_never_trained_on(extracted: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, digest
 
 from extract.sources.base import Skipped
 from extract.sources.llava_json import LlavaJson
 from extract.sources.webdataset import WebDataset
 from pipeline.world import models, train_language, train_vision
-from pipeline.world.scenes import COLOURS, DOMAINS, SHAPES, SIZE, Content, Scene, render
+from pipeline.world.scenes import COLOURS, DOMAINS, SHAPES, SIZE, SIZES, Content, Scene, Thing, render
 from pipeline.world.texts import (
+    PLACES,
     absent_pairs,
     caption,
     exists_questions,
-    parse_things,
     short_questions,
 )
 from pipeline.world.write import Amounts, write
@@ -31,6 +31,17 @@ WEIGHTS = ROOT / "pipeline/world/weights"
 def scenes(number: int, seed: int = 0) -> list[Scene]:
     rng = np.random.default_rng(seed)
     return [Content().sample(rng) for _ in range(number)]
+
+
+THING = re.compile(
+    rf"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) at the ({'|'.join(PLACES)})"
+)
+
+
+def parse_things(text: str) -> list[Thing]:
+    return [
+        Thing(colour, shape, size, PLACES.index(place)) for size, colour, shape, place in THING.findall(text)
+    ]
 
 
 def test_captions_say_just_what_is_there() -> None:
@@ -68,14 +79,6 @@ def test_pictures_depend_on_scene_and_generator_alone(domain: str) -> None:
     assert pictures[0].dtype == np.uint8
     assert (pictures[0] == pictures[1]).all()
     assert (pictures[0] != pictures[2]).any()
-
-
-def digest(folder: Path) -> str:
-    parts = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            parts.update(str(file.relative_to(folder)).encode() + file.read_bytes())
-    return parts.hexdigest()
 
 
 def test_the_written_world_is_reproducible_and_read_by_the_ordinary_sources(tmp_path: Path) -> None:

@@ -55,19 +55,6 @@ def caption(scene: Scene) -> str:
     )
 
 
-_THING = re.compile(
-    rf"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) at the ({'|'.join(PLACES)})"
-)
-
-
-def parse_things(text: str) -> list[Thing]:
-    """Things named in a caption, the inverse of `caption` on well-formed text."""
-    return [
-        Thing(colour=colour, shape=shape, size=size, cell=PLACES.index(place))
-        for size, colour, shape, place in _THING.findall(text)
-    ]
-
-
 def exists(colour: str, shape: str) -> str:
     """The POPE question for an object."""
     article = "an" if colour == "orange" else "a"
