@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pipeline.config import Options
@@ -18,12 +19,37 @@ Memory = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What a client minimises besides its loss: ⟨linear, w⟩ + proximal / 2 · ‖w - w_t‖².
+
+    FedProx, SCAFFOLD and FedDyn are all of this form; w_t is where the client starts.
+    """
+
+    proximal: float = 0.0
+    linear: State | None = None
+
+
+@dataclass(frozen=True)
 class Update:
-    """What one client sends: its trained projector and the number of samples it saw."""
+    """What one client sends: its trained projector and what it saw.
+
+    Attributes:
+        client: Its name.
+        state: Its projector, float32.
+        samples: Samples of this round.
+        steps: Local optimiser steps of this round.
+        gradient: Mean stochastic gradient of the loss along the local path, where the strategy
+            `wants` it.
+        alignment: How much each weight matrix contributes to the alignment of visual tokens with
+            text embeddings, by name, where the strategy `wants` it.
+    """
 
     client: str
     state: State
     samples: int
+    steps: int = 1
+    gradient: State | None = None
+    alignment: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -39,11 +65,30 @@ class Strategy(Options, ABC):
     """A way to fuse client projectors; its options are its fields.
 
     `pooled`: all silos form a single client. `personal`: clients go on from their own projectors
-    and never receive the global one.
+    and never receive the global one. `wants`: optional fields of `Update` it cannot do without.
+
+    Args:
+        proximal: FedProx's μ: pulls clients towards where they started (arXiv 1812.06127).
     """
 
     pooled: ClassVar[bool] = False
     personal: ClassVar[bool] = False
+    wants: ClassVar[frozenset[str]] = frozenset()
+
+    proximal: float = Field(0.0, ge=0)
+
+    def begin(self, state: State, samples: Mapping[str, int]) -> Memory:
+        """Memory before the first round.
+
+        Args:
+            state: Initial global projector.
+            samples: Every client's samples over the whole pass.
+        """
+        return {}
+
+    def objective(self, client: str, memory: Memory) -> Objective:
+        """What a client minimises besides its loss in the next round."""
+        return Objective(self.proximal)
 
     @abstractmethod
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
@@ -52,7 +97,7 @@ class Strategy(Options, ABC):
         Args:
             state: Global projector the clients started from, float32.
             updates: At least one, in any order, with the keys and shapes of `state`.
-            memory: What the last round returned; empty in the first.
+            memory: What `begin` or the last round returned.
         """
 
 
@@ -90,4 +135,27 @@ def data_weights(updates: Sequence[Update]) -> dict[str, float]:
 
 def weighted_sum(tensors: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Σ_k w_k T_k in float64, in order of client names, so that arrival order does not matter."""
-    return torch.stack([weights[client] * tensors[client].double() for client in sorted(tensors)]).sum(0)
+    total = torch.zeros_like(next(iter(tensors.values())), dtype=torch.float64)
+    for client in sorted(tensors):
+        total.add_(tensors[client], alpha=weights[client])
+    return total
+
+
+def deltas(name: str, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
+    """D_k = W_k - W of one parameter by client, float64, in order of client names."""
+    old = state[name].double()
+    return {
+        update.client: update.state[name].double() - old
+        for update in sorted(updates, key=lambda update: update.client)
+    }
+
+
+def mean_update(state: State, updates: Sequence[Update], weights: Mapping[str, float] | None = None) -> State:
+    """Σ_k w_k D_k of every parameter, float64; weights are the data shares by default."""
+    weights = weights or data_weights(updates)
+    return {name: weighted_sum(deltas(name, state, updates), weights) for name in state}
+
+
+def moved(state: State, step: State, rate: float = 1.0) -> State:
+    """W + rate · step of every parameter, in the dtype of W."""
+    return {name: (old.double() + rate * step[name]).to(old.dtype) for name, old in state.items()}

@@ -14,22 +14,24 @@ from federate.strategies.base import (
     Strategy,
     Update,
     data_weights,
-    weighted_sum,
+    mean_update,
+    moved,
 )
 
 
 @STRATEGIES.register("fedavg")
 class FedAvg(Strategy):
-    """W ← W + η_s Σ_k p_k (W_k - W)."""
+    """W ← W + η_s Σ_k p_k (W_k - W).
+
+    Args:
+        server_learning_rate: η_s; 1 gives the average of the clients.
+    """
 
     server_learning_rate: float = Field(1.0, gt=0)
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Average client projectors by number of samples."""
-        weights = data_weights(updates)
-        fused = {}
-        for name, old in state.items():
-            mean = weighted_sum({update.client: update.state[name] for update in updates}, weights)
-            step = self.server_learning_rate * (mean - old.double())
-            fused[name] = (old.double() + step).to(old.dtype)
-        return Aggregate(fused, memory, {"weight": weights})
+        step = mean_update(state, updates)
+        return Aggregate(
+            moved(state, step, self.server_learning_rate), memory, {"weight": data_weights(updates)}
+        )
