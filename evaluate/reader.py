@@ -13,7 +13,7 @@ from evaluate.benchmarks.base import Answer, Benchmark, Item
 from pipeline.cache import FeatureCache
 from pipeline.language import FrozenLanguageModel
 from pipeline.manifest import canonical
-from pipeline.prompts import Tokens, stop_string, tokenise
+from pipeline.prompts import Tokens, stop_string, tokenise_all
 
 
 @dataclass(frozen=True)
@@ -57,28 +57,26 @@ def answer(
     template = reader.template if benchmark.asks == "caption" else reader.question_template
     language = reader.language
 
-    def tokens_of(item: Item) -> Tokens:
-        return tokenise(
-            item.text,
-            template,
-            language.tokenizer,
-            patches=reader.cache.patches,
-            max_length=reader.max_length,
-        )
-
-    prompts = sorted(((tokens_of(item), item) for item in items), key=lambda pair: len(pair[0].ids))
+    tokens = tokenise_all(
+        [item.text for item in items],
+        template,
+        language.tokenizer,
+        patches=reader.cache.patches,
+        max_length=reader.max_length,
+    )
+    prompts = sorted(zip(tokens, items, strict=True), key=lambda pair: len(pair[0].ids))
     with path.open("ab") as file:
         for start in range(0, len(prompts), reader.batch_size):
             batch = prompts[start : start + reader.batch_size]
             features = reader.cache.tensor([rows[item.image] for _, item in batch])
             with torch.inference_mode():
                 projected = reader.projector(features.float().to(language.device))
-            tokens = [each for each, _ in batch]
+            asked = [each for each, _ in batch]
             replies: Iterator[Answer]
             if benchmark.likelihood:
-                replies = iter(_likelihoods(language, tokens, projected))
+                replies = iter(_likelihoods(language, asked, projected))
             else:
-                ids, attention = language.collate_prompts(tokens)
+                ids, attention = language.collate_prompts(asked)
                 replies = iter(
                     language.generate(
                         ids,

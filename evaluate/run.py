@@ -142,20 +142,22 @@ def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> None:
                 pending.append((work, projector, left, path))
     if pending:
         with locked(experiment.scores_path / ".lock", str(experiment.scores_path)):
-            _answer(experiment, pending, manifest["identity"]["language"]["dtype"])
+            _answer(experiment, pending, manifest["identity"]["language"])
     else:
         say(f"{experiment.run}: nothing to answer, every answer is saved")
     _score(experiment, manifest, works)
 
 
-def _answer(experiment: Experiment, pending: list[tuple[Work, str, list[Item], Path]], dtype: str) -> None:
+def _answer(
+    experiment: Experiment, pending: list[tuple[Work, str, list[Item], Path]], model: dict[str, Any]
+) -> None:
     from evaluate.reader import Reader, answer
-    from pipeline.language import FrozenLanguageModel
+    from pipeline.language import load_language
     from pipeline.projector import load_projector
 
     options = experiment.language
     device = pick_device(experiment.device)
-    language = FrozenLanguageModel(options.path, dtype=dtype, device=device)
+    language = load_language(options.path, model["dtype"], device, fingerprint(model["files"]))
     total = sum(len(left) for _, _, left, _ in pending)
     with progress(f"{experiment.run}: answers", total, "answers") as task:
         for work, name, left, path in pending:

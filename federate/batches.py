@@ -1,9 +1,9 @@
-"""A client's stream: every training text of its silos once, shuffled, split over the rounds."""
+"""A client's stream: every training text of its silos once, shuffled, split over its turns."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,10 @@ from torch import Tensor
 from pipeline.cache import FeatureCache
 from pipeline.errors import UserError
 from pipeline.language import FrozenLanguageModel
-from pipeline.prompts import tokenise
+from pipeline.manifest import fingerprint
+from pipeline.prompts import tokenise_all
+
+_TOKENISED_AHEAD = 256
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,11 @@ class Stream:
         template: How texts become prompts.
         max_length: Tokens a sample may have.
         batch_size: Samples a step.
-        rounds: Rounds the pass is split over.
+        turns: Rounds the client takes part in, which the pass is split over.
         seed: Seed of the experiment.
 
     Raises:
-        UserError: There are fewer training texts than rounds.
+        UserError: There are fewer training texts than turns.
     """
 
     def __init__(
@@ -58,13 +61,13 @@ class Stream:
         template: str,
         max_length: int,
         batch_size: int,
-        rounds: int,
+        turns: int,
         seed: int,
     ) -> None:
         self._caches = list(caches.values())
         self._language = language
         self._template, self._max_length = template, max_length
-        self._batch_size, self._rounds = batch_size, rounds
+        self._batch_size, self._turns = batch_size, turns
         texts = [cache.usable_texts("train") for cache in self._caches]
         where = np.repeat(np.arange(len(texts)), [len(indices) for indices in texts])
         samples = np.stack([where, np.concatenate(texts)], axis=1)
@@ -76,40 +79,51 @@ class Stream:
                 f"silo {', '.join(caches)} has no training text ({others} texts of other splits or without "
                 "a readable image); remove it from federate.silos, or mend its source and extract it again"
             )
-        if len(samples) < rounds:
+        if len(samples) < turns:
             raise UserError(
                 f"silo {', '.join(caches)}: {len(samples)} training texts do not fill "
-                f"federate.rounds = {rounds}; use fewer rounds"
+                f"its {turns} rounds; lower federate.rounds"
             )
 
-    def samples(self, round_: int) -> np.ndarray:
-        """What a round takes: `(samples, 2)` of (silo, text index)."""
+    @property
+    def size(self) -> int:
+        """Samples of the whole pass."""
+        return len(self._samples)
+
+    def samples(self, turn: int) -> np.ndarray:
+        """What a turn takes: `(samples, 2)` of (silo, text index)."""
         size = len(self._samples)
-        return self._samples[size * round_ // self._rounds : size * (round_ + 1) // self._rounds]
+        return self._samples[size * turn // self._turns : size * (turn + 1) // self._turns]
 
-    def steps(self, round_: int) -> int:
-        """Local steps of a round."""
-        return -(-len(self.samples(round_)) // self._batch_size)
+    def content(self, turn: int) -> str:
+        """SHA-256 of what a turn takes, from the caches' own hashes."""
+        silos = [cache.content for cache in self._caches]
+        return fingerprint([silos, self.samples(turn).tolist()])
 
-    def batches(self, round_: int) -> Iterator[Batch]:
-        """Batches of a round, the last one perhaps smaller."""
-        samples = self.samples(round_)
+    def steps(self, turn: int) -> int:
+        """Local steps of a turn."""
+        return -(-len(self.samples(turn)) // self._batch_size)
+
+    def batches(self, turn: int) -> Iterator[Batch]:
+        """Batches of a turn, the last one perhaps smaller."""
+        samples = self.samples(turn)
+        ahead = self._batch_size * max(_TOKENISED_AHEAD // self._batch_size, 1)
+        for start in range(0, len(samples), ahead):
+            yield from self._block(samples[start : start + ahead])
+
+    def _block(self, samples: np.ndarray) -> Iterator[Batch]:
+        tokens = tokenise_all(
+            [self._caches[silo].text(index) for silo, index in samples],
+            self._template,
+            self._language.tokenizer,
+            patches=self._caches[0].patches,
+            max_length=self._max_length,
+        )
         for start in range(0, len(samples), self._batch_size):
-            yield self._batch(samples[start : start + self._batch_size])
-
-    def _batch(self, samples: Sequence[Sequence[int]] | np.ndarray) -> Batch:
-        tokens, features = [], []
-        for silo, index in samples:
-            cache = self._caches[silo]
-            tokens.append(
-                tokenise(
-                    cache.text(index),
-                    self._template,
-                    self._language.tokenizer,
-                    patches=cache.patches,
-                    max_length=self._max_length,
-                )
-            )
-            features.append(cache.tensor([cache.text_image[index]]))
-        ids, labels = self._language.collate(tokens)
-        return Batch(torch.cat(features).float().to(ids.device), ids, labels)
+            batch = slice(start, start + self._batch_size)
+            features = [
+                self._caches[silo].tensor([self._caches[silo].text_image[index]])
+                for silo, index in samples[batch]
+            ]
+            ids, labels = self._language.collate(tokens[batch])
+            yield Batch(torch.cat(features).float().to(ids.device), ids, labels)

@@ -1,37 +1,73 @@
-"""One silo's local training in one round."""
+"""Local training of one or more clients in one round."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from federate.batches import Batch
-from federate.strategies.base import State
+from federate.strategies.base import Objective, State
 from pipeline.config import Optimizer
 from pipeline.errors import UserError
 from pipeline.language import FrozenLanguageModel
 from pipeline.projector import state_of
+from pipeline.prompts import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the server asks of one client in one round; plain data, so it can travel.
+
+    Attributes:
+        client: Its name.
+        start: Projector to start from.
+        turn: Which part of its stream it trains on; counts the rounds it has taken part in.
+        round: Round of the run, which sets the learning rate.
+        rounds: Rounds in all.
+        objective: What it minimises besides its loss.
+        wants: What it must send besides its projector.
+        optimizer: Moments to go on from, or None.
+    """
+
+    client: str
+    start: State
+    turn: int
+    round: int
+    rounds: int
+    objective: Objective = field(default_factory=Objective)
+    wants: frozenset[str] = frozenset()
+    optimizer: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class LocalResult:
     """A client's projector after its local steps.
 
-    `loss` is the mean negative log-likelihood a supervised token, in nats, over the round.
+    `loss` is the mean negative log-likelihood a supervised token, in nats, over the round;
+    `gradient` the mean clipped gradient of the loss along the path and `alignment` each matrix's
+    contribution to alignment, where they were asked for; `recalled` says that equal training was
+    done before.
     """
 
+    client: str
     state: State
     loss: float
     samples: int
+    steps: int
     tokens: int
     seconds: float
-    optimizer: dict[str, Any]
+    optimizer: dict[str, Any] | None = None
+    gradient: State | None = None
+    alignment: dict[str, float] | None = None
+    recalled: bool = False
 
 
 def learning_rate(options: Optimizer, step: int, total: int) -> float:
@@ -53,61 +89,146 @@ def make_optimizer(options: Optimizer, projector: nn.Module) -> torch.optim.Opti
     return torch.optim.AdamW(parameters, options.learning_rate, weight_decay=options.weight_decay, fused=True)
 
 
-def train_locally(
-    projector: nn.Module,
-    start: State,
+@dataclass
+class _Learner:
+    """One client at work."""
+
+    job: Job
+    steps: int
+    batches: Iterator[Batch]
+    projector: nn.Module
+    optimizer: torch.optim.Optimizer
+    samples: int = 0
+    tokens: int = 0
+    gradient: State = field(default_factory=dict)
+
+    def step(self, step: int, options: Optimizer) -> None:
+        """Clip the loss's gradient, add the objective's, and move."""
+        rate = learning_rate(options, self.job.round * self.steps + step, self.job.rounds * self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        nn.utils.clip_grad_norm_(self.projector.parameters(), options.max_grad_norm)
+        proximal, linear = self.job.objective.proximal, self.job.objective.linear
+        for name, parameter in self.projector.named_parameters():
+            assert parameter.grad is not None
+            if "gradient" in self.job.wants:
+                mean = self.gradient.setdefault(name, torch.zeros_like(parameter.grad))
+                mean.add_(parameter.grad, alpha=1 / self.steps)
+            if proximal:
+                start = self.job.start[name].to(parameter.device)
+                parameter.grad.add_(parameter.detach() - start, alpha=proximal)
+            if linear is not None:
+                parameter.grad.add_(linear[name].to(parameter.grad))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def train_together(
+    jobs: Sequence[Job],
+    batches: Sequence[tuple[int, Iterator[Batch]]],
+    scratch: nn.Module,
     language: FrozenLanguageModel,
-    batches: Iterable[Batch],
     options: Optimizer,
     *,
-    first_step: int,
-    total_steps: int,
-    optimizer_state: dict[str, Any] | None,
-    advance: Callable[[], None],
-) -> LocalResult:
-    """Train a projector over one round's batches; the LLM stays frozen.
+    micro_batch: int,
+    advance: Callable[[int], None],
+) -> list[LocalResult]:
+    """Train clients over one round's batches; the LLM stays frozen and is shared.
+
+    Every client has its own projector and optimiser. Their samples go through the LLM together,
+    sorted by length into micro-batches; summing the clients' mean losses keeps their gradients apart.
 
     Args:
-        projector: Scratch module whose weights are overwritten with `start`.
-        start: Where the client begins.
+        jobs: Who trains, from where.
+        batches: Each client's number of steps, at least one, and its batches.
+        scratch: Projector of the right architecture, copied for every client.
         language: The frozen LLM.
-        batches: The round's batches, at least one.
         options: Local optimisation.
-        first_step: Steps this client has done in earlier rounds.
-        total_steps: Steps of this client's whole pass.
-        optimizer_state: Moments to go on from, or None.
-        advance: Called after every step.
+        micro_batch: Samples a forward pass of the LLM.
+        advance: Called with the number of clients after each of their steps.
 
     Raises:
-        UserError: The loss is not finite.
+        UserError: A loss is not finite.
     """
     began = time.monotonic()
-    projector.load_state_dict(start)
+    learners = [
+        _learner(job, steps, own, copy.deepcopy(scratch), options)
+        for job, (steps, own) in zip(jobs, batches, strict=True)
+    ]
+    sums = torch.zeros(len(learners), dtype=torch.float64, device=language.device)
+    for step in range(max(learner.steps for learner in learners)):
+        active = [place for place, learner in enumerate(learners) if step < learner.steps]
+        sums[active] += _backward([learners[place] for place in active], language, micro_batch)
+        for place in active:
+            learners[place].step(step, options)
+        advance(len(active))
+    seconds = time.monotonic() - began
+    samples = sum(learner.samples for learner in learners)
+    return [
+        _result(learner, total / learner.tokens, options, seconds * learner.samples / samples)
+        for learner, total in zip(learners, sums.tolist(), strict=True)
+    ]
+
+
+def _learner(
+    job: Job, steps: int, batches: Iterator[Batch], projector: nn.Module, options: Optimizer
+) -> _Learner:
+    projector.load_state_dict(job.start)
     optimizer = make_optimizer(options, projector)
-    if optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
-    loss_sum, tokens, samples = 0.0, 0, 0
-    for step, batch in enumerate(batches, first_step):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(options, step, total_steps)
-        losses, _ = language.token_losses(batch.ids, batch.labels, projector(batch.features))
-        optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        nn.utils.clip_grad_norm_(projector.parameters(), options.max_grad_norm)
-        optimizer.step()
-        total = float(losses.detach().sum())
-        if not math.isfinite(total):
-            raise UserError(
-                f"step {step}: the loss is {total}; lower federate.optimizer.learning_rate "
-                f"({options.learning_rate:g})"
-            )
-        loss_sum, tokens, samples = loss_sum + total, tokens + len(losses), samples + len(batch.ids)
-        advance()
+    if job.optimizer is not None:
+        optimizer.load_state_dict(job.optimizer)
+    return _Learner(job, steps, batches, projector, optimizer)
+
+
+def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) -> LocalResult:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"client '{learner.job.client}', round {learner.job.round}: the loss is {loss}; lower "
+            f"federate.optimizer.learning_rate ({options.learning_rate:g})"
+        )
     return LocalResult(
-        state=state_of(projector),
-        loss=loss_sum / max(tokens, 1),
-        samples=samples,
-        tokens=tokens,
-        seconds=time.monotonic() - began,
-        optimizer=optimizer.state_dict(),
+        client=learner.job.client,
+        state=state_of(learner.projector),
+        loss=loss,
+        samples=learner.samples,
+        steps=learner.steps,
+        tokens=learner.tokens,
+        seconds=seconds,
+        optimizer=learner.optimizer.state_dict() if options.carry else None,
+        gradient={name: mean.cpu() for name, mean in learner.gradient.items()} or None,
     )
+
+
+def _backward(learners: Sequence[_Learner], language: FrozenLanguageModel, micro_batch: int) -> Tensor:
+    """Gradients of every client's mean token loss; returns `(clients,)` float64 sums of losses."""
+    batches = [next(learner.batches) for learner in learners]
+    width = max(batch.ids.shape[1] for batch in batches)
+    ids = torch.cat([pad(batch.ids, (0, width - batch.ids.shape[1])) for batch in batches])
+    labels = torch.cat(
+        [pad(batch.labels, (0, width - batch.labels.shape[1]), value=IGNORE_INDEX) for batch in batches]
+    )
+    counts = [int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches]
+    for learner, batch, count in zip(learners, batches, counts, strict=True):
+        learner.samples += len(batch.ids)
+        learner.tokens += count
+    client = torch.arange(len(batches)).repeat_interleave(torch.tensor([len(b.ids) for b in batches]))
+    client = client.to(ids.device)
+    weights = 1 / torch.tensor(counts, dtype=torch.float32, device=ids.device)
+    projected = torch.cat([each.projector(b.features) for each, b in zip(learners, batches, strict=True)])
+    visual = projected.detach().requires_grad_()
+    sums = torch.zeros(len(learners), dtype=torch.float64, device=ids.device)
+    for rows, length in _micro_batches(labels, micro_batch):
+        losses, row = language.token_losses(ids[rows, :length], labels[rows, :length], visual[rows])
+        owner = client[rows][row]
+        (losses * weights[owner]).sum().backward()
+        sums.index_add_(0, owner, losses.detach().double())
+    projected.backward(visual.grad)
+    return sums
+
+
+def _micro_batches(labels: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
+    """Rows of about equal length, with the length up to their last supervised token."""
+    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    lengths = ((labels != IGNORE_INDEX) * places).amax(1)
+    for rows in lengths.argsort(stable=True).split(size):
+        yield rows, int(lengths[rows[-1]])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from federate import history
 from pipeline.cache import FeatureCache, differences, open_cache, same_key
@@ -12,6 +13,9 @@ from pipeline.console import progress, say, table
 from pipeline.device import pick_device
 from pipeline.identity import run_identity
 from pipeline.manifest import fingerprint, locked, provenance, read_json, write_json
+
+if TYPE_CHECKING:
+    from federate.memo import Memo
 
 
 def run(experiment: Experiment) -> Path:
@@ -47,20 +51,25 @@ def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict
     import torch
 
     from federate.batches import Stream
+    from federate.local import LocalEngine
+    from federate.participation import participants
     from federate.server import Progress, run_rounds
     from federate.strategies.base import STRATEGIES
     from pipeline import projector as projectors
-    from pipeline.language import FrozenLanguageModel
+    from pipeline.language import load_language
 
     options, out = experiment.federate, experiment.run_path
     strategy = STRATEGIES.build(options.strategy, "federate.strategy")
     first = next(iter(caches.values()))
-    device, dtype = pick_device(experiment.device), wanted["language"]["dtype"]
-    language = FrozenLanguageModel(experiment.language.path, dtype=dtype, device=device)
+    device = pick_device(experiment.device)
+    model = wanted["language"]
+    language = load_language(experiment.language.path, model["dtype"], device, fingerprint(model["files"]))
     projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
     projectors.initialise(projector, torch.Generator().manual_seed(experiment.seed))
     projector.to(device)
     groups = {"all": options.silos} if strategy.pooled else {name: (name,) for name in options.silos}
+    schedule = participants(list(groups), options.rounds, options.clients_per_round, experiment.seed)
+    turns = Counter(client for round_ in schedule for client in round_)
     streams = {
         client: Stream(
             {silo: caches[silo] for silo in silos},
@@ -68,10 +77,11 @@ def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict
             template=experiment.language.template,
             max_length=experiment.language.max_length,
             batch_size=options.batch_size,
-            rounds=options.rounds,
+            turns=turns[client],
             seed=experiment.seed,
         )
         for client, silos in groups.items()
+        if turns[client]
     }
     checkpoint_path, print_of_run = out / "checkpoint.pt", fingerprint(wanted)
     saved = Progress.load(checkpoint_path, print_of_run)
@@ -79,20 +89,36 @@ def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict
         say(f"{out}: continuing after round {saved.round} of {options.rounds}")
     elif checkpoint_path.exists():
         say(f"{out}: the checkpoint there is of another configuration; starting anew")
-    left = range(saved.round if saved else 0, options.rounds)
-    steps = sum(stream.steps(round_) for stream in streams.values() for round_ in left)
+    if saved is None:
+        state = projectors.state_of(projector)
+        samples = {client: stream.size for client, stream in streams.items()}
+        saved = Progress(state, memory=strategy.begin(state, samples))
+    done_turns = Counter(client for round_ in schedule[: saved.round] for client in round_)
+    steps = sum(
+        stream.steps(turn)
+        for client, stream in streams.items()
+        for turn in range(done_turns[client], turns[client])
+    )
     with progress(experiment.run, steps, "steps") as task:
-        done = run_rounds(
-            saved or Progress(projectors.state_of(projector)),
+        engine = LocalEngine(
+            streams,
             projector,
             language,
-            streams,
-            strategy,
             options.optimizer,
-            rounds=options.rounds,
+            batch_size=options.batch_size,
+            together=options.together,
+            micro_batch=options.micro_batch or options.batch_size,
+            memo=_memo(experiment, wanted, device),
+            advance=task.advance,
+        )
+        done = run_rounds(
+            saved,
+            strategy,
+            schedule,
+            engine,
+            carry=options.optimizer.carry,
             history_path=out / "history.jsonl",
             checkpoint=lambda state: state.save(checkpoint_path, print_of_run),
-            advance=task.advance,
         )
     names = {"projector.safetensors": done.state}
     names |= {f"silos/{client}.safetensors": state for client, state in done.personal.items()}
@@ -112,6 +138,26 @@ def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict
         },
     )
     checkpoint_path.unlink(missing_ok=True)
+
+
+def _memo(experiment: Experiment, wanted: dict[str, Any], device: str) -> Memo | None:
+    """Local updates shared by runs with the same LLM, data handling and arithmetic."""
+    import torch
+
+    from federate.memo import Memo
+
+    if experiment.memo is None:
+        return None
+    options = wanted["federate"]
+    shared = ("batch_size", "micro_batch", "projector", "optimizer")
+    context = {
+        "options": {name: options[name] for name in shared},
+        "language": wanted["language"],
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    return Memo(experiment.memo.path, experiment.memo.limit, context)
 
 
 def _summary(name: str, out: Path) -> None:

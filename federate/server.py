@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from federate import history
-from federate.batches import Stream
-from federate.client import train_locally
-from federate.strategies.base import Memory, State, Strategy, Update, check
-from pipeline.config import Optimizer
+from federate.client import Job, LocalResult
+from federate.strategies.base import Aggregate, Memory, State, Strategy, Update, check
 from pipeline.errors import UserError
-from pipeline.language import FrozenLanguageModel
 from pipeline.manifest import write_atomic
 
 
@@ -58,88 +54,92 @@ class Progress:
         return cls(**saved) if ours else None
 
 
+Train = Callable[[Sequence[Job]], Sequence[LocalResult]]
+
+
 def run_rounds(
     progress: Progress,
-    projector: nn.Module,
-    language: FrozenLanguageModel,
-    streams: Mapping[str, Stream],
     strategy: Strategy,
-    options: Optimizer,
+    schedule: Sequence[Sequence[str]],
+    train: Train,
     *,
-    rounds: int,
+    carry: bool,
     history_path: Path,
     checkpoint: Callable[[Progress], None],
-    advance: Callable[[], None],
 ) -> Progress:
     """Run what is left of the rounds.
 
     Args:
         progress: Where to go on.
-        projector: Scratch module on the LLM's device.
-        language: The frozen LLM, shared by all clients.
-        streams: Each client's data.
-        strategy: How to aggregate.
-        options: Local optimisation.
-        rounds: Rounds in all.
+        strategy: What clients minimise and how their projectors are aggregated.
+        schedule: Who takes part in each round.
+        train: Does the clients' local training, here or elsewhere.
+        carry: Whether clients keep their optimisers' moments.
         history_path: JSON lines to append to.
         checkpoint: Called after every round.
-        advance: Called after every local step.
 
     Returns:
         The progress after the last round.
+
+    Raises:
+        ValueError: A client's update would spoil the global projector.
     """
     history.truncate(history_path, progress.round)
-    for round_ in range(progress.round, rounds):
-        updates: list[Update] = []
-        rows: list[dict[str, Any]] = []
-        personal, optimizers = dict(progress.personal), {}
-        for client, stream in streams.items():
-            start = progress.personal.get(client, progress.state)
-            result = train_locally(
-                projector,
-                start,
-                language,
-                stream.batches(round_),
-                options,
-                first_step=sum(stream.steps(earlier) for earlier in range(round_)),
-                total_steps=sum(stream.steps(each) for each in range(rounds)),
-                optimizer_state=progress.optimizers.get(client),
-                advance=advance,
+    for round_ in range(progress.round, len(schedule)):
+        jobs = [
+            Job(
+                client=client,
+                start=progress.personal.get(client, progress.state),
+                turn=sum(client in earlier for earlier in schedule[:round_]),
+                round=round_,
+                rounds=len(schedule),
+                objective=strategy.objective(client, progress.memory),
+                wants=strategy.wants,
+                optimizer=progress.optimizers.get(client),
             )
-            updates.append(Update(client, result.state, result.samples))
-            if strategy.personal:
-                personal[client] = result.state
-            if options.carry:
-                optimizers[client] = result.optimizer
-            rows.append(
-                {
-                    "round": round_,
-                    "client": client,
-                    "loss": result.loss,
-                    "samples": result.samples,
-                    "tokens": result.tokens,
-                    "seconds": round(result.seconds, 3),
-                    "update_norm": history.distance(result.state, start),
-                }
-            )
+            for client in schedule[round_]
+        ]
+        results = train(jobs)
+        updates = [Update(r.client, r.state, r.samples, r.steps, r.gradient, r.alignment) for r in results]
         check(progress.state, updates)
         aggregate = strategy.aggregate(progress.state, updates, progress.memory)
-        for row in rows:
-            row |= {name: figure[row["client"]] for name, figure in aggregate.figures.items()}
-        moved = history.distance(aggregate.state, progress.state)
-        tokens = sum(row["tokens"] for row in rows)
-        rows.append(
-            {
-                "round": round_,
-                "client": None,
-                "loss": sum(row["loss"] * row["tokens"] for row in rows) / max(tokens, 1),
-                "samples": sum(row["samples"] for row in rows),
-                "tokens": tokens,
-                "seconds": round(sum(row["seconds"] for row in rows), 3),
-                "update_norm": moved,
-            }
-        )
-        history.append(history_path, rows)
+        history.append(history_path, _rows(jobs, results, progress.state, aggregate))
+        personal, optimizers = dict(progress.personal), dict(progress.optimizers)
+        if strategy.personal:
+            personal |= {result.client: result.state for result in results}
+        if carry:
+            optimizers |= {r.client: r.optimizer for r in results if r.optimizer is not None}
         progress = Progress(aggregate.state, round_ + 1, aggregate.memory, personal, optimizers)
         checkpoint(progress)
     return progress
+
+
+def _rows(
+    jobs: Sequence[Job], results: Sequence[LocalResult], before: State, aggregate: Aggregate
+) -> list[dict[str, Any]]:
+    """The round in the history: a row a client, and one of the server."""
+    rows: list[dict[str, Any]] = [
+        {
+            "round": job.round,
+            "client": result.client,
+            "loss": result.loss,
+            "samples": result.samples,
+            "tokens": result.tokens,
+            "seconds": round(result.seconds, 3),
+            "recalled": result.recalled,
+            "update_norm": history.distance(result.state, job.start),
+            **{name: figure[result.client] for name, figure in aggregate.figures.items()},
+        }
+        for job, result in zip(jobs, results, strict=True)
+    ]
+    tokens = sum(result.tokens for result in results)
+    whole = {
+        "round": jobs[0].round,
+        "client": None,
+        "loss": sum(result.loss * result.tokens for result in results) / tokens,
+        "samples": sum(result.samples for result in results),
+        "tokens": tokens,
+        "seconds": round(sum(result.seconds for result in results), 3),
+        "update_norm": history.distance(aggregate.state, before),
+    }
+    return [*rows, whole]

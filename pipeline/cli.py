@@ -13,6 +13,7 @@ import click
 COMMANDS = {
     "extract": ("extract.cli:extract", "Encode every silo's images once and cache their patch features."),
     "federate": ("federate.cli:federate", "Train the projector federatedly from the caches."),
+    "merge": ("federate.cli:merge", "Merge trained projectors into one, without training."),
     "evaluate": ("evaluate.cli:evaluate", "Answer the benchmarks and score the answers."),
     "score": ("evaluate.cli:score", "Score saved answers again; no model is needed."),
     "report": ("evaluate.cli:report", "Compare the runs of an experiment on one page."),

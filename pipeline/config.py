@@ -2,6 +2,7 @@
 
 One file is one run. `extends = "../demo.toml"` takes everything from another file and overrides
 parts of it; a table that changes its component's `name` replaces the other's options as a whole.
+`{seed}` and `{experiment}` in any text stand for the file's own, so that seeds may have their own data.
 Paths are relative to the working directory.
 """
 
@@ -79,11 +80,19 @@ class Optimizer(Options):
 
 
 class Federate(Options):
-    """Stage two: one pass over every silo's training texts, split evenly over the rounds."""
+    """Stage two: one pass over every silo's training texts, split evenly over its rounds.
+
+    `clients_per_round` silos take part in a round, all by default. Samples of `together` clients go
+    through the LLM in one pass, in micro-batches of `micro_batch` samples of like length
+    (`batch_size` by default): faster for small models, equal up to rounding.
+    """
 
     silos: tuple[Name, ...] = Field(min_length=1)
     rounds: int = Field(10, ge=0)
+    clients_per_round: int | None = Field(None, ge=1)
     batch_size: int = Field(32, ge=1)
+    together: int = Field(1, ge=1)
+    micro_batch: int | None = Field(None, ge=1)
     projector: Component = Component(name="mlp2x_gelu")
     optimizer: Optimizer = Optimizer()
     strategy: Component = Component(name="fedavg")
@@ -107,6 +116,13 @@ class Evaluate(Options):
     benchmarks: dict[Name, Component] = {}
 
 
+class Memo(Options):
+    """Where local updates are remembered, so that runs share equal training; in bytes at most."""
+
+    path: Path
+    limit: int = Field(2_000_000_000, ge=1_000_000)
+
+
 class Experiment(Options):
     """One experiment file."""
 
@@ -116,6 +132,7 @@ class Experiment(Options):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     features: Path = Path("build/features")
     build: Path = Path("build")
+    memo: Memo | None = None
     extract: Extract
     language: Language
     federate: Federate
@@ -155,7 +172,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     tables.setdefault("run", path.stem)
     for override in overrides:
         tables = _merge(tables, _parse_override(override))
+    for place in ("seed", "experiment"):
+        tables = _fill(tables, f"{{{place}}}", str(tables.get(place, 0)))
     return validate(Experiment, tables, "", str(path))
+
+
+def _fill(value: Any, placeholder: str, content: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _fill(each, placeholder, content) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_fill(each, placeholder, content) for each in value]
+    return value.replace(placeholder, content) if isinstance(value, str) else value
 
 
 def validate(model: type[Model], values: Mapping[str, Any], where: str, source: str = "") -> Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,19 @@ class FrozenLanguageModel:
             ids[row, length - len(sample.ids) :] = torch.tensor(sample.ids)
             attention[row, length - len(sample.ids) :] = 1
         return ids.to(self.device), attention.to(self.device)
+
+
+@lru_cache(maxsize=1)
+def load_language(path: Path, dtype: str, device: str, content: str) -> FrozenLanguageModel:
+    """The frozen LLM, kept for the next run of this process.
+
+    Args:
+        path: Directory of a saved model with its tokenizer.
+        dtype: `bfloat16` or `float32`.
+        device: Where it runs.
+        content: Fingerprint of its files; another one loads it again.
+    """
+    return FrozenLanguageModel(path, dtype=dtype, device=device)
 
 
 def _end_tokens(*ids: int | list[int] | None) -> set[int]:

@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,18 @@ def model_hashes(directory: Path, files: Sequence[str]) -> dict[str, str]:
     if not weights or not (directory / "config.json").is_file():
         raise UserError(f"{directory}: no config.json with weights; give the directory of a saved model")
     others = [directory / name for name in ("config.json", *files) if (directory / name).is_file()]
-    return {path.name: sha256_file(path) for path in [*others, *weights]}
+    return {path.name: _sha256_unchanged(path, *_stamp(path)) for path in [*others, *weights]}
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+@lru_cache(maxsize=256)
+def _sha256_unchanged(path: Path, *stamp: int) -> str:
+    """Hash of a file, kept while its size, time and inode stay: an LLM is not read for every run."""
+    return sha256_file(path)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.records import IMAGE_PLACEHOLDER, Text, Turn
@@ -19,6 +19,8 @@ _V1_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+
+_Spans = list[tuple[str, bool]]
 
 
 @dataclass(frozen=True)
@@ -58,32 +60,66 @@ def tokenise(
         UserError: `plain` is given several exchanges, not exactly one image is referred to, or
             `max_length` leaves no room for the image or for anything of the answer.
     """
+    return tokenise_all([text], template, tokenizer, patches=patches, max_length=max_length)[0]
+
+
+def tokenise_all(
+    texts: Sequence[Text],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    patches: int,
+    max_length: int,
+) -> list[Tokens]:
+    """`tokenise` many texts with one call of the tokenizer, which is several times faster."""
+    rendered = [_rendered(text, template, tokenizer) for text in texts]
+    stretches = [part for spans, _ in rendered for part in _joined(spans).split(IMAGE_PLACEHOLDER)]
+    if not stretches:
+        return []
+    encoded = tokenizer(stretches, add_special_tokens=False, return_offsets_mapping=True)
+    parts = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    return [
+        _spliced(spans, start if begin else [], (next(parts), next(parts)), patches, max_length)
+        for spans, begin in rendered
+    ]
+
+
+def _rendered(text: Text, template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
     spans, begin = _RENDER[template](text.turns, tokenizer)
-    rendered = "".join(content for content, _ in spans)
-    if rendered.count(IMAGE_PLACEHOLDER) != 1:
+    content = _joined(spans)
+    if content.count(IMAGE_PLACEHOLDER) != 1:
         raise UserError(
-            f"text {rendered[:60]!r} refers to {rendered.count(IMAGE_PLACEHOLDER)} images, not one; "
+            f"text {content[:60]!r} refers to {content.count(IMAGE_PLACEHOLDER)} images, not one; "
             f"remove the superfluous '{IMAGE_PLACEHOLDER}'"
         )
+    return spans, begin
+
+
+def _joined(spans: _Spans) -> str:
+    return "".join(content for content, _ in spans)
+
+
+def _spliced(
+    spans: _Spans, start: list[int], parts: Sequence[tuple[Any, Any]], patches: int, max_length: int
+) -> Tokens:
+    """Ids and labels from the two stretches around the image; a token is supervised if its end is."""
+    content = _joined(spans)
     answered = [answer for content, answer in spans for _ in content]
-    ids = [tokenizer.bos_token_id] if begin and tokenizer.bos_token_id is not None else []
-    labels = [IGNORE_INDEX] * len(ids)
-    start = 0
-    for index, stretch in enumerate(rendered.split(IMAGE_PLACEHOLDER)):
-        if index:
-            ids += [IMAGE_TOKEN_INDEX] * patches
-            labels += [IGNORE_INDEX] * patches
-        encoded = tokenizer(stretch, add_special_tokens=False, return_offsets_mapping=True)
-        for token, (_, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            ids.append(token)
-            labels.append(token if answered[start + max(stop - 1, 0)] else IGNORE_INDEX)
-        start += len(stretch) + len(IMAGE_PLACEHOLDER)
+    (before, before_ends), (after, after_ends) = parts
+    offset = content.index(IMAGE_PLACEHOLDER) + len(IMAGE_PLACEHOLDER)
+    ids = [*start, *before, *[IMAGE_TOKEN_INDEX] * patches, *after]
+    supervised = [False] * len(start)
+    supervised += [answered[max(stop - 1, 0)] for _, stop in before_ends]
+    supervised += [False] * patches
+    supervised += [answered[offset + max(stop - 1, 0)] for _, stop in after_ends]
+    labels = [token if wanted else IGNORE_INDEX for token, wanted in zip(ids, supervised, strict=True)]
     kept = Tokens(ids[:max_length], labels[:max_length])
-    lost_answer = not kept.supervised and any(label != IGNORE_INDEX for label in labels)
+    lost_answer = not kept.supervised and any(supervised)
     if kept.ids.count(IMAGE_TOKEN_INDEX) < patches or lost_answer:
         raise UserError(
             f"language.max_length = {max_length} leaves no room for the image's {patches} tokens and an "
-            f"answer in text {rendered[:60]!r}; raise it"
+            f"answer in text {content[:60]!r}; raise it"
         )
     return kept
 
@@ -96,9 +132,6 @@ def question(content: str) -> Text:
 def stop_string(template: str) -> str | None:
     """What ends an answer besides the tokenizer's end-of-sequence token."""
     return "\n" if template == "plain" else None
-
-
-_Spans = list[tuple[str, bool]]
 
 
 def _plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,22 +23,34 @@ def world() -> None:
 
 @world.command()
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--scenario",
+    default="demo",
+    show_default=True,
+    type=click.Choice(("demo", "content", "domain", "quantity", "many")),
+    help="How data differ between silos.",
+)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--silo-images", default=1152, show_default=True, help="Images a silo.")
+@click.option("--silo-images", default=1152, show_default=True, help="A sixth of all silos' images.")
 @click.option("--heldout-images", default=600, show_default=True, help="Images nobody trains on.")
-def write(out: Path, seed: int, silo_images: int, heldout_images: int) -> None:
+@click.option("--validation-images", default=0, show_default=True, help="Images to choose options by.")
+def write(out: Path, **amounts: Any) -> None:
     """Write silos, held-out images and benchmark files.
 
     \b
     Example:
       fedcmp world write build/world --silo-images 200
+      fedcmp world write build/world/many-3 --scenario many --seed 3 --validation-images 200
     """
     from pipeline.console import say
     from pipeline.world.write import Amounts
     from pipeline.world.write import write as write_world
 
-    write_world(out, Amounts(seed=seed, silo_images=silo_images, heldout_images=heldout_images))
-    say(f"Wrote six silos of {silo_images} images and {heldout_images} held-out images to {out}")
+    write_world(out, Amounts(**amounts))
+    say(
+        f"Wrote {6 * amounts['silo_images']} images of scenario '{amounts['scenario']}' "
+        f"and {amounts['heldout_images']} held-out images to {out}"
+    )
 
 
 @world.command()

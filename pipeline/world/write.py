@@ -1,7 +1,8 @@
 """Write the embedded default as ordinary files, which the ordinary sources and benchmarks read.
 
-<out>/silos/<domain>/00000.tar      webdataset shards: .png + .json in LLaVA conversation form
+<out>/silos/<silo>/00000.tar        webdataset shards: .png + .json in LLaVA conversation form
 <out>/heldout/captions.json         LLaVA JSON, with images/ beside it
+<out>/validation/captions.json      the same, for choosing options, where it is asked for
 <out>/benchmarks/                   POPE, VQAv2 and COCO caption files over the held-out images
 <out>/manifest.json                 written last
 """
@@ -19,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from pipeline.manifest import write_atomic, write_json
-from pipeline.world.scenes import COLOURS, DOMAINS, SHAPES, Content, Scene, render
+from pipeline.world.scenarios import SCENARIOS, Silo
+from pipeline.world.scenes import Content, Scene, render
 from pipeline.world.texts import COUNTS, caption, exists_questions, short_questions
 
 _DIGITS = {word: str(number) for number, word in enumerate(COUNTS, 1)}
@@ -28,33 +30,31 @@ CAPTION_PROMPT = "Render a clear and concise summary of the photo.\n<image>"
 
 @dataclass(frozen=True, kw_only=True)
 class Amounts:
-    """How much is written."""
+    """How much is written; `silo_images` is the mean over six silos' worth of images."""
 
+    scenario: str = "demo"
     seed: int = 0
     silo_images: int = 1152
     heldout_images: int = 600
+    validation_images: int = 0
     shard_images: int = 576
-
-
-def silo_content(domain: str, rng: np.random.Generator) -> Content:
-    """One rendering domain; colours and shapes skewed by a Dirichlet of concentration 0.5."""
-    return Content(
-        domain=[float(name == domain) for name in DOMAINS],
-        colour=(rng.dirichlet([0.5] * len(COLOURS)) + 0.02).tolist(),
-        shape=(rng.dirichlet([0.5] * len(SHAPES)) + 0.02).tolist(),
-    )
 
 
 def write(out: Path, amounts: Amounts) -> None:
     """Write silos, held-out images and benchmarks; the same amounts give the same bytes."""
     (out / "manifest.json").unlink(missing_ok=True)
-    for index, domain in enumerate(DOMAINS):
+    silos = SCENARIOS[amounts.scenario](6 * amounts.silo_images)
+    for index, silo in enumerate(silos):
         rng = np.random.default_rng([amounts.seed, index])
-        _write_silo(out / "silos" / domain, silo_content(domain, rng), amounts, rng)
-    rng = np.random.default_rng([amounts.seed, len(DOMAINS)])
+        _write_silo(out / "silos" / silo.name, silo, amounts.shard_images, rng)
+    rng = np.random.default_rng([amounts.seed, len(silos)])
     scenes = [Content().sample(rng) for _ in range(amounts.heldout_images)]
-    _write_heldout(out / "heldout", scenes, rng)
+    _write_images(out / "heldout", scenes, rng)
     _write_benchmarks(out / "benchmarks", scenes, rng)
+    rng = np.random.default_rng([amounts.seed, len(silos), 1])
+    validation = [Content().sample(rng) for _ in range(amounts.validation_images)]
+    if validation:
+        _write_images(out / "validation", validation, rng)
     write_json(out / "manifest.json", asdict(amounts))
 
 
@@ -75,15 +75,17 @@ def _entry(name: str, scene: Scene) -> dict[str, Any]:
     }
 
 
-def _write_silo(folder: Path, content: Content, amounts: Amounts, rng: np.random.Generator) -> None:
+def _write_silo(folder: Path, silo: Silo, shard_images: int, rng: np.random.Generator) -> None:
     from webdataset import TarWriter
 
-    for shard, start in enumerate(range(0, amounts.silo_images, amounts.shard_images)):
+    content = silo.content(rng)
+    for shard, start in enumerate(range(0, silo.images, shard_images)):
         buffer = io.BytesIO()
         with TarWriter(buffer, mtime=0) as tar:
-            for number in range(start, min(start + amounts.shard_images, amounts.silo_images)):
+            for number in range(start, min(start + shard_images, silo.images)):
                 scene, name = content.sample(rng), f"{number:06d}"
-                entry = json.dumps(_entry(name, scene)).encode()
+                described = content.sample(rng) if silo.mismatched else scene
+                entry = json.dumps(_entry(name, described)).encode()
                 tar.write({"__key__": name, "png": _png(scene, rng), "json": entry})
         write_atomic(folder / f"{shard:05d}.tar", buffer.getvalue())
 
@@ -92,7 +94,7 @@ def _image_name(number: int) -> str:
     return f"{number:06d}.png"
 
 
-def _write_heldout(folder: Path, scenes: list[Scene], rng: np.random.Generator) -> None:
+def _write_images(folder: Path, scenes: list[Scene], rng: np.random.Generator) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(scenes):
         (folder / "images" / _image_name(number)).write_bytes(_png(scene, rng))

@@ -1,0 +1,436 @@
+"""`fedcmp merge`: trained projectors in, one projector and its manifest out, without training."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from federate import history
+from federate.batches import Batch
+from federate.strategies.base import STRATEGIES, Aggregate, State, Strategy, Update, check
+from pipeline import projector as projectors
+from pipeline.cache import FeatureCache, same_key
+from pipeline.config import Component, Options
+from pipeline.console import progress, say, table
+from pipeline.device import pick_device, pick_dtype
+from pipeline.errors import UserError, did_you_mean
+from pipeline.language import FrozenLanguageModel
+from pipeline.manifest import model_hashes, provenance, write_json
+from pipeline.prompts import tokenise
+
+FORMAT = {"name": "fedcmp-merge", "version": 1}
+_SEED = 0
+_BATCH = 32
+_MAX_LENGTH = 2048
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+class Guide(Options):
+    """What alignments are computed from.
+
+    `features` are one cache a projector in order, or one for all; `images` is the number of
+    training texts taken from each.
+    """
+
+    features: tuple[Path, ...]
+    language: Path
+    template: str
+    images: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """One projector to merge; `samples` is what its history says, if there is one."""
+
+    name: str
+    path: Path
+    architecture: str
+    state: State
+    samples: int | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that a method is given, and where it came from.
+
+    `weighted_by` says where the updates' samples come from.
+    """
+
+    sources: list[Source]
+    base: State
+    base_path: Path | None
+    updates: list[Update]
+    weighted_by: str
+
+
+def merge(
+    paths: Sequence[Path],
+    methods: Sequence[str],
+    out: Path,
+    *,
+    base: Path | None = None,
+    weights: str | None = None,
+    samples: bool = False,
+    overrides: Sequence[str] = (),
+    guide: Guide | None = None,
+) -> list[Path]:
+    """Merge projectors with each of several methods.
+
+    Args:
+        paths: Projector files, or directories of runs.
+        methods: Names of strategies.
+        out: A `.safetensors` file, or a folder that gets one file a method.
+        base: The projector they were trained from; zero if None.
+        weights: Samples of each projector, `n1,n2,...`.
+        samples: Insist on the samples of the runs' histories.
+        overrides: `option=value` for all methods, `method.option=value` for one.
+        guide: What alignments are computed from, for methods that want them.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: A file, method, option or number is wrong.
+    """
+    strategies = {name: _method(name, overrides, methods) for name in methods}
+    targets = _targets(out, list(strategies))
+    sources = _sources(paths)
+    start = _base(base, sources[0], targets)
+    _refuse_overwriting([*(source.path for source in sources), *([_file(base)] if base else [])], targets)
+    counts, weighted_by = _counts(sources, weights, samples)
+    updates = [
+        Update(source.name, source.state, count) for source, count in zip(sources, counts, strict=True)
+    ]
+    for source, update in zip(sources, updates, strict=True):
+        try:
+            check(start, [update])
+        except ValueError as error:
+            raise UserError(f"{source.path}: cannot be merged: {error}; train it again") from None
+    say(f"Weights: {weighted_by}")
+    wanting = [name for name, strategy in strategies.items() if "alignment" in strategy.wants]
+    guided: dict[str, Any] | None = None
+    if guide and wanting:
+        updates, guided = _aligned(sources, updates, start, guide)
+    elif wanting:
+        say(f"{', '.join(wanting)}: without --features and --language, alignments do not weight the layers")
+    elif guide:
+        say(f"--features and --language are not used: {', '.join(strategies)} takes no alignments")
+    inputs = Inputs(sources, start, _file(base) if base else None, updates, weighted_by)
+    for name, strategy in strategies.items():
+        _merge(name, strategy, inputs, targets[name], guided if name in wanting else None)
+    return list(targets.values())
+
+
+def _merge(
+    name: str, strategy: Strategy, inputs: Inputs, target: Path, guided: dict[str, Any] | None
+) -> None:
+    memory = strategy.begin(inputs.base, {update.client: update.samples for update in inputs.updates})
+    result = strategy.aggregate(inputs.base, inputs.updates, memory)
+    for key, tensor in result.state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"--method {name}: {key} is not finite after merging; use milder options (--set)")
+    manifest = target.with_suffix(".json")
+    manifest.unlink(missing_ok=True)
+    projectors.save_projector(target, result.state, inputs.sources[0].architecture)
+    write_json(manifest, _manifest(name, strategy, inputs, result, target, guided))
+    _summary(name, inputs, result.state, target)
+
+
+def _method(name: str, overrides: Sequence[str], methods: Sequence[str]) -> Strategy:
+    """A strategy that can merge what is on disk, with its options."""
+    if name not in STRATEGIES.names():
+        raise UserError(f"--method {name}: no method is called so{did_you_mean(name, STRATEGIES.names())}")
+    options = _options(name, overrides, methods)
+    strategy = STRATEGIES.build(Component(name=name, **options), name)
+    if strategy.pooled:
+        raise UserError(
+            f"--method {name}: trains one client on all data and merges nothing; use another method"
+        )
+    lacking = sorted(strategy.wants - {"alignment"})
+    if lacking:
+        raise UserError(
+            f"--method {name}: needs every client's {' and '.join(lacking)}, which projectors on disk do "
+            "not hold; use it in training ('fedcmp federate'), or another method here"
+        )
+    return strategy
+
+
+def _options(name: str, overrides: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:
+    options = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        method, dot, option = key.strip().rpartition(".")
+        if not equals or not option or (dot and method not in methods):
+            raise UserError(
+                f"--set {override}: expected option=value, or method.option=value with one of "
+                f"{', '.join(methods)}"
+            )
+        if not method or method == name:
+            options[option] = _value(text)
+    return options
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _targets(out: Path, methods: Sequence[str]) -> dict[str, Path]:
+    """The file each method writes."""
+    if out.suffix != ".safetensors" or out.is_dir():
+        return {method: out / f"{method}.safetensors" for method in methods}
+    if len(methods) > 1:
+        raise UserError(f"--out {out}: {len(methods)} methods write a file each; give a folder")
+    return {methods[0]: out}
+
+
+def _refuse_overwriting(sources: Sequence[Path], targets: Mapping[str, Path]) -> None:
+    for target in targets.values():
+        if target.resolve() in {path.resolve() for path in sources}:
+            raise UserError(f"--out {target}: is one of the projectors that are read; give another name")
+
+
+def _file(path: Path) -> Path:
+    """The projector of a run's directory, or the file itself."""
+    return path / "projector.safetensors" if path.is_dir() else path
+
+
+def _sources(paths: Sequence[Path]) -> list[Source]:
+    """Read projectors that fit each other; each is named as short as tells it from the others."""
+    files = [_file(path) for path in paths]
+    for number, file in enumerate(files):
+        if file.resolve() in {earlier.resolve() for earlier in files[:number]}:
+            raise UserError(f"{file}: is given twice; weight it with --weights instead")
+    names = [file.resolve().parent.name if file.stem == "projector" else file.stem for file in files]
+    if len(set(names)) < len(names):
+        names = [str(file) for file in files]
+    sources = [
+        Source(name, file, *_read(file), _samples(file)) for name, file in zip(names, files, strict=True)
+    ]
+    for source in sources[1:]:
+        _refuse_another_form(source.path, source.architecture, source.state, sources[0])
+    return sources
+
+
+def _read(path: Path) -> tuple[str, State]:
+    """Architecture and float32 weights of a projector file."""
+    try:
+        module, state = projectors.load_projector(path)
+    except UserError:
+        raise
+    except Exception:
+        raise UserError(f"{path}: its weights are not those of its architecture; train it again") from None
+    (architecture,) = (name for name, kind in projectors.ARCHITECTURES.items() if type(module) is kind)
+    return architecture, {name: tensor.float() for name, tensor in state.items()}
+
+
+def _refuse_another_form(path: Path, architecture: str, state: State, first: Source) -> None:
+    if architecture != first.architecture:
+        raise UserError(
+            f"{path}: architecture {architecture}, but {first.path} is {first.architecture}; "
+            "only projectors of one architecture can be merged"
+        )
+    for name, tensor in state.items():
+        expected = first.state[name]
+        if tensor.shape != expected.shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, but {tuple(expected.shape)} in "
+                f"{first.path}; only projectors of one encoder and one LLM can be merged"
+            )
+
+
+def _base(path: Path | None, first: Source, targets: Mapping[str, Path]) -> State:
+    if path is None:
+        say("Base: zero, so the updates are the weights themselves; --base gives what they started from")
+        return {name: torch.zeros_like(tensor) for name, tensor in first.state.items()}
+    file = _file(path)
+    architecture, state = _read(file)
+    _refuse_another_form(file, architecture, state, first)
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{file}: cannot be the base: {name} holds values that are not finite")
+    say(f"Base: {file}")
+    return {name: state[name] for name in first.state}
+
+
+def _samples(path: Path) -> int | None:
+    """Samples a projector was trained on, by the history of its run; None where it has none."""
+    path = path.resolve()
+    of_silo = path.parent.name == "silos"
+    file = (path.parent.parent if of_silo else path.parent) / "history.jsonl"
+    if not file.is_file() or not (of_silo or path.stem == "projector"):
+        return None
+    rows = [row for row in history.read(file) if row.get("client")]
+    seen = sum(row.get("samples", 0) for row in rows if not of_silo or row["client"] == path.stem)
+    return seen or None
+
+
+def _counts(sources: Sequence[Source], weights: str | None, samples: bool) -> tuple[list[int], str]:
+    """Samples of every source, and in words where they come from."""
+    if weights is not None and samples:
+        raise UserError("--weights and --samples exclude each other; give one of them")
+    if weights is not None:
+        return _given_counts(weights, len(sources)), "as given by --weights"
+    known = [source.samples for source in sources if source.samples is not None]
+    if len(known) == len(sources):
+        return known, "samples of the runs' histories"
+    lacking = next(source.path for source in sources if source.samples is None)
+    if samples:
+        raise UserError(f"--samples: {lacking} has no history.jsonl beside it; use --weights")
+    return [1] * len(sources), f"1 each, because {lacking} has no history.jsonl beside it"
+
+
+def _given_counts(weights: str, number: int) -> list[int]:
+    try:
+        counts = [int(part) for part in weights.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise UserError(f"--weights {weights}: expected whole numbers above 0 with commas, e.g. 3,5")
+    if len(counts) != number:
+        raise UserError(
+            f"--weights {weights}: number of weights is {len(counts)}, of projectors {number}; give one each"
+        )
+    return counts
+
+
+def _aligned(
+    sources: Sequence[Source], updates: Sequence[Update], base: State, guide: Guide
+) -> tuple[list[Update], dict[str, Any]]:
+    """The updates with their alignments, and for the manifest what these were computed from."""
+    from federate.alignment import alignment_contributions
+
+    if len(guide.features) not in (1, len(sources)):
+        raise UserError(
+            f"--features: number of caches is {len(guide.features)}, of projectors {len(sources)}; "
+            "give one each in the same order, or one for all"
+        )
+    caches = {str(path): FeatureCache(path) for path in guide.features}
+    same_key(caches)
+    hashes = model_hashes(guide.language, _TOKENIZER_FILES)
+    device = pick_device("auto")
+    dtype = pick_dtype("auto", device)
+    language = FrozenLanguageModel(guide.language, dtype=dtype, device=device)
+    projector, _ = projectors.load_projector(sources[0].path)
+    projector.to(device)
+    _refuse_another_width(sources[0], next(iter(caches.values())), language, guide.language)
+    aligned = []
+    with progress("alignment", len(sources), "projectors") as task:
+        for number, update in enumerate(updates):
+            cache = caches[str(guide.features[number % len(guide.features)])]
+            batches = _batches(cache, language, guide.template, guide.images)
+            contributions = alignment_contributions(projector, base, update.state, language, batches)
+            aligned.append(replace(update, alignment=contributions))
+            task.advance()
+    say(f"Alignment: {guide.images} texts at most of {', '.join(caches)}")
+    return aligned, {
+        "caches": {path: cache.content for path, cache in caches.items()},
+        "language": {"path": str(guide.language), "files": hashes, "dtype": dtype},
+        "template": guide.template,
+        "images": guide.images,
+        "contributions": {update.client: update.alignment for update in aligned},
+    }
+
+
+def _refuse_another_width(
+    source: Source, cache: FeatureCache, language: FrozenLanguageModel, language_path: Path
+) -> None:
+    matrices = [source.state[name] for name in sorted(source.state) if source.state[name].ndim == 2]
+    widths = matrices[0].shape[1], matrices[-1].shape[0]
+    for place, width, expected in (
+        (cache.path, cache.d_vision, widths[0]),
+        (language_path, language.d_llm, widths[1]),
+    ):
+        if width != expected:
+            raise UserError(
+                f"{place}: has width {width}, but {source.path} maps {widths[0]} to {widths[1]}; give the "
+                "features and the LLM that the projectors were trained with"
+            )
+
+
+def _batches(
+    cache: FeatureCache, language: FrozenLanguageModel, template: str, number: int
+) -> Iterator[Batch]:
+    """The first training texts of a fixed shuffle."""
+    texts = np.random.default_rng(_SEED).permutation(cache.usable_texts("train"))[:number]
+    if not len(texts):
+        raise UserError(f"{cache.path}: has no training text with features; give another cache")
+    for start in range(0, len(texts), _BATCH):
+        batch = texts[start : start + _BATCH]
+        tokens = [
+            tokenise(
+                cache.text(index),
+                template,
+                language.tokenizer,
+                patches=cache.patches,
+                max_length=_MAX_LENGTH,
+            )
+            for index in batch
+        ]
+        ids, labels = language.collate(tokens)
+        yield Batch(cache.tensor(cache.text_image[batch]).float().to(ids.device), ids, labels)
+
+
+def _manifest(
+    name: str,
+    strategy: Strategy,
+    inputs: Inputs,
+    result: Aggregate,
+    target: Path,
+    guided: dict[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "method": name,
+        "options": strategy.model_dump(mode="json"),
+        "inputs": [
+            {
+                "name": source.name,
+                "path": str(source.path),
+                "content": projectors.content_hash(source.state),
+                "samples": update.samples,
+            }
+            for source, update in zip(inputs.sources, inputs.updates, strict=True)
+        ],
+        "weighted_by": inputs.weighted_by,
+        "base": {
+            "path": str(inputs.base_path) if inputs.base_path else None,
+            "content": projectors.content_hash(inputs.base),
+        },
+        "alignment": guided,
+        "figures": result.figures,
+        "projectors": {target.name: projectors.content_hash(result.state)},
+        "made_by": provenance("cpu"),
+    }
+
+
+def _summary(name: str, inputs: Inputs, merged: State, target: Path) -> None:
+    rows = [
+        [
+            update.client,
+            f"{update.samples:,}",
+            f"{history.distance(update.state, inputs.base):.4g}",
+            _cosine(update.state, merged, inputs.base),
+        ]
+        for update in inputs.updates
+    ]
+    total = sum(update.samples for update in inputs.updates)
+    rows.append(["merged", f"{total:,}", f"{history.distance(merged, inputs.base):.4g}", ""])
+    table(f"{name}: {target}", ["input", "samples", "distance to base", "cosine to merged"], rows)
+
+
+def _cosine(one: State, other: State, base: State) -> str:
+    """Cosine of two updates over all weights; `-` where one of them is zero."""
+    norms = history.distance(one, base) * history.distance(other, base)
+    product = sum(
+        float(((one[name] - old).double() * (other[name] - old).double()).sum()) for name, old in base.items()
+    )
+    return f"{product / norms:.3f}" if norms > 0 else "-"
