@@ -62,6 +62,41 @@ def _ticks(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if low <= tick <= high]
 
 
+def dots(rows: Mapping[str, Sequence[float]], label: str) -> str:
+    """One row a name with a dot a value and a bar at their mean, on a logarithmic scale."""
+    everything = [value for values in rows.values() for value in values]
+    low, high = math.log10(max(min(everything), 1e-6)), math.log10(max(*everything, 1e-5))
+    left, width = 130, 620
+
+    def x(value: float) -> float:
+        return left + 10 + (width - left - 20) * (math.log10(max(value, 1e-6)) - low) / max(high - low, 1e-9)
+
+    bottom = _CELL * len(rows) + 8
+    parts = []
+    for tick in _ticks(10**low, 10**high):
+        parts.append(
+            f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="0" y2="{bottom}" stroke="#8884"/>'
+            f'<text x="{x(tick):.1f}" y="{bottom + 14}" text-anchor="middle">{tick:g}</text>'
+        )
+    for row, (name, values) in enumerate(rows.items()):
+        middle = row * _CELL + _CELL / 2
+        parts.append(f'<text x="{left}" y="{middle + 4}" text-anchor="end">{escape(name)}</text>')
+        mean = x(sum(values) / len(values))
+        parts.append(
+            f'<line x1="{mean:.1f}" x2="{mean:.1f}" y1="{middle - 8}" y2="{middle + 8}" '
+            'stroke="#ff725c" stroke-width="3"/>'
+        )
+        parts += [
+            f'<circle cx="{x(v):.1f}" cy="{middle}" r="3" fill="#4269d0" opacity=".7"/>' for v in values
+        ]
+    parts.append(
+        f'<text x="{(left + width) / 2}" y="{bottom + 30}" text-anchor="middle">{escape(label)}</text>'
+    )
+    return _svg(
+        width, bottom + 36, ['<g font-family="sans-serif" font-size="12" fill="#888">', *parts, "</g>"]
+    )
+
+
 def heat_map(series: Series) -> str:
     """One row a client, one column a round; opacity is the value in [0, 1]."""
     width = 80 + _CELL * max(round_ for points in series.values() for round_, _ in points)
@@ -80,4 +115,4 @@ def heat_map(series: Series) -> str:
 
 def _svg(width: int, height: int, parts: Sequence[str]) -> str:
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    return f'<svg {size} role="img">{"".join(parts)}</svg>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">{"".join(parts)}</svg>'

@@ -1,4 +1,7 @@
-"""Intervals: bootstrap over images, because questions about one image are not independent."""
+"""Intervals and tests: bootstrap over images, paired t over seeds, Holm over comparisons.
+
+Questions about one image are not independent, so images are resampled, not questions.
+"""
 
 from __future__ import annotations
 
@@ -48,3 +51,35 @@ def interval(metric: Metric, generator: np.random.Generator, resamples: int) -> 
         values.append(metric.value(draws.astype(float) @ sums))
     low, high = np.quantile(np.concatenate(values), [0.025, 0.975])
     return Score(value, float(low), float(high), len(metric.images))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences with its 95 % t interval and two-sided p value."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """Paired t test of `ours - theirs`, one pair a seed; at least two pairs."""
+    from scipy import stats
+
+    differences = np.subtract(ours, theirs)
+    mean = float(differences.mean())
+    if np.ptp(differences) == 0:
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    result = stats.ttest_1samp(differences, 0.0)
+    low, high = result.confidence_interval(0.95)
+    return Difference(mean, float(low), float(high), float(result.pvalue))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """P values adjusted for their number (Holm, 1979), in the order given."""
+    adjusted, largest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(np.argsort(values, kind="stable")):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = largest
+    return adjusted

@@ -61,7 +61,7 @@ def federate(config: Path, overrides: tuple[str, ...]) -> None:
     type=click.Choice(["plain", "chat", "v1"]),
     default="plain",
     show_default=True,
-    help="For texts.",
+    help="How texts become prompts.",
 )
 @click.option(
     "--images", type=click.IntRange(2), default=256, show_default=True, help="Texts to take from each cache."

@@ -8,6 +8,7 @@ from itertools import islice
 
 from torch import nn
 
+from federate.alignment import alignment_contributions
 from federate.batches import Stream
 from federate.client import Job, LocalResult, train_together
 from federate.memo import Memo, job_key
@@ -84,7 +85,6 @@ class LocalEngine:
         """The result with its alignment, measured on the first samples of the client's turn."""
         if "alignment" not in job.wants:
             return result
-        from federate.alignment import alignment_contributions
         batches = self.streams[job.client].batches(job.turn)
         some = islice(batches, -(-_ALIGNMENT_SAMPLES // self.batch_size))
         contributions = alignment_contributions(self.scratch, job.start, result.state, self.language, some)

@@ -16,7 +16,7 @@ from federate.batches import Batch
 from federate.strategies.base import STRATEGIES, Aggregate, State, Strategy, Update, check
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache, same_key
-from pipeline.config import Component, Options
+from pipeline.config import Component
 from pipeline.console import progress, say, table
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import UserError, did_you_mean
@@ -31,7 +31,8 @@ _MAX_LENGTH = 2048
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
-class Guide(Options):
+@dataclass(frozen=True)
+class Guide:
     """What alignments are computed from.
 
     `features` are one cache a projector in order, or one for all; `images` is the number of
@@ -59,7 +60,7 @@ class Source:
 class Inputs:
     """All that a method is given, and where it came from.
 
-    `weighted_by` says where the updates' samples come from.
+    `weighted_by` says where the updates' samples come from, `guided` what their alignments do.
     """
 
     sources: list[Source]
@@ -67,6 +68,7 @@ class Inputs:
     base_path: Path | None
     updates: list[Update]
     weighted_by: str
+    guided: dict[str, Any] | None = None
 
 
 def merge(
@@ -100,36 +102,21 @@ def merge(
     """
     strategies = {name: _method(name, overrides, methods) for name in methods}
     targets = _targets(out, list(strategies))
-    sources = _sources(paths)
-    start = _base(base, sources[0], targets)
-    _refuse_overwriting([*(source.path for source in sources), *([_file(base)] if base else [])], targets)
-    counts, weighted_by = _counts(sources, weights, samples)
-    updates = [
-        Update(source.name, source.state, count) for source, count in zip(sources, counts, strict=True)
-    ]
-    for source, update in zip(sources, updates, strict=True):
-        try:
-            check(start, [update])
-        except ValueError as error:
-            raise UserError(f"{source.path}: cannot be merged: {error}; train it again") from None
-    say(f"Weights: {weighted_by}")
+    inputs = _inputs(paths, base, weights, samples)
+    _refuse_overwriting(inputs, targets)
     wanting = [name for name, strategy in strategies.items() if "alignment" in strategy.wants]
-    guided: dict[str, Any] | None = None
     if guide and wanting:
-        updates, guided = _aligned(sources, updates, start, guide)
+        inputs = _aligned(inputs, guide)
     elif wanting:
         say(f"{', '.join(wanting)}: without --features and --language, alignments do not weight the layers")
     elif guide:
         say(f"--features and --language are not used: {', '.join(strategies)} takes no alignments")
-    inputs = Inputs(sources, start, _file(base) if base else None, updates, weighted_by)
     for name, strategy in strategies.items():
-        _merge(name, strategy, inputs, targets[name], guided if name in wanting else None)
+        _merge(name, strategy, inputs, targets[name])
     return list(targets.values())
 
 
-def _merge(
-    name: str, strategy: Strategy, inputs: Inputs, target: Path, guided: dict[str, Any] | None
-) -> None:
+def _merge(name: str, strategy: Strategy, inputs: Inputs, target: Path) -> None:
     memory = strategy.begin(inputs.base, {update.client: update.samples for update in inputs.updates})
     result = strategy.aggregate(inputs.base, inputs.updates, memory)
     for key, tensor in result.state.items():
@@ -138,8 +125,29 @@ def _merge(
     manifest = target.with_suffix(".json")
     manifest.unlink(missing_ok=True)
     projectors.save_projector(target, result.state, inputs.sources[0].architecture)
-    write_json(manifest, _manifest(name, strategy, inputs, result, target, guided))
+    write_json(manifest, _manifest(name, strategy, inputs, result, target))
     _summary(name, inputs, result.state, target)
+
+
+def _inputs(paths: Sequence[Path], base: Path | None, weights: str | None, samples: bool) -> Inputs:
+    """Read what is to be merged, and refuse what cannot be."""
+    sources = _sources(paths)
+    start, base_path = _base(base, sources[0])
+    counts, weighted_by = _counts(sources, weights, samples)
+    updates = []
+    for source, count in zip(sources, counts, strict=True):
+        updates.append(Update(source.name, source.state, count))
+        try:
+            check(start, updates[-1:])
+        except ValueError as error:
+            raise UserError(f"{source.path}: cannot be merged: {error}; train it again") from None
+    say(
+        f"Base: {base_path}"
+        if base_path
+        else "Base: zero, so updates are the weights themselves; --base gives what they were trained from"
+    )
+    say(f"Weights: {weighted_by}")
+    return Inputs(sources, start, base_path, updates, weighted_by)
 
 
 def _method(name: str, overrides: Sequence[str], methods: Sequence[str]) -> Strategy:
@@ -192,9 +200,10 @@ def _targets(out: Path, methods: Sequence[str]) -> dict[str, Path]:
     return {methods[0]: out}
 
 
-def _refuse_overwriting(sources: Sequence[Path], targets: Mapping[str, Path]) -> None:
+def _refuse_overwriting(inputs: Inputs, targets: Mapping[str, Path]) -> None:
+    read = [source.path for source in inputs.sources] + ([inputs.base_path] if inputs.base_path else [])
     for target in targets.values():
-        if target.resolve() in {path.resolve() for path in sources}:
+        if target.resolve() in {path.resolve() for path in read}:
             raise UserError(f"--out {target}: is one of the projectors that are read; give another name")
 
 
@@ -247,18 +256,17 @@ def _refuse_another_form(path: Path, architecture: str, state: State, first: Sou
             )
 
 
-def _base(path: Path | None, first: Source, targets: Mapping[str, Path]) -> State:
+def _base(path: Path | None, first: Source) -> tuple[State, Path | None]:
+    """The projector that updates are counted from, and its file."""
     if path is None:
-        say("Base: zero, so the updates are the weights themselves; --base gives what they started from")
-        return {name: torch.zeros_like(tensor) for name, tensor in first.state.items()}
+        return {name: torch.zeros_like(tensor) for name, tensor in first.state.items()}, None
     file = _file(path)
     architecture, state = _read(file)
     _refuse_another_form(file, architecture, state, first)
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{file}: cannot be the base: {name} holds values that are not finite")
-    say(f"Base: {file}")
-    return {name: state[name] for name in first.state}
+            raise UserError(f"{file}: cannot be the base: values that are not finite in {name}")
+    return {name: state[name] for name in first.state}, file
 
 
 def _samples(path: Path) -> int | None:
@@ -302,12 +310,11 @@ def _given_counts(weights: str, number: int) -> list[int]:
     return counts
 
 
-def _aligned(
-    sources: Sequence[Source], updates: Sequence[Update], base: State, guide: Guide
-) -> tuple[list[Update], dict[str, Any]]:
-    """The updates with their alignments, and for the manifest what these were computed from."""
+def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
+    """The inputs with the alignments of their updates."""
     from federate.alignment import alignment_contributions
 
+    sources = inputs.sources
     if len(guide.features) not in (1, len(sources)):
         raise UserError(
             f"--features: number of caches is {len(guide.features)}, of projectors {len(sources)}; "
@@ -315,29 +322,30 @@ def _aligned(
         )
     caches = {str(path): FeatureCache(path) for path in guide.features}
     same_key(caches)
-    hashes = model_hashes(guide.language, _TOKENIZER_FILES)
+    files = model_hashes(guide.language, _TOKENIZER_FILES)
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     language = FrozenLanguageModel(guide.language, dtype=dtype, device=device)
+    _refuse_another_width(sources[0], next(iter(caches.values())), language, guide.language)
     projector, _ = projectors.load_projector(sources[0].path)
     projector.to(device)
-    _refuse_another_width(sources[0], next(iter(caches.values())), language, guide.language)
     aligned = []
     with progress("alignment", len(sources), "projectors") as task:
-        for number, update in enumerate(updates):
+        for number, update in enumerate(inputs.updates):
             cache = caches[str(guide.features[number % len(guide.features)])]
             batches = _batches(cache, language, guide.template, guide.images)
-            contributions = alignment_contributions(projector, base, update.state, language, batches)
+            contributions = alignment_contributions(projector, inputs.base, update.state, language, batches)
             aligned.append(replace(update, alignment=contributions))
             task.advance()
-    say(f"Alignment: {guide.images} texts at most of {', '.join(caches)}")
-    return aligned, {
+    say(f"Alignment: {guide.images} training texts at most from each of {', '.join(caches)}")
+    guided = {
         "caches": {path: cache.content for path, cache in caches.items()},
-        "language": {"path": str(guide.language), "files": hashes, "dtype": dtype},
+        "language": {"path": str(guide.language), "files": files, "dtype": dtype, "device": device},
         "template": guide.template,
         "images": guide.images,
         "contributions": {update.client: update.alignment for update in aligned},
     }
+    return replace(inputs, updates=aligned, guided=guided)
 
 
 def _refuse_another_width(
@@ -380,12 +388,7 @@ def _batches(
 
 
 def _manifest(
-    name: str,
-    strategy: Strategy,
-    inputs: Inputs,
-    result: Aggregate,
-    target: Path,
-    guided: dict[str, Any] | None,
+    name: str, strategy: Strategy, inputs: Inputs, result: Aggregate, target: Path
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
@@ -405,7 +408,7 @@ def _manifest(
             "path": str(inputs.base_path) if inputs.base_path else None,
             "content": projectors.content_hash(inputs.base),
         },
-        "alignment": guided,
+        "alignment": inputs.guided if "alignment" in strategy.wants else None,
         "figures": result.figures,
         "projectors": {target.name: projectors.content_hash(result.state)},
         "made_by": provenance("cpu"),

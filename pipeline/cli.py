@@ -17,10 +17,17 @@ COMMANDS = {
     "evaluate": ("evaluate.cli:evaluate", "Answer the benchmarks and score the answers."),
     "score": ("evaluate.cli:score", "Score saved answers again; no model is needed."),
     "report": ("evaluate.cli:report", "Compare the runs of an experiment on one page."),
+    "ablate": ("pipeline.ablate:ablate", "Compare strategies over scenarios and seeds."),
     "world": ("pipeline.world.cli:world", "Write the embedded default's data, or train its models."),
 }
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def imported(target: str) -> Any:
+    """What `module:name` stands for; stages are reached in no other way from here."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def experiment_options(command: F) -> F:
@@ -42,8 +49,7 @@ class StageCommands(click.Group):
         """Import a command."""
         if cmd_name not in COMMANDS:
             return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        command: click.Command = imported(COMMANDS[cmd_name][0])
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

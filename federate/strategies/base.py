@@ -17,6 +17,8 @@ from pipeline.registry import Registry
 State = dict[str, Tensor]
 Memory = dict[str, Tensor]
 
+_PIECE = 2**16
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -153,9 +155,17 @@ def deltas(name: str, state: State, updates: Sequence[Update]) -> dict[str, Tens
 def mean_update(state: State, updates: Sequence[Update], weights: Mapping[str, float] | None = None) -> State:
     """Σ_k w_k D_k of every parameter, float64; weights are the data shares by default."""
     weights = weights or data_weights(updates)
-    return {name: weighted_sum(deltas(name, state, updates), weights) for name in state}
+    ordered = sorted(updates, key=lambda update: update.client)
+    mean = {name: torch.zeros(old.shape, dtype=torch.float64) for name, old in state.items()}
+    for name, old in state.items():
+        for update in ordered:
+            # Piece by piece: float64 copies of all updates at once would be twice what was sent.
+            pieces = (tensor.reshape(-1).split(_PIECE) for tensor in (mean[name], update.state[name], old))
+            for total, new, start in zip(*pieces, strict=True):
+                total.add_(new.double() - start, alpha=weights[update.client])
+    return mean
 
 
 def moved(state: State, step: State, rate: float = 1.0) -> State:
     """W + rate · step of every parameter, in the dtype of W."""
-    return {name: (old.double() + rate * step[name]).to(old.dtype) for name, old in state.items()}
+    return {name: torch.add(old, step[name], alpha=rate).to(old.dtype) for name, old in state.items()}

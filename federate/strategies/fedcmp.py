@@ -6,8 +6,10 @@ the samples, U and e the eigenpairs of G = Σ_k p_k D_k D_kᵀ.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from statistics import fmean, median
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -21,12 +23,27 @@ from federate.strategies.base import (
     Strategy,
     Update,
     data_weights,
+    deltas,
     weighted_sum,
 )
+from federate.strategies.canonical import (
+    Matrices,
+    agreement,
+    agreement_by_direction,
+    canonical_basis,
+    fuse_by_direction,
+    leading,
+    polar,
+    randomised_basis,
+)
+
+Weights = dict[str, float]
 
 _FLOOR = 0.02
 _SMOOTHING = 0.6
 _SPECTRUM_FLOOR = 1e-3
+_SKETCH_RANK = 128
+_OVERSAMPLING = 16
 
 
 @STRATEGIES.register("fedcmp")
@@ -34,144 +51,241 @@ class FedCmp(Strategy):
     """Canonical reliability-aware aggregation with orthogonality-preserved momentum.
 
     Args:
-        reliability: Weight clients by their agreement with the others' consensus.
+        reliability: What is weighted by its agreement with the others' consensus: a `client`'s whole
+            matrix, each canonical `direction` of it, or `none`.
         kappa: Share of the median agreement that earns full weight (κ).
         consensus: Median agreement below which there is no consensus to judge by, as when training
-            has converged and updates are noise; clients then keep their last reliability.
+            has converged and updates are noise; clients then keep their last reliability, and
+            directions have full weight.
         warmup: First rounds in which reliability is off, so that rare honest silos are not
             punished before a consensus exists.
-        equalise: Exponent of the spectral equalisation (a); 0 leaves the spectrum as it is.
-        rank: Directions in the canonical basis; all by default.
+        space: Take the canonical basis from the clients' `updates`, or from their `weights`
+            (G = Σ p_k W_k W_kᵀ).
+        basis: Find it by the `exact` eigendecomposition of G, or by a `randomised` sketch of G's
+            range, which takes a tenth of the time.
+        rank: Directions in the basis; all by default, 128 where randomised.
         energy: Share of the energy that the basis must hold; with `rank`, the smaller basis.
+        residual: Keep what lies outside the basis as it is, or drop it.
+        equalise: Exponent of the spectral equalisation (a); 0 leaves the spectrum as it is.
         basis_momentum: Memory of G (b).
-        momentum: Memory of the update within the basis (β).
+        momentum: Memory of the update (β).
+        momentum_kind: How the last step is carried over: `projected` onto the new basis; `plain`, as
+            it is; or `procrustes`, as its coefficients in the old basis, which is first aligned with
+            the new one by the nearest rotation. At full rank all three are the same.
         server_learning_rate: η_s.
+        seed: Of the randomised sketch.
     """
 
-    reliability: bool = True
+    reliability: Literal["client", "direction", "none"] = "client"
     kappa: float = Field(0.3, gt=0)
     consensus: float = Field(0.03, gt=0, lt=1)
     warmup: int = Field(1, ge=0)
-    equalise: float = Field(1.0, ge=0)
+    space: Literal["updates", "weights"] = "updates"
+    basis: Literal["exact", "randomised"] = "exact"
     rank: int | None = Field(None, ge=1)
     energy: float = Field(1.0, gt=0, le=1)
+    residual: bool = True
+    equalise: float = Field(1.0, ge=0)
     basis_momentum: float = Field(0.6, ge=0, lt=1)
     momentum: float = Field(0.3, ge=0, lt=1)
+    momentum_kind: Literal["projected", "plain", "procrustes"] = "projected"
     server_learning_rate: float = Field(1.5, gt=0)
+    seed: int = Field(0, ge=0)
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Fuse matrices in their canonical space; biases take the matrices' mean weights."""
         shares = data_weights(updates)
-        rounds = int(memory.get("rounds", torch.tensor(0)))
-        kept: Memory = {"rounds": torch.tensor(rounds + 1)}
+        kept: Memory = {"rounds": torch.tensor(_rounds(memory) + 1)}
         fused: State = {}
-        reliabilities: dict[str, list[float]] = {client: [] for client in shares}
-        deltas = {
-            name: {update.client: update.state[name].double() - old.double() for update in updates}
-            for name, old in state.items()
-        }
+        by_matrix: list[Weights] = []
         for name in (name for name, old in state.items() if old.ndim == 2):
-            cosines = _smooth(agreement(deltas[name], shares), _recall(memory, f"cosine/{name}/"))
-            r = _recall(memory, f"reliability/{name}/")
-            r = {client: r.get(client, 1.0) for client in shares}
-            if self.reliability and rounds >= self.warmup and median(cosines.values()) >= self.consensus:
-                r = self._reliability(cosines)
-            for client in shares:
-                kept[f"cosine/{name}/{client}"] = torch.tensor(cosines[client], dtype=torch.float64)
-                kept[f"reliability/{name}/{client}"] = torch.tensor(r[client], dtype=torch.float64)
-                reliabilities[client].append(r[client])
-            mean = weighted_sum(deltas[name], _reweigh(shares, r))
-            gram = self._gram(deltas[name], shares, memory.get(f"gram/{name}"))
-            basis, spectrum = canonical_basis(gram, self.rank, self.energy)
-            step = mean + basis @ self._interference(basis.T @ mean, spectrum)
-            if f"momentum/{name}" in memory:
-                transported = basis @ (basis.T @ memory[f"momentum/{name}"])
-                step = step + self.momentum * transported
-            kept |= {f"gram/{name}": gram, f"momentum/{name}": step}
+            source = Matrices.of(updates, name, state[name] if self.space == "updates" else None)
+            basis, spectrum, remembered = self._basis(name, source, shares, memory)
+            kept |= remembered
+            changes = Matrices.of(updates, name, state[name])
+            mean, r, remembered = self._mean(name, changes, shares, memory, basis, spectrum)
+            kept |= remembered
+            step = self._interference(mean, basis, spectrum)
+            step, remembered = self._with_momentum(name, step, memory, basis)
+            kept |= remembered
             fused[name] = self._stepped(state[name], step)
-        r = {client: fmean(values) if values else 1.0 for client, values in reliabilities.items()}
+            by_matrix.append(r)
+        r = {client: fmean(each[client] for each in by_matrix) if by_matrix else 1.0 for client in shares}
         weights = _reweigh(shares, r)
         for name in (name for name, old in state.items() if old.ndim != 2):
-            step = weighted_sum(deltas[name], weights)
-            if f"momentum/{name}" in memory:
-                step = step + self.momentum * memory[f"momentum/{name}"]
-            kept[f"momentum/{name}"] = step
+            step, remembered = self._with_momentum(
+                name, weighted_sum(deltas(name, state, updates), weights), memory, None
+            )
+            kept |= remembered
             fused[name] = self._stepped(state[name], step)
         return Aggregate({name: fused[name] for name in state}, kept, {"reliability": r, "weight": weights})
 
-    def _reliability(self, cosines: dict[str, float]) -> dict[str, float]:
+    def _basis(
+        self, name: str, source: Matrices, shares: Weights, memory: Memory
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """U and e of Ḡ = b Ḡ + (1 - b) G / tr G, and what the next round needs of Ḡ."""
+        rows = len(next(iter(source.new.values())))
+        if self.basis == "exact":
+            return self._exact(name, source, shares, memory, self.rank)
+        rank = self.rank or _SKETCH_RANK
+        if rank + _OVERSAMPLING >= rows:
+            return self._exact(name, source, shares, memory, rank)
+        return self._randomised(name, source, shares, memory, rank)
+
+    def _exact(
+        self, name: str, source: Matrices, shares: Weights, memory: Memory, rank: int | None
+    ) -> tuple[Tensor, Tensor, Memory]:
+        gram = source.gram(shares)
+        trace = float(gram.diagonal().double().sum())
+        old = memory.get(f"gram/{name}")
+        gram *= self._fresh(trace, old)
+        if old is not None:
+            gram.add_(old, alpha=self.basis_momentum)
+        basis, spectrum = canonical_basis(gram, rank, self.energy)
+        return basis, spectrum, {f"gram/{name}": gram} if self.basis_momentum else {}
+
+    def _randomised(
+        self, name: str, source: Matrices, shares: Weights, memory: Memory, rank: int
+    ) -> tuple[Tensor, Tensor, Memory]:
+        """Ḡ is remembered as the eigenpairs that the sketch found, with its whole trace."""
+        old, old_values = memory.get(f"vectors/{name}"), memory.get(f"values/{name}")
+        trace = source.trace(shares)
+        fresh = self._fresh(trace, old)
+
+        def times(right: Tensor) -> Tensor:
+            product = fresh * source.gram_times(shares, right)
+            if old is not None and old_values is not None:
+                product += old @ ((self.basis_momentum * old_values)[:, None] * (old.T @ right))
+            return product
+
+        # A generator of its own: neither other random draws nor a resumed run may change the sketch.
+        seed = zlib.crc32(f"{self.seed}/{name}/{_rounds(memory)}".encode())
+        rows = len(next(iter(source.new.values())))
+        start = torch.randn(
+            rows, rank + _OVERSAMPLING, generator=torch.Generator().manual_seed(seed), dtype=source.dtype
+        )
+        vectors, values = randomised_basis(times, start)
+        total = fresh * trace
+        if old is not None:
+            total += self.basis_momentum * float(memory[f"trace/{name}"])
+        size = leading(values, rank, self.energy, total)
+        remembered = {f"vectors/{name}": vectors, f"values/{name}": values}
+        remembered[f"trace/{name}"] = torch.tensor(total, dtype=torch.float64)
+        return vectors[:, :size], values[:size], remembered if self.basis_momentum else {}
+
+    def _fresh(self, trace: float, old: Tensor | None) -> float:
+        """What G is multiplied with in Ḡ; nothing to divide by where no client moved."""
+        share = 1.0 if old is None else 1 - self.basis_momentum
+        return share / trace if trace > 0 else 0.0
+
+    def _mean(
+        self, name: str, changes: Matrices, shares: Weights, memory: Memory, basis: Tensor, spectrum: Tensor
+    ) -> tuple[Tensor, Weights, Memory]:
+        """F = Σ ω_k D_k, every client's reliability r_k, and what the next round needs of it."""
+        if self.reliability == "none":
+            return changes.sum(shares), dict.fromkeys(shares, 1.0), {}
+        warm = _rounds(memory) >= self.warmup
+        if self.reliability == "direction":
+            cosines = agreement_by_direction(changes, shares, basis)
+            trust = self._by_direction(cosines) if warm else torch.ones_like(cosines)
+            return *_fuse_directions(changes, shares, trust, basis, spectrum), {}
+        smooth = _smooth(agreement(changes, shares), _recall(memory, f"cosine/{name}/"))
+        last = _recall(memory, f"reliability/{name}/")
+        r = {client: last.get(client, 1.0) for client in shares}
+        if warm and median(smooth.values()) >= self.consensus:
+            r = self._by_client(smooth)
+        remembered = {f"cosine/{name}/{client}": c for client, c in smooth.items()}
+        remembered |= {f"reliability/{name}/{client}": each for client, each in r.items()}
+        tensors = {key: torch.tensor(each, dtype=torch.float64) for key, each in remembered.items()}
+        return changes.sum(_reweigh(shares, r)), r, tensors
+
+    def _by_client(self, cosines: Weights) -> Weights:
         """r_k: full for whoever agrees at least κ times as well as the median client."""
         enough = self.kappa * median(cosines.values())
         return {client: min(max(c / enough, _FLOOR), 1.0) for client, c in cosines.items()}
 
-    def _gram(self, deltas: dict[str, Tensor], shares: dict[str, float], old: Tensor | None) -> Tensor:
-        gram = weighted_sum({client: delta @ delta.T for client, delta in deltas.items()}, shares)
-        trace = gram.trace()
-        normalised = gram / trace if trace > 0 else gram
-        if old is None:
-            return normalised
-        return self.basis_momentum * old + (1 - self.basis_momentum) * normalised
+    def _by_direction(self, cosines: Tensor) -> Tensor:
+        """r_{k,i}: the same in every direction. Bases change, so nothing is smoothed over rounds."""
+        middle = cosines.quantile(0.5, dim=0)
+        trust = (cosines / (self.kappa * middle)).clamp(_FLOOR, 1.0)
+        return torch.where(middle >= self.consensus, trust, 1.0)
 
-    def _interference(self, coefficients: Tensor, spectrum: Tensor) -> Tensor:
-        """What equalisation adds to the coefficients C = Uᵀ Σ ω_k D_k, keeping their norm."""
-        norm = coefficients.norm()
-        if self.equalise == 0 or norm == 0:
-            return torch.zeros_like(coefficients)
-        gains = (spectrum / spectrum[0] + _SPECTRUM_FLOOR) ** (-self.equalise / 2)
-        equalised = gains[:, None] * coefficients
-        return equalised * (norm / equalised.norm()) - coefficients
+    def _interference(self, mean: Tensor, basis: Tensor, spectrum: Tensor) -> Tensor:
+        """F + U (C' - C), or U C' without residual; only the fused update is decomposed."""
+        if self.residual and self.equalise == 0:
+            return mean
+        coefficients = basis.T @ mean
+        gains = self._gains(coefficients, spectrum)
+        coefficients *= (gains - 1 if self.residual else gains)[:, None]
+        step = basis @ coefficients
+        return step.add_(mean) if self.residual else step
+
+    def _gains(self, coefficients: Tensor, spectrum: Tensor) -> Tensor:
+        """(e_i / e_1 + 10⁻³)^(-a/2), scaled so that the norm of the coefficients is kept."""
+        squares = torch.linalg.vecdot(coefficients, coefficients).double()
+        if self.equalise == 0 or float(squares.sum()) == 0 or float(spectrum[0]) == 0:
+            return torch.ones_like(spectrum)
+        gains = (spectrum.double() / spectrum[0] + _SPECTRUM_FLOOR) ** (-self.equalise / 2)
+        gains *= (squares.sum() / (gains**2 * squares).sum()).sqrt()
+        return gains.to(spectrum.dtype)
+
+    def _with_momentum(
+        self, name: str, step: Tensor, memory: Memory, basis: Tensor | None
+    ) -> tuple[Tensor, Memory]:
+        """M ← β · last M, carried over to the new basis, + step. Biases have no basis."""
+        if self.momentum == 0:
+            return step, {}
+        if f"momentum/{name}" in memory:
+            last = self._carried(memory[f"momentum/{name}"], memory.get(f"basis/{name}"), basis)
+            step = torch.add(step, last, alpha=self.momentum)
+        remembered = {f"momentum/{name}": step}
+        if basis is not None and self.momentum_kind == "procrustes":
+            remembered[f"basis/{name}"] = basis
+        return step, remembered
+
+    def _carried(self, last: Tensor, old: Tensor | None, new: Tensor | None) -> Tensor:
+        if new is None or self.momentum_kind == "plain":
+            return last
+        if self.momentum_kind == "procrustes" and old is not None:
+            return new @ (polar(old.T @ new).T @ (old.T @ last))
+        if new.shape[0] == new.shape[1]:  # U Uᵀ = I
+            return last
+        return new @ (new.T @ last)
 
     def _stepped(self, old: Tensor, step: Tensor) -> Tensor:
-        return (old.double() + self.server_learning_rate * step).to(old.dtype)
+        return torch.add(old, step, alpha=self.server_learning_rate).to(old.dtype)
 
 
-def agreement(deltas: dict[str, Tensor], shares: dict[str, float]) -> dict[str, float]:
-    """c_k: cosine of D_k with the consensus Σ_{j≠k} p_j D_j of the others; 1 where there is none."""
-    if len(deltas) == 1:
-        return dict.fromkeys(deltas, 1.0)
-    total = weighted_sum(deltas, shares)
-    cosines = {}
-    for client, delta in deltas.items():
-        others = total - shares[client] * delta
-        norms = delta.norm() * others.norm()
-        cosines[client] = float((delta * others).sum() / norms) if norms > 0 else 0.0
-    return cosines
+def _fuse_directions(
+    changes: Matrices, shares: Weights, trust: Tensor, basis: Tensor, spectrum: Tensor
+) -> tuple[Tensor, Weights]:
+    """Weights by direction inside the basis; outside it, their mean weighted by energy."""
+    energies = spectrum.double() + torch.finfo(torch.float64).tiny
+    clients = list(changes.new)
+    r = dict(zip(clients, ((trust * energies).sum(1) / energies.sum()).tolist(), strict=True))
+    weights = torch.tensor([shares[client] for client in clients], dtype=torch.float64)[:, None] * trust
+    inside = fuse_by_direction(changes, weights / weights.sum(0), basis)
+    mean = changes.sum(_reweigh(shares, r))
+    return mean + basis @ (inside - basis.T @ mean), r
 
 
-def canonical_basis(gram: Tensor, rank: int | None = None, energy: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Leading eigenpairs of G, largest first.
-
-    Args:
-        gram: `(d_out, d_out)` float64, symmetric positive semidefinite.
-        rank: Number of directions at most.
-        energy: Share of the trace they must hold.
-
-    Returns:
-        U `(d_out, r)` with orthonormal columns, and e `(r,)`.
-    """
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    size = len(values)
-    if energy < 1:
-        size = min(size, 1 + int((values.cumsum(0) < energy * values.sum()).sum()))
-    if rank is not None:
-        size = min(size, rank)
-    return vectors[:, :size], values[:size]
+def _rounds(memory: Memory) -> int:
+    return int(memory.get("rounds", torch.tensor(0)))
 
 
-def _recall(memory: Memory, prefix: str) -> dict[str, float]:
+def _recall(memory: Memory, prefix: str) -> Weights:
     """Figures by client that the last round left in memory."""
     return {key.removeprefix(prefix): float(c) for key, c in memory.items() if key.startswith(prefix)}
 
 
-def _smooth(cosines: dict[str, float], old: dict[str, float]) -> dict[str, float]:
+def _smooth(cosines: Weights, old: Weights) -> Weights:
     """Average with the last round's cosines where the same clients took part."""
     if old.keys() != cosines.keys():
         return cosines
     return {client: _SMOOTHING * old[client] + (1 - _SMOOTHING) * c for client, c in cosines.items()}
 
 
-def _reweigh(shares: dict[str, float], reliability: dict[str, float]) -> dict[str, float]:
+def _reweigh(shares: Weights, reliability: Weights) -> Weights:
     """ω_k = p_k r_k / Σ_j p_j r_j."""
     total = sum(shares[client] * reliability[client] for client in sorted(shares))
     return {client: shares[client] * reliability[client] / total for client in shares}

@@ -1,0 +1,165 @@
+"""Tables and plots of an ablation: means over seeds, paired differences, what memoisation saved."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from evaluate.charts import dots
+from evaluate.compare import Difference, holm, paired
+from pipeline.console import say, table
+from pipeline.grid import Ablation, Trial
+from pipeline.manifest import write_atomic
+
+Options = tuple[tuple[str, object], ...]
+Values = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One ablation's part of the report; plots are SVG by file name."""
+
+    markdown: str
+    plots: dict[str, str]
+
+
+def section(
+    ablation: Ablation,
+    trials: Sequence[Trial],
+    failures: Mapping[Path, str],
+    tuned: Mapping[tuple[str, str], Options],
+) -> Section:
+    """Print an ablation's tables and write them as Markdown.
+
+    Args:
+        ablation: What was compared.
+        trials: All its runs.
+        failures: Why runs failed, by run; a strategy with a failed seed is listed, not ranked.
+        tuned: The options of every (scenario, strategy).
+    """
+    tested = ablation.measures[0]
+    lines = [f"## {ablation.title or ablation.name}", ""]
+    plots: dict[str, str] = {}
+    against_subject: dict[str, dict[str, Difference]] = {}
+    for scenario in ablation.scenarios:
+        scores = _scores(ablation.measures, [t for t in trials if t.scenario == scenario], failures)
+        values = scores[tested]
+        order = sorted(values, key=lambda name: fmean(values[name]))
+        against_subject[scenario] = {
+            name: paired(values[ablation.subject], values[name])
+            for name in order
+            if ablation.subject in values and name != ablation.subject
+        }
+        columns, body = _table(ablation, order, scores, {name: tuned[scenario, name] for name in order})
+        table(
+            f"{ablation.name}, {scenario}: {len(ablation.seeds)} seeds, {tested} (lower is better)",
+            columns,
+            body,
+        )
+        name = f"{ablation.name}-{scenario}.svg"
+        plots[name] = dots({each: values[each] for each in order}, f"{tested}, a dot a seed")
+        lines += [f"### {scenario}", "", *_markdown(columns, body), "", f"![{scenario}](results/{name})", ""]
+    lines += _verdict(ablation, against_subject)
+    lines += [f"- failed: {run}: {why}" for run, why in failures.items()]
+    saved = _saved(trials)
+    say(saved)
+    return Section("\n".join([*lines, "", saved, ""]), plots)
+
+
+def write(out: Path, sections: Sequence[Section]) -> None:
+    """Write the report, with its plots in `results/` beside it."""
+    for each in sections:
+        for name, svg in each.plots.items():
+            write_atomic(
+                out.parent / "results" / name,
+                svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ').encode(),
+            )
+    write_atomic(out, "\n".join(each.markdown for each in sections).encode())
+
+
+def _scores(
+    measures: Sequence[str], trials: Sequence[Trial], failures: Mapping[Path, str]
+) -> dict[str, Values]:
+    """Values by measure and strategy, in the order of seeds, of the strategies without a failure."""
+    failed = {trial.strategy for trial in trials if trial.experiment.run_path in failures}
+    scores: dict[str, Values] = {measure: defaultdict(list) for measure in measures}
+    for trial in sorted(trials, key=lambda trial: trial.seed):
+        if trial.strategy not in failed:
+            for measure in measures:
+                scores[measure][trial.strategy].append(trial.score(measure))
+    return scores
+
+
+def _table(
+    ablation: Ablation, order: Sequence[str], scores: Mapping[str, Values], options: Mapping[str, Options]
+) -> tuple[list[str], list[list[str]]]:
+    tested, *others = ablation.measures
+    values = scores[tested]
+    rivals = [name for name in order if name != ablation.baseline and ablation.baseline in values]
+    differences = {name: paired(values[name], values[ablation.baseline]) for name in rivals}
+    adjusted = dict(zip(rivals, holm([differences[name].p for name in rivals]), strict=True))
+    columns = ["strategy", "options", tested, "spread", f"minus {ablation.baseline}", "p (Holm)", *others]
+    body = [
+        [
+            name,
+            ", ".join(f"{key} {value}" for key, value in options[name] if key != "name"),
+            f"{fmean(values[name]):.3f}",
+            f"{stdev(values[name]):.3f}",
+            _interval(differences[name]) if name in differences else "",
+            f"{adjusted[name]:.3f}" if name in adjusted else "",
+            *(f"{fmean(scores[measure][name]):.3f}" for measure in others),
+        ]
+        for name in order
+    ]
+    return columns, body
+
+
+def _interval(difference: Difference) -> str:
+    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _verdict(ablation: Ablation, against: Mapping[str, Mapping[str, Difference]]) -> list[str]:
+    """Where the subject wins, loses, or cannot be told apart, by 95 % intervals."""
+    names = [name for name in ablation.strategies if name != ablation.subject]
+    rows = []
+    for name in names:
+        cells = []
+        for differences in against.values():
+            difference = differences.get(name)
+            if difference is None:
+                cells.append("failed")
+                continue
+            word = "**better**" if difference.high < 0 else "**worse**" if difference.low > 0 else "open"
+            cells.append(f"{word} {_interval(difference)}")
+        rows.append([name, *cells])
+    columns = [f"{ablation.subject} minus", *against]
+    return [f"### {ablation.subject} against every other strategy", "", *_markdown(columns, rows), ""]
+
+
+def _saved(trials: Sequence[Trial]) -> str:
+    """What equal local updates, computed once, saved: seconds of training, as measured when computed."""
+    spent = saved = 0.0
+    for trial in trials:
+        path = trial.experiment.run_path / "history.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            row = json.loads(line)
+            if row["client"] is None:
+                continue
+            if row["recalled"]:
+                saved += row["seconds"]
+            else:
+                spent += row["seconds"]
+    whole = max(spent + saved, 1e-9)
+    return (
+        f"Local training: {spent:,.0f} s computed, {saved:,.0f} s ({saved / whole:.0%}) recalled "
+        f"instead of computed again, over {len(trials)} runs."
+    )

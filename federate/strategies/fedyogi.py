@@ -1,0 +1,24 @@
+"""FedYogi (Reddi et al., 2021, arXiv 2003.00295)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor
+
+from federate.strategies.base import STRATEGIES
+from federate.strategies.fedopt import FedOpt
+
+
+@STRATEGIES.register("fedyogi")
+class FedYogi(FedOpt):
+    """FedOpt with v ← v - (1 - β_2) Δ² sign(v - Δ²).
+
+    Args:
+        beta2: β_2, memory of the squares.
+    """
+
+    beta2: float = Field(0.99, ge=0, lt=1)
+
+    def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
+        """Additive, so that v forgets large squares slowly when small ones follow."""
+        return v - (1 - self.beta2) * square * (v - square).sign()

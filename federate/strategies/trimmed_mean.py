@@ -1,0 +1,35 @@
+"""Coordinate-wise trimmed mean (Yin et al., 2018, arXiv 1803.01498)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import floor
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from federate.strategies.base import STRATEGIES, Aggregate, Memory, State, Strategy, Update
+
+
+@STRATEGIES.register("trimmed_mean")
+class TrimmedMean(Strategy):
+    """W ← mean of the W_k without the ⌊βK⌋ smallest and largest, in every coordinate.
+
+    Every client counts alike, whatever its samples.
+
+    Args:
+        trim: β, share cut at each end; with fewer than 1 / β clients nothing is cut.
+    """
+
+    trim: float = Field(0.2, ge=0, lt=0.5)
+
+    def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
+        """Average what the ends leave over."""
+        return Aggregate(
+            {name: self._mean([update.state[name] for update in updates]) for name in state}, memory
+        )
+
+    def _mean(self, tensors: Sequence[Tensor]) -> Tensor:
+        ordered, cut = torch.stack(list(tensors)).sort(0).values, floor(self.trim * len(tensors))
+        return ordered[cut : len(tensors) - cut].mean(0, dtype=torch.float64).to(ordered.dtype)

@@ -1,0 +1,186 @@
+"""`fedcmp ablate`: many runs over the same caches, equal local training done once, then one table."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
+
+    from pipeline.grid import Ablation, Trial
+
+Work = Callable[["Trial", tuple[str, ...], Path], str]
+
+
+@click.command()
+@click.argument("configs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--jobs", type=click.IntRange(1), help="Runs at a time; all cores by default, 1 with a GPU.")
+@click.option("--out", type=click.Path(path_type=Path), help="Markdown; build/ablations/NAME.md by default.")
+def ablate(configs: tuple[Path, ...], jobs: int | None, out: Path | None) -> None:
+    """Compare strategies over scenarios and seeds, sharing equal local training.
+
+    Options given as lists are chosen on the tuning seeds' validation split. Interrupted, the same
+    command goes on; runs that are done are not done again.
+
+    \b
+    Example:
+      fedcmp ablate configs/ablations/methods.toml
+      fedcmp ablate configs/ablations/*.toml --out docs/results.md
+    """
+    from pipeline.cli import imported
+    from pipeline.console import say
+    from pipeline.grid import read_ablation
+
+    ablations = [read_ablation(config) for config in configs]
+    out = out or Path("build/ablations") / f"{ablations[0].name}.md"
+    sections = []
+    with _pool(jobs) as pool:
+        for ablation in ablations:
+            log = Path("build/ablations") / f"{ablation.name}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            tuned = _tuned(pool, ablation, log)
+            trials = list(_trials(ablation, tuned))
+            failures = _run_all(pool, ablation, trials, log, _benchmarks(ablation.measures))
+            sections.append(imported("evaluate.ablation:section")(ablation, trials, failures, tuned))
+    imported("evaluate.ablation:write")(out, sections)
+    say(f"Tables and plots in {out}")
+
+
+def _trials(ablation: Ablation, tuned: dict[tuple[str, str], Any]) -> Iterator[Trial]:
+    from pipeline.grid import trial
+
+    for scenario in ablation.scenarios:
+        for seed in ablation.seeds:
+            for strategy in ablation.strategies:
+                yield trial(ablation, scenario, strategy, seed, tuned[scenario, strategy])
+
+
+def _tuned(pool: ProcessPoolExecutor, ablation: Ablation, log: Path) -> dict[tuple[str, str], Any]:
+    """Options of every strategy in every scenario, chosen where there is a choice."""
+    from pipeline.grid import grid, trial
+
+    choices = {name: list(grid(ablation, name)) for name in ablation.strategies}
+    chosen = {(s, name): options[0] for s in ablation.scenarios for name, options in choices.items()}
+    if ablation.tuning is None:
+        return chosen
+    trials = [
+        trial(ablation, scenario, name, seed, options)
+        for scenario in ablation.scenarios
+        for seed in ablation.tuning.seeds
+        for name in ablation.strategies
+        for options in choices[name]
+        if len(choices[name]) > 1
+    ]
+    measure = ablation.tuning.measure
+    failures = _run_all(pool, ablation, trials, log, _benchmarks([measure]))
+    totals: dict[tuple[str, str], dict[Any, float]] = defaultdict(lambda: defaultdict(float))
+    for each in trials:
+        value = float("inf") if each.experiment.run_path in failures else each.score(measure)
+        totals[each.scenario, each.strategy][each.options] += value
+    return chosen | {place: min(values, key=values.__getitem__) for place, values in totals.items()}
+
+
+def _benchmarks(measures: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(measure.split(": ", 1)[0] for measure in measures))
+
+
+def _run_all(
+    pool: ProcessPoolExecutor, ablation: Ablation, trials: list[Trial], log: Path, benchmarks: tuple[str, ...]
+) -> dict[Path, str]:
+    """Extract, train and score; returns why runs failed, if any did."""
+    caches = list({trial.experiment.features: trial for trial in trials}.values())
+    failures = _each(pool, _extract, caches, benchmarks, log, f"{ablation.name}: caches")
+    if failures:
+        from pipeline.errors import UserError
+
+        raise UserError(next(iter(failures.values())))
+    return _each(pool, _run, trials, benchmarks, log, f"{ablation.name}: runs")
+
+
+def _each(
+    pool: ProcessPoolExecutor,
+    work: Work,
+    trials: list[Trial],
+    benchmarks: tuple[str, ...],
+    log: Path,
+    title: str,
+) -> dict[Path, str]:
+    from concurrent.futures import as_completed
+
+    from pipeline.console import progress, say
+
+    failures = {}
+    with progress(title, len(trials), "runs") as task:
+        futures = {pool.submit(work, trial, benchmarks, log): trial for trial in trials}
+        try:
+            for future in as_completed(futures):
+                if future.result():
+                    failures[futures[future].experiment.run_path] = future.result()
+                    say(f"{futures[future].experiment.run_path}: {future.result()}")
+                task.advance()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failures
+
+
+@contextmanager
+def _pool(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from pipeline.device import pick_device
+
+    size = jobs or (1 if pick_device("auto") == "cuda" else len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(size, get_context("spawn"), _begin_worker) as pool:
+        yield pool
+
+
+def _begin_worker() -> None:
+    """One thread a run: two runs on two cores are faster than one run on both, and bits do not change."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _extract(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> str:
+    from pipeline.cli import imported
+
+    with _logged(log):
+        return _failure(lambda: imported("extract.run:run")(trial.experiment, only=(), overwrite=False))
+
+
+def _run(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> str:
+    from pipeline.cli import imported
+
+    def both() -> None:
+        imported("federate.run:run")(trial.experiment)
+        imported("evaluate.run:evaluate_run")(trial.experiment, benchmarks)
+
+    with _logged(log):
+        return _failure(both)
+
+
+def _failure(work: Callable[[], Any]) -> str:
+    """Why some work failed, empty if it did not: one run that diverges must not end a sweep."""
+    from pipeline.errors import UserError
+
+    try:
+        work()
+    except (UserError, ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Send what the stages print to a file."""
+    with path.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        yield

@@ -1,0 +1,164 @@
+"""Time, memory and accuracy of aggregation at LLaVA-1.5-7B size: python tests/bench_aggregation.py [--small]
+
+Eight clients, float32. Every method runs in a process of its own, so that its peak memory is its
+own. `naive` is the plain way: the SVD of the concatenation [√p_1 D_1 … √p_K D_K] of each matrix.
+The others run two rounds, the second with a memory; seconds are the slower round, memory is the
+peak over both. `--small` is a smoke run without gates. Linux only (/proc).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from federate.strategies.base import State, Strategy, Update, data_weights
+from federate.strategies.fedavg import FedAvg
+from federate.strategies.fedcmp import FedCmp
+
+CLIENTS = 8
+METHODS: dict[str, Strategy | None] = {
+    "naive": None,
+    "fedavg": FedAvg(),
+    "exact": FedCmp(basis="exact"),
+    "randomised": FedCmp(basis="randomised"),
+}
+
+
+def make_round(small: bool) -> tuple[State, list[Update]]:
+    """Updates that share half of their directions, of decaying spectrum, over a floor of noise."""
+    d_in, d_out, rank = (64, 256, 32) if small else (1024, 4096, 256)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    shapes = {"linear_1.weight": (d_out, d_in), "linear_1.bias": (d_out,)}
+    shapes |= {"linear_2.weight": (d_out, d_out), "linear_2.bias": (d_out,)}
+    state = {name: 0.02 * draw(*shape) for name, shape in shapes.items()}
+    shared = {name: (draw(s[0], rank), draw(rank, s[-1])) for name, s in shapes.items()}
+    decay = torch.arange(1.0, rank + 1) ** -1
+    updates = []
+    for k in range(CLIENTS):
+        new = {}
+        for name, shape in shapes.items():
+            step = 1e-5 * draw(*shape)
+            if len(shape) == 2:
+                left, right = shared[name]
+                step += 1e-4 * (left * decay) @ (right + 0.5 * draw(rank, shape[1]))
+                step += 1e-4 * (draw(shape[0], rank) * decay) @ draw(rank, shape[1])
+            new[name] = state[name] + step
+        updates.append(Update(f"client{k}", new, 100 * (k + 1)))
+    return state, updates
+
+
+def naive(state: State, updates: list[Update]) -> dict[str, torch.Tensor]:
+    """New matrices of the first round of Fed-CMP's defaults, and eigenpairs of G, the plain way."""
+    shares, result = data_weights(updates), {}
+    for name in (name for name, old in state.items() if old.ndim == 2):
+        parts = [shares[u.client] ** 0.5 * (u.state[name] - state[name]) for u in updates]
+        u, singular, _ = torch.linalg.svd(torch.cat(parts, dim=1), full_matrices=False)
+        coefficients = u.T @ sum(
+            shares[c.client] ** 0.5 * part for c, part in zip(updates, parts, strict=True)
+        )
+        values = singular.double() ** 2
+        gains = (values / values[0] + 1e-3).float() ** -0.5
+        equalised = gains[:, None] * coefficients
+        equalised *= coefficients.double().norm() / equalised.double().norm()
+        result[name] = state[name] + 1.5 * (u @ equalised)
+        result[f"values/{name}"] = values / values.sum()
+        print(f"  naive {name}: done", file=sys.stderr, flush=True)
+    return result
+
+
+def peak() -> int:
+    """Peak resident memory of this process in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def measure(method: str, small: bool, out: Path) -> None:
+    """One method in this process; writes seconds, memory and the first round's new matrices."""
+    libraries = peak()
+    state, updates = make_round(small)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the updates
+    strategy, seconds, memory, first = METHODS[method], [], {}, {}
+    for round_ in range(2 if strategy else 1):
+        start = time.perf_counter()
+        if strategy is None:
+            first = naive(state, updates)
+        else:
+            result = strategy.aggregate(state, updates, memory)
+            memory, first = result.memory, first or {n: t for n, t in result.state.items() if t.ndim == 2}
+        seconds.append(time.perf_counter() - start)
+        print(f"  {method} round {round_}: {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
+    sent = sum(t.nbytes for u in updates for t in u.state.values())
+    figures = {"seconds": max(seconds), "memory": peak() / sent, "own": (peak() - libraries) / sent}
+    vectors = {key: tensor for key, tensor in memory.items() if key.startswith("vectors/")}
+    torch.save({"figures": figures, "first": first, "vectors": vectors}, out)
+
+
+def energy(basis: torch.Tensor, name: str, state: State, updates: list[Update], best: torch.Tensor) -> float:
+    """Share of the energy in the 128 best directions that 128 columns of a basis hold."""
+    shares, basis = data_weights(updates), basis[:, :128].to(torch.float32)
+    deltas = {u.client: u.state[name] - state[name] for u in updates}
+    whole = sum(shares[client] * float(delta.double().square().sum()) for client, delta in deltas.items())
+    held = sum(shares[c] * float((basis.T @ delta).double().square().sum()) for c, delta in deltas.items())
+    return held / whole / float(best[:128].sum())
+
+
+def main(small: bool) -> int:
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for method in METHODS:
+            out = Path(folder) / method
+            arguments = [sys.executable, __file__, "--method", method, str(out)]
+            subprocess.run([*arguments, "--small"] if small else arguments, check=True)
+            results[method] = torch.load(out, weights_only=True)
+    state, updates = make_round(small)
+    plain = results["naive"]
+    print(f"\n{torch.get_num_threads()} threads, {CLIENTS} clients, memory as a multiple of their updates")
+    print(f"{'':12}{'seconds':>9}{'faster':>9}{'memory':>8}{'no libs':>9}{'step off by':>13}{'energy':>9}")
+    for method, result in results.items():
+        figures = result["figures"]
+        faster = plain["figures"]["seconds"] / figures["seconds"]
+        matrices = [name for name in state if name in result["first"]]
+        off = max(
+            float((result["first"][n] - plain["first"][n]).norm() / (plain["first"][n] - state[n]).norm())
+            for n in matrices
+        )
+        held = [
+            energy(result["vectors"][f"vectors/{n}"], n, state, updates, plain["first"][f"values/{n}"])
+            for n in matrices
+            if f"vectors/{n}" in result["vectors"]
+        ]
+        figures |= {"faster": faster, "off": off}
+        share = f"{min(held):9.4f}" if held else f"{'-':>9}"
+        print(f"{method:12}{figures['seconds']:9.2f}{faster:8.1f}x{figures['memory']:8.2f}", end="")
+        print(f"{figures['own']:9.2f}{off:13.1e}{share}")
+    exact, randomised = results["exact"]["figures"], results["randomised"]["figures"]
+    gates = {
+        "exact is 6 times faster than naive": exact["faster"] >= 6,
+        "randomised is 40 times faster": randomised["faster"] >= 40,
+        "exact agrees with naive to 1e-4": exact["off"] <= 1e-4,
+        "memory is at most 3 times the updates": max(exact["memory"], randomised["memory"]) <= 3,
+    }
+    if small:
+        return 0
+    for gate, passed in gates.items():
+        print(f"{'passed' if passed else 'MISSED'}: {gate}")
+    return 0 if all(gates.values()) else 1
+
+
+if __name__ == "__main__":
+    if "--method" in sys.argv:
+        at = sys.argv.index("--method")
+        measure(sys.argv[at + 1], "--small" in sys.argv, Path(sys.argv[at + 2]))
+    else:
+        sys.exit(main("--small" in sys.argv))
