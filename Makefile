@@ -36,9 +36,12 @@ PATHS := --set experiment=$(EXPERIMENT) --set features=$(FEATURES) --set build=b
 INPUTS := FORCE
 -include configs/$(EXPERIMENT).mk
 
+ABLATION ?= methods
+-include configs/ablations.mk
+
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help extract federate evaluate world test check lint clean FORCE
+.PHONY: help extract federate evaluate ablate results bench world test check lint clean FORCE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
@@ -48,6 +51,9 @@ help:
 	@echo "make extract    encode every silo's images once into build/features"
 	@echo "make federate   train one projector for every run of the experiment into build/runs"
 	@echo "make evaluate   answer and score the benchmarks, write build/report"
+	@echo "make ablate     compare strategies over scenarios and seeds: ABLATION=$(ABLATION)"
+	@echo "make results    every ablation of configs/ablations into docs/results.md"
+	@echo "make bench      speed and memory of aggregation at the size of LLaVA-1.5-7B"
 	@echo "make test       lint, types and tests: exactly what CI runs"
 	@echo "make world      train the embedded default's two small models again"
 	@echo "make clean      remove build/"
@@ -91,6 +97,15 @@ $(REPORT_DIR)/report.json: $(RUNS:%=$(SCORE_DIR)/%/.checked) $(REPORT_DIR)/runs.
 # A removed run is invisible to modification times, so the list of runs is a file of its own.
 $(REPORT_DIR)/runs.txt: FORCE
 	@mkdir -p $(@D); echo "$(RUNS)" | cmp -s - $@ || echo "$(RUNS)" > $@
+
+# Ablations share caches and local training; finished runs are found done.
+ablate: $(WORLDS) | $(READY)
+	$(FEDCMP) ablate configs/ablations/$(ABLATION).toml
+results: $(WORLDS) | $(READY)
+	$(FEDCMP) ablate $(wildcard configs/ablations/*.toml) --out docs/results.md
+
+bench: $(READY)
+	$(PYTHON) tests/bench_aggregation.py
 
 world: $(READY)
 	$(FEDCMP) world train

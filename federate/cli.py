@@ -37,8 +37,7 @@ def federate(config: Path, overrides: tuple[str, ...]) -> None:
     help="File to write, or a folder that gets NAME.safetensors of each method.",
 )
 @click.option("--base", type=click.Path(path_type=Path), help="Projector they were trained from; else zero.")
-@click.option("--weights", metavar="N1,N2,...", help="Samples of each projector.")
-@click.option("--samples", is_flag=True, help="Insist on the samples of the runs' histories, the default.")
+@click.option("--weights", metavar="N1,N2,...", help="Samples of each; else those of the runs' histories.")
 @click.option(
     "--set",
     "overrides",
@@ -64,7 +63,7 @@ def federate(config: Path, overrides: tuple[str, ...]) -> None:
     help="How texts become prompts.",
 )
 @click.option(
-    "--images", type=click.IntRange(2), default=256, show_default=True, help="Texts to take from each cache."
+    "--texts", type=click.IntRange(2), default=256, show_default=True, help="Texts to take from each cache."
 )
 def merge(
     projectors: tuple[Path, ...],
@@ -72,12 +71,11 @@ def merge(
     out: Path,
     base: Path | None,
     weights: str | None,
-    samples: bool,
     overrides: tuple[str, ...],
     features: tuple[Path, ...],
     language: Path | None,
     template: str,
-    images: int,
+    texts: int,
 ) -> None:
     """Merge trained projectors, files or directories of runs, into one without training.
 
@@ -94,14 +92,13 @@ def merge(
         raise UserError("--features and --language are needed together, to compute alignments; give both")
     guide = None
     if language:
-        guide = Guide(features=features, language=language, template=template, images=images)
+        guide = Guide(features=features, language=language, template=template, texts=texts)
     merge_projectors(
         projectors,
         methods,
         out,
         base=base,
         weights=weights,
-        samples=samples,
         overrides=overrides,
         guide=guide,
     )

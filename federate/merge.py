@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from federate import history
-from federate.batches import Batch
+from federate.batches import Stream
 from federate.strategies.base import STRATEGIES, Aggregate, State, Strategy, Update, check
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache, same_key
@@ -20,29 +20,27 @@ from pipeline.config import Component
 from pipeline.console import progress, say, table
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import UserError, did_you_mean
-from pipeline.language import FrozenLanguageModel
-from pipeline.manifest import model_hashes, provenance, write_json
-from pipeline.prompts import tokenise
+from pipeline.identity import LANGUAGE_FILES
+from pipeline.language import FrozenLanguageModel, load_language
+from pipeline.manifest import fingerprint, model_hashes, provenance, write_json
 
 FORMAT = {"name": "fedcmp-merge", "version": 1}
-_SEED = 0
 _BATCH = 32
 _MAX_LENGTH = 2048
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
 class Guide:
     """What alignments are computed from.
 
-    `features` are one cache a projector in order, or one for all; `images` is the number of
-    training texts taken from each.
+    `features` are one cache a projector in order, or one for all; about `texts` training texts are
+    taken from each.
     """
 
     features: tuple[Path, ...]
     language: Path
     template: str
-    images: int
+    texts: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,6 @@ def merge(
     *,
     base: Path | None = None,
     weights: str | None = None,
-    samples: bool = False,
     overrides: Sequence[str] = (),
     guide: Guide | None = None,
 ) -> list[Path]:
@@ -90,7 +87,6 @@ def merge(
         out: A `.safetensors` file, or a folder that gets one file a method.
         base: The projector they were trained from; zero if None.
         weights: Samples of each projector, `n1,n2,...`.
-        samples: Insist on the samples of the runs' histories.
         overrides: `option=value` for all methods, `method.option=value` for one.
         guide: What alignments are computed from, for methods that want them.
 
@@ -102,7 +98,7 @@ def merge(
     """
     strategies = {name: _method(name, overrides, methods) for name in methods}
     targets = _targets(out, list(strategies))
-    inputs = _inputs(paths, base, weights, samples)
+    inputs = _inputs(paths, base, weights)
     _refuse_overwriting(inputs, targets)
     wanting = [name for name, strategy in strategies.items() if "alignment" in strategy.wants]
     if guide and wanting:
@@ -129,11 +125,11 @@ def _merge(name: str, strategy: Strategy, inputs: Inputs, target: Path) -> None:
     _summary(name, inputs, result.state, target)
 
 
-def _inputs(paths: Sequence[Path], base: Path | None, weights: str | None, samples: bool) -> Inputs:
+def _inputs(paths: Sequence[Path], base: Path | None, weights: str | None) -> Inputs:
     """Read what is to be merged, and refuse what cannot be."""
     sources = _sources(paths)
     start, base_path = _base(base, sources[0])
-    counts, weighted_by = _counts(sources, weights, samples)
+    counts, weighted_by = _counts(sources, weights)
     updates = []
     for source, count in zip(sources, counts, strict=True):
         updates.append(Update(source.name, source.state, count))
@@ -281,18 +277,14 @@ def _samples(path: Path) -> int | None:
     return seen or None
 
 
-def _counts(sources: Sequence[Source], weights: str | None, samples: bool) -> tuple[list[int], str]:
+def _counts(sources: Sequence[Source], weights: str | None) -> tuple[list[int], str]:
     """Samples of every source, and in words where they come from."""
-    if weights is not None and samples:
-        raise UserError("--weights and --samples exclude each other; give one of them")
     if weights is not None:
         return _given_counts(weights, len(sources)), "as given by --weights"
     known = [source.samples for source in sources if source.samples is not None]
     if len(known) == len(sources):
         return known, "samples of the runs' histories"
     lacking = next(source.path for source in sources if source.samples is None)
-    if samples:
-        raise UserError(f"--samples: {lacking} has no history.jsonl beside it; use --weights")
     return [1] * len(sources), f"1 each, because {lacking} has no history.jsonl beside it"
 
 
@@ -322,27 +314,36 @@ def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
         )
     caches = {str(path): FeatureCache(path) for path in guide.features}
     same_key(caches)
-    files = model_hashes(guide.language, _TOKENIZER_FILES)
+    files = model_hashes(guide.language, LANGUAGE_FILES)
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
-    language = FrozenLanguageModel(guide.language, dtype=dtype, device=device)
+    language = load_language(guide.language, dtype, device, fingerprint(files))
     _refuse_another_width(sources[0], next(iter(caches.values())), language, guide.language)
     projector, _ = projectors.load_projector(sources[0].path)
     projector.to(device)
     aligned = []
     with progress("alignment", len(sources), "projectors") as task:
         for number, update in enumerate(inputs.updates):
-            cache = caches[str(guide.features[number % len(guide.features)])]
-            batches = _batches(cache, language, guide.template, guide.images)
-            contributions = alignment_contributions(projector, inputs.base, update.state, language, batches)
+            name = str(guide.features[number % len(guide.features)])
+            stream = Stream(
+                {name: caches[name]},
+                language,
+                template=guide.template,
+                max_length=_MAX_LENGTH,
+                batch_size=_BATCH,
+                turns=1,
+                seed=0,
+            )
+            some = islice(stream.batches(0), -(-guide.texts // _BATCH))
+            contributions = alignment_contributions(projector, inputs.base, update.state, language, some)
             aligned.append(replace(update, alignment=contributions))
             task.advance()
-    say(f"Alignment: {guide.images} training texts at most from each of {', '.join(caches)}")
+    say(f"Alignment: {guide.texts} training texts at most from each of {', '.join(caches)}")
     guided = {
         "caches": {path: cache.content for path, cache in caches.items()},
         "language": {"path": str(guide.language), "files": files, "dtype": dtype, "device": device},
         "template": guide.template,
-        "images": guide.images,
+        "texts": guide.texts,
         "contributions": {update.client: update.alignment for update in aligned},
     }
     return replace(inputs, updates=aligned, guided=guided)
@@ -362,29 +363,6 @@ def _refuse_another_width(
                 f"{place}: has width {width}, but {source.path} maps {widths[0]} to {widths[1]}; give the "
                 "features and the LLM that the projectors were trained with"
             )
-
-
-def _batches(
-    cache: FeatureCache, language: FrozenLanguageModel, template: str, number: int
-) -> Iterator[Batch]:
-    """The first training texts of a fixed shuffle."""
-    texts = np.random.default_rng(_SEED).permutation(cache.usable_texts("train"))[:number]
-    if not len(texts):
-        raise UserError(f"{cache.path}: has no training text with features; give another cache")
-    for start in range(0, len(texts), _BATCH):
-        batch = texts[start : start + _BATCH]
-        tokens = [
-            tokenise(
-                cache.text(index),
-                template,
-                language.tokenizer,
-                patches=cache.patches,
-                max_length=_MAX_LENGTH,
-            )
-            for index in batch
-        ]
-        ids, labels = language.collate(tokens)
-        yield Batch(cache.tensor(cache.text_image[batch]).float().to(ids.device), ids, labels)
 
 
 def _manifest(

@@ -56,9 +56,10 @@ def ablate(configs: tuple[Path, ...], jobs: int | None, out: Path | None) -> Non
 def _trials(ablation: Ablation, tuned: dict[tuple[str, str], Any]) -> Iterator[Trial]:
     from pipeline.grid import trial
 
-    for scenario in ablation.scenarios:
-        for seed in ablation.seeds:
-            for strategy in ablation.strategies:
+    # All scenarios and seeds of one strategy first, so that the next finds their common rounds done.
+    for strategy in ablation.strategies:
+        for scenario in ablation.scenarios:
+            for seed in ablation.seeds:
                 yield trial(ablation, scenario, strategy, seed, tuned[scenario, strategy])
 
 
@@ -72,10 +73,10 @@ def _tuned(pool: ProcessPoolExecutor, ablation: Ablation, log: Path) -> dict[tup
         return chosen
     trials = [
         trial(ablation, scenario, name, seed, options)
-        for scenario in ablation.scenarios
-        for seed in ablation.tuning.seeds
         for name in ablation.strategies
         for options in choices[name]
+        for scenario in ablation.scenarios
+        for seed in ablation.tuning.seeds
         if len(choices[name]) > 1
     ]
     measure = ablation.tuning.measure

@@ -9,7 +9,7 @@ from pipeline.device import pick_device, pick_dtype
 from pipeline.manifest import model_hashes
 
 FORMAT = {"name": "fedcmp-run", "version": 1}
-_LANGUAGE_FILES = (
+LANGUAGE_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -27,7 +27,7 @@ def language_identity(experiment: Experiment) -> dict[str, Any]:
     """The frozen LLM: SHA-256 of its files, and the dtype it computes in."""
     options = experiment.language
     return {
-        "files": model_hashes(options.path, _LANGUAGE_FILES),
+        "files": model_hashes(options.path, LANGUAGE_FILES),
         "dtype": pick_dtype(options.dtype, pick_device(experiment.device)),
     }
 

@@ -84,24 +84,30 @@ def peak() -> int:
 
 
 def measure(method: str, small: bool, out: Path) -> None:
-    """One method in this process; writes seconds, memory and the first round's new matrices."""
+    """One method in this process; writes the first round's new projector, and figures."""
     libraries = peak()
     state, updates = make_round(small)
+    sent = sum(t.nbytes for u in updates for t in u.state.values())
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the updates
-    strategy, seconds, memory, first = METHODS[method], [], {}, {}
+    strategy, seconds = METHODS[method], []
+    memory: dict[str, torch.Tensor] = {}
     for round_ in range(2 if strategy else 1):
         start = time.perf_counter()
         if strategy is None:
-            first = naive(state, updates)
+            new = naive(state, updates)
         else:
             result = strategy.aggregate(state, updates, memory)
-            memory, first = result.memory, first or {n: t for n, t in result.state.items() if t.ndim == 2}
+            new, memory = result.state, result.memory
+            del result
         seconds.append(time.perf_counter() - start)
         print(f"  {method} round {round_}: {seconds[-1]:.1f} s", file=sys.stderr, flush=True)
-    sent = sum(t.nbytes for u in updates for t in u.state.values())
-    figures = {"seconds": max(seconds), "memory": peak() / sent, "own": (peak() - libraries) / sent}
-    vectors = {key: tensor for key, tensor in memory.items() if key.startswith("vectors/")}
-    torch.save({"figures": figures, "first": first, "vectors": vectors}, out)
+        if round_ == 0:
+            torch.save(new, out / "new.pt")
+        del new
+    highest = peak()
+    torch.save({key: tensor for key, tensor in memory.items() if "vectors/" in key}, out / "vectors.pt")
+    figures = {"seconds": max(seconds), "memory": highest / sent, "own": (highest - libraries) / sent}
+    torch.save(figures, out / "figures.pt")
 
 
 def energy(basis: torch.Tensor, name: str, state: State, updates: list[Update], best: torch.Tensor) -> float:
@@ -118,9 +124,10 @@ def main(small: bool) -> int:
     with tempfile.TemporaryDirectory() as folder:
         for method in METHODS:
             out = Path(folder) / method
+            out.mkdir()
             arguments = [sys.executable, __file__, "--method", method, str(out)]
             subprocess.run([*arguments, "--small"] if small else arguments, check=True)
-            results[method] = torch.load(out, weights_only=True)
+            results[method] = {file.stem: torch.load(file) for file in out.iterdir()}
     state, updates = make_round(small)
     plain = results["naive"]
     print(f"\n{torch.get_num_threads()} threads, {CLIENTS} clients, memory as a multiple of their updates")
@@ -128,13 +135,13 @@ def main(small: bool) -> int:
     for method, result in results.items():
         figures = result["figures"]
         faster = plain["figures"]["seconds"] / figures["seconds"]
-        matrices = [name for name in state if name in result["first"]]
+        matrices = [name for name, old in state.items() if old.ndim == 2]
         off = max(
-            float((result["first"][n] - plain["first"][n]).norm() / (plain["first"][n] - state[n]).norm())
+            float((result["new"][n] - plain["new"][n]).norm() / (plain["new"][n] - state[n]).norm())
             for n in matrices
         )
         held = [
-            energy(result["vectors"][f"vectors/{n}"], n, state, updates, plain["first"][f"values/{n}"])
+            energy(result["vectors"][f"vectors/{n}"], n, state, updates, plain["new"][f"values/{n}"])
             for n in matrices
             if f"vectors/{n}" in result["vectors"]
         ]

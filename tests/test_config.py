@@ -1,21 +1,46 @@
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from federate.strategies.base import STRATEGIES
 from pipeline.config import Component, Options, load
 from pipeline.errors import UserError
+from pipeline.grid import grid, read_ablation, trial
 from pipeline.manifest import fingerprint
 from pipeline.registry import Registry
 
 
 def test_every_shipped_config_is_valid() -> None:
-    paths = sorted((ROOT / "configs").rglob("*.toml"))
-    assert len(paths) >= 6
+    paths = [ROOT / "configs/demo.toml", *(ROOT / "configs/demo").glob("*.toml")]
+    paths += [path for path in (ROOT / "configs/scenarios").glob("*.toml") if path.stem != "base"]
+    assert len(paths) >= 10
     for path in paths:
         assert load(path).run == path.stem
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_shipped_ablation_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    ablation = read_ablation(path)
+    for scenario, strategy in product(ablation.scenarios, ablation.strategies):
+        for options in grid(ablation, strategy):
+            experiment = trial(ablation, scenario, strategy, 3, options).experiment
+            assert experiment.experiment == f"{scenario}-3"
+            assert str(experiment.features) == f"build/features/{scenario}-3"
+            STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
+
+
+def test_placeholders_are_filled_in(tmp_path: Path) -> None:
+    text = (ROOT / "configs/demo.toml").read_text().replace('experiment = "demo"', 'experiment = "e{seed}"')
+    path = tmp_path / "x.toml"
+    path.write_text(text.replace('features = "build/features/demo"', 'features = "f/{experiment}/{seed}"'))
+    experiment = load(path, ["seed=7"])
+    assert (experiment.experiment, str(experiment.features)) == ("e7", "f/e7/7")
+    assert experiment.evaluate.benchmarks["vqa"].model_extra["image_name"] == "{image_id:06d}.png"  # type: ignore[index]
 
 
 def test_extends_merges_and_a_new_name_replaces(tmp_path: Path) -> None:

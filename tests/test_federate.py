@@ -15,11 +15,10 @@ from click.testing import CliRunner, Result
 from conftest import ROOT
 
 from federate.batches import Stream
-from federate.client import learning_rate, train_locally
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache
 from pipeline.cli import main
-from pipeline.config import Component, Optimizer, load
+from pipeline.config import Component, load
 from pipeline.language import FrozenLanguageModel
 
 
@@ -38,7 +37,9 @@ def projector_bytes(config: Path, name: str) -> bytes:
 
 def history(config: Path, name: str) -> list[dict]:
     lines = (folder(config, name) / "history.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    varying = ("seconds", "recalled")
+    rows = [json.loads(line) for line in lines]
+    return [{key: value for key, value in row.items() if key not in varying} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -52,22 +53,23 @@ def language(llama_dir: Path) -> FrozenLanguageModel:
     return FrozenLanguageModel(llama_dir, dtype="float32", device="cpu")
 
 
-def stream(caches, language, *, names=("clinic",), rounds=3, batch_size=4, seed=0) -> Stream:  # type: ignore[no-untyped-def]
+def stream(caches, language, *, names=("clinic",), turns=3, batch_size=4, seed=0) -> Stream:  # type: ignore[no-untyped-def]
     chosen = {name: caches[name] for name in names}
     return Stream(
-        chosen, language, template="plain", max_length=99, batch_size=batch_size, rounds=rounds, seed=seed
+        chosen, language, template="plain", max_length=99, batch_size=batch_size, turns=turns, seed=seed
     )
 
 
-@pytest.mark.parametrize("rounds", [1, 3, 7])
+@pytest.mark.parametrize("turns", [1, 3, 7])
 @pytest.mark.parametrize("names", [("clinic",), ("clinic", "lab")])
-def test_a_pass_takes_every_text_once(caches, language, names, rounds: int) -> None:  # type: ignore[no-untyped-def]
-    one = stream(caches, language, names=names, rounds=rounds)
-    taken = np.concatenate([one.samples(round_) for round_ in range(rounds)])
+def test_a_pass_takes_every_text_once(caches, language, names, turns: int) -> None:  # type: ignore[no-untyped-def]
+    one = stream(caches, language, names=names, turns=turns)
+    taken = np.concatenate([one.samples(turn) for turn in range(turns)])
     expected = [(silo, i) for silo, name in enumerate(names) for i in range(caches[name].texts)]
     assert sorted(map(tuple, taken.tolist())) == expected
-    sizes = [len(list(one.batches(round_))) for round_ in range(rounds)]
-    assert sizes == [one.steps(round_) for round_ in range(rounds)]
+    sizes = [len(list(one.batches(turn))) for turn in range(turns)]
+    assert sizes == [one.steps(turn) for turn in range(turns)]
+    assert one.size == len(expected)
 
 
 def test_the_order_depends_on_seed_and_silo_alone(caches, language) -> None:  # type: ignore[no-untyped-def]
@@ -86,61 +88,6 @@ def test_batches_pair_features_with_their_text(caches, language) -> None:  # typ
     for row, (_, index) in enumerate(one.samples(0)[:4]):
         expected = cache.tensor([cache.text_image[index]])[0].float()
         assert torch.equal(batch.features[row], expected)
-
-
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    options = Optimizer(learning_rate=1.0, warmup=0.1)
-    rates = [learning_rate(options, step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(1 / 11)
-    assert max(rates) == rates[10] == 1.0
-    assert rates[:11] == sorted(rates[:11])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] < 1e-3
-
-
-def test_the_loss_falls_and_the_llm_stays(caches, language, llama_dir: Path) -> None:  # type: ignore[no-untyped-def]
-    projector = projectors.build(Component(name="mlp2x_gelu"), d_vision=24, d_llm=32)
-    projectors.initialise(projector, torch.Generator().manual_seed(0))
-    start = projectors.state_of(projector)
-    before = {name: tensor.clone() for name, tensor in language.model.state_dict().items()}
-    one = stream(caches, language, rounds=1)
-    losses = []
-    state, moments = start, None
-    for _ in range(6):
-        result = train_locally(
-            projector,
-            state,
-            language,
-            one.batches(0),
-            Optimizer(learning_rate=1e-2, warmup=0),
-            first_step=0,
-            total_steps=1000,
-            optimizer_state=moments,
-            advance=lambda: None,
-        )
-        state, moments = result.state, result.optimizer
-        losses.append(result.loss)
-    assert losses[-1] < losses[0] - 0.02
-    assert result.samples == 20
-    assert all(torch.equal(before[name], tensor) for name, tensor in language.model.state_dict().items())
-    assert not torch.equal(state["linear_1.weight"], start["linear_1.weight"])
-
-
-def test_a_diverging_run_stops(caches, language) -> None:  # type: ignore[no-untyped-def]
-    projector = projectors.build(Component(name="linear"), d_vision=24, d_llm=32)
-    start = {name: torch.full_like(tensor, float("nan")) for name, tensor in projector.state_dict().items()}
-    with pytest.raises(ValueError, match=r"lower federate\.optimizer\.learning_rate"):
-        train_locally(
-            projector,
-            start,
-            language,
-            stream(caches, language).batches(0),
-            Optimizer(),
-            first_step=0,
-            total_steps=1,
-            optimizer_state=None,
-            advance=lambda: None,
-        )
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedcmp", "centralised", "local_only"])
@@ -232,7 +179,7 @@ def test_wrong_components_are_named(extracted: Path, override: str, message: str
 def test_more_rounds_than_texts(extracted: Path) -> None:
     result = run(extracted, "run=many", "federate.rounds=19")
     assert result.exit_code == 2
-    assert "silo lab: 18 training texts do not fill federate.rounds = 19" in result.output
+    assert "silo lab: 18 training texts do not fill its 19 rounds; lower federate.rounds" in result.output
 
 
 @pytest.mark.parametrize(

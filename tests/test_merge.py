@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from federate.alignment import alignment_contributions, linear_cka
-from federate.batches import Batch
-from federate.merge import _batches
+from federate.batches import Batch, Stream
 from federate.strategies.base import STRATEGIES, State, Update
 from federate.strategies.fedavg import FedAvg
 from federate.strategies.pivotmerge import PivotMerge, canonical_basis, layer_weights
@@ -231,7 +230,9 @@ def cache_path(extracted: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def batches(cache_path: Path, language: FrozenLanguageModel) -> list[Batch]:
-    return list(_batches(FeatureCache(cache_path), language, "plain", 40))
+    cache = {"clinic": FeatureCache(cache_path)}
+    how = {"template": "plain", "max_length": 99, "batch_size": 8}
+    return list(Stream(cache, language, **how, turns=1, seed=0).batches(0))  # type: ignore[arg-type]
 
 
 def real(seed: int, architecture: str = "mlp2x_gelu", d_llm: int = D_LLM) -> tuple[torch.nn.Module, State]:
@@ -411,16 +412,13 @@ def test_runs_bring_their_samples(tmp_path: Path) -> None:
     out = ["--method", "fedavg", "--out", tmp_path / "m.safetensors"]
     assert "samples of the runs' histories" in good(one, two / "projector.safetensors", *out)
     assert samples_of(tmp_path / "m.json") == {"one": 32, "two": 10}
-    good(one / "silos/clinic.safetensors", one / "silos/lab.safetensors", *out, "--samples")
+    good(one / "silos/clinic.safetensors", one / "silos/lab.safetensors", *out)
     assert samples_of(tmp_path / "m.json") == {"clinic": 20, "lab": 12}
     good(one / "silos/clinic.safetensors", two / "silos/depot.safetensors", one, *out, "--base", two)
     assert samples_of(tmp_path / "m.json") == {"clinic": 20, "depot": 10, "one": 32}
     loose = write(tmp_path / "loose.safetensors", real(3)[1])
     assert f"1 each, because {loose} has no history" in good(one, loose, *out)
     assert samples_of(tmp_path / "m.json") == {"one": 1, "loose": 1}
-    refused = merge(one, loose, *out, "--samples")
-    assert refused.exit_code == 2
-    assert f"--samples: {loose} has no history.jsonl" in refused.output
     for other in ("a", "b"):
         a_run(tmp_path / other / "same", real(4)[1], {"x": 1})
     good(tmp_path / "a/same", tmp_path / "b/same", *out)
@@ -435,7 +433,7 @@ def test_alignments_weight_the_layers(
     words = [*files, "--base", tmp_path / "base.safetensors", "--method", "pivotmerge"]
     plain = good(*words, "--out", tmp_path / "plain.safetensors")
     assert "pivotmerge: without --features and --language" in plain
-    guide = ["--features", cache_path, "--language", llama_dir, "--images", "12"]
+    guide = ["--features", cache_path, "--language", llama_dir, "--texts", "12"]
     for name in ("one", "two"):
         output = good(*words, *guide, "--out", tmp_path / f"{name}.safetensors")
     assert "Alignment: 12 training texts at most" in output
@@ -490,7 +488,6 @@ def test_mistakes_are_one_clear_line(
         ([a, b, *average, "--weights", "1,2,3"], "number of weights is 3, of projectors 2"),
         ([a, b, *average, "--weights", "1,0"], "--weights 1,0: expected whole numbers above 0"),
         ([a, b, *average, "--weights", "1,x"], "--weights 1,x: expected whole numbers above 0"),
-        ([a, b, *average, "--weights", "1,2", "--samples"], "--weights and --samples exclude each other"),
         ([a, b, *average, "--set", "proximal"], "--set proximal: expected option=value"),
         ([a, b, *average, "--set", "ties.density=1"], "--set ties.density=1: expected option=value"),
         ([a, b, *average, "--set", "proximal=-1"], "fedavg.proximal = -1"),
@@ -501,7 +498,7 @@ def test_mistakes_are_one_clear_line(
         ([a, b, *average, "--language", llama_dir], "--features and --language are needed together"),
         ([a, b, c, *guided, cache_path, "--features", cache_path], "caches is 2, of projectors 3"),
         ([a, b, *guided, tmp_path / "no.zarr"], "no.zarr: this feature cache does not exist"),
-        ([a, b, *guided, cache_path.with_name("heldout.zarr")], "heldout.zarr: has no training text"),
+        ([a, b, *guided, cache_path.with_name("heldout.zarr")], "heldout.zarr has no training text"),
         ([*wide_pair, *guided, cache_path], f"{llama_dir}: has width 32, but"),
         (
             [a, b, "--method", "pivotmerge", "--out", out, "--features", cache_path, "--language", tmp_path],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import ClassVar
 
 import torch
@@ -115,18 +116,27 @@ def check(state: State, updates: Sequence[Update]) -> None:
     if not updates:
         raise ValueError("no client sent an update")
     for update in updates:
-        if update.state.keys() != state.keys():
-            raise ValueError(f"client '{update.client}' sent other keys than the global projector's")
         if update.samples <= 0:
             raise ValueError(f"client '{update.client}' reports {update.samples} samples")
-        for name, tensor in update.state.items():
-            if tensor.shape != state[name].shape:
-                raise ValueError(
-                    f"client '{update.client}' sent {name} of shape {tuple(tensor.shape)}, "
-                    f"not {tuple(state[name].shape)}"
-                )
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"client '{update.client}' sent values that are not finite in {name}")
+        _check_state(state, update.state, update.client)
+        if update.gradient is not None:
+            _check_state(state, update.gradient, update.client, "the gradient of ")
+        for name, contribution in (update.alignment or {}).items():
+            if not isfinite(contribution):
+                raise ValueError(f"client '{update.client}' sent an alignment of {name} that is not finite")
+
+
+def _check_state(expected: State, sent: State, client: str, what: str = "") -> None:
+    if sent.keys() != expected.keys():
+        raise ValueError(f"client '{client}' sent other keys than the global projector's")
+    for name, tensor in sent.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"client '{client}' sent {what}{name} of shape {tuple(tensor.shape)}, "
+                f"not {tuple(expected[name].shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"client '{client}' sent values that are not finite in {what}{name}")
 
 
 def data_weights(updates: Sequence[Update]) -> dict[str, float]:

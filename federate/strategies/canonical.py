@@ -14,7 +14,8 @@ from torch import Tensor
 from federate.strategies.base import Update
 
 _DOUBLE_ROWS = 1024
-_BLOCK = 512
+_ROWS = 512
+_COLUMNS = 1024
 _POWER_PASSES = 1
 
 
@@ -22,50 +23,53 @@ _POWER_PASSES = 1
 class Matrices:
     """One parameter's X_k by client: D_k = W_k - W, or W_k itself where `old` is None.
 
-    Each is made when it is its turn, because all of them together would be a second copy of what
-    the clients sent. They are read only: X_k may be the client's own tensor.
+    They are made a few columns at a time, which every sum below allows: whole, they would be a
+    second copy of what the clients sent.
     """
 
     new: Mapping[str, Tensor]
     old: Tensor | None
-    dtype: torch.dtype
 
     @classmethod
     def of(cls, updates: Sequence[Update], name: str, old: Tensor | None) -> Matrices:
-        """In order of client names, so that the order of arrival does not matter.
+        """In order of client names, so that the order of arrival does not matter."""
+        return cls({u.client: u.state[name] for u in sorted(updates, key=lambda u: u.client)}, old)
 
-        Above 1024 rows float64 would double time and memory, and float32 is accurate enough.
-        """
-        new = {u.client: u.state[name] for u in sorted(updates, key=lambda update: update.client)}
-        first = next(iter(new.values()))
-        dtype = torch.float64 if len(first) <= _DOUBLE_ROWS else first.dtype
-        return cls(new, None if old is None else old.to(dtype), dtype)
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of every X_k."""
+        return next(iter(self.new.values())).shape
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Above 1024 rows float64 would double time and memory, and float32 is accurate enough."""
+        return torch.float64 if self.shape[0] <= _DOUBLE_ROWS else next(iter(self.new.values())).dtype
+
+    def pieces(self) -> Iterator[tuple[str, slice, Tensor]]:
+        """Client, columns, and those columns of X_k; to be read only."""
         for client, new in self.new.items():
-            yield client, new.to(self.dtype) if self.old is None else new.to(self.dtype) - self.old
-
-    def _zeros(self, columns: int | None = None) -> Tensor:
-        first = next(iter(self.new.values()))
-        return torch.zeros(len(first), columns or first.shape[1], dtype=self.dtype)
+            for first in range(0, self.shape[1], _COLUMNS):
+                columns = slice(first, first + _COLUMNS)
+                x = new[:, columns].to(self.dtype)
+                yield client, columns, x if self.old is None else x - self.old[:, columns].to(self.dtype)
 
     def sum(self, weights: Mapping[str, float]) -> Tensor:
         """Σ_k w_k X_k."""
-        total = self._zeros()
-        for client, x in self:
-            total.add_(x, alpha=weights[client])
+        total = torch.zeros(self.shape, dtype=self.dtype)
+        for client, columns, x in self.pieces():
+            total[:, columns].add_(x, alpha=weights[client])
         return total
 
     def trace(self, weights: Mapping[str, float]) -> float:
         """Trace of G."""
-        return sum(weights[client] * inner(x, x) for client, x in self)
+        return sum(weights[client] * inner(x, x) for client, _, x in self.pieces())
 
     def gram(self, weights: Mapping[str, float]) -> Tensor:
         """G; only blocks on and below the diagonal are computed, which halves the work."""
-        rows = len(next(iter(self.new.values())))
-        gram = self._zeros(rows)
-        blocks = [slice(first, min(first + _BLOCK, rows)) for first in range(0, rows, _BLOCK)]
-        for client, x in self:
+        rows = self.shape[0]
+        gram = torch.zeros(rows, rows, dtype=self.dtype)
+        blocks = [slice(first, min(first + _ROWS, rows)) for first in range(0, rows, _ROWS)]
+        for client, _, x in self.pieces():
             for block in blocks:
                 gram[block, : block.stop].addmm_(x[block], x[: block.stop].T, alpha=weights[client])
         for block in blocks:
@@ -75,7 +79,7 @@ class Matrices:
     def gram_times(self, weights: Mapping[str, float], right: Tensor) -> Tensor:
         """G Ω without ever forming G."""
         product = torch.zeros_like(right)
-        for client, x in self:
+        for client, _, x in self.pieces():
             product.addmm_(x, x.T @ right, alpha=weights[client])
         return product
 
@@ -90,13 +94,16 @@ def agreement(matrices: Matrices, shares: Mapping[str, float]) -> dict[str, floa
     if len(matrices.new) == 1:
         return dict.fromkeys(matrices.new, 1.0)
     total = matrices.sum(shares)
-    cosines = {}
-    for client, x in matrices:
+    products = {client: (0.0, 0.0, 0.0) for client in matrices.new}
+    for client, columns, x in matrices.pieces():
         # Multiplied first: a fused multiply-subtract leaves rounding noise where the others did not move.
-        others = total - shares[client] * x
-        norms = (inner(x, x) * inner(others, others)) ** 0.5
-        cosines[client] = inner(x, others) / norms if norms > 0 else 0.0
-    return cosines
+        others = total[:, columns] - shares[client] * x
+        both, own, rest = products[client]
+        products[client] = (both + inner(x, others), own + inner(x, x), rest + inner(others, others))
+    return {
+        client: both / (own * rest) ** 0.5 if own * rest > 0 else 0.0
+        for client, (both, own, rest) in products.items()
+    }
 
 
 def agreement_by_direction(matrices: Matrices, shares: Mapping[str, float], basis: Tensor) -> Tensor:
@@ -104,21 +111,24 @@ def agreement_by_direction(matrices: Matrices, shares: Mapping[str, float], basi
     if len(matrices.new) == 1:
         return torch.ones(1, basis.shape[1], dtype=torch.float64)
     total = basis.T @ matrices.sum(shares)
-    cosines = []
-    for client, x in matrices:
+    products = {client: torch.zeros(3, basis.shape[1], dtype=torch.float64) for client in matrices.new}
+    for client, columns, x in matrices.pieces():
         rows = basis.T @ x
-        others = total - shares[client] * rows
-        norms = (rows.norm(dim=1) * others.norm(dim=1)).double()
-        cosine = torch.linalg.vecdot(rows, others).double() / norms
-        cosines.append(torch.where(norms > 0, cosine, 0.0))
-    return torch.stack(cosines)
+        others = total[:, columns] - shares[client] * rows
+        for product, (a, b) in zip(
+            products[client], ((rows, others), (rows, rows), (others, others)), strict=True
+        ):
+            product += torch.linalg.vecdot(a, b)
+    both, own, rest = torch.stack(list(products.values())).unbind(1)
+    return torch.where(own * rest > 0, both / (own * rest).sqrt(), 0.0)
 
 
 def fuse_by_direction(matrices: Matrices, weights: Tensor, basis: Tensor) -> Tensor:
     """Rows Σ_k w_{k,i} u_iᵀ X_k; weights are `(clients, r)`."""
-    fused = torch.zeros_like(basis.T @ next(iter(matrices))[1])
-    for row, (_, x) in zip(weights.to(matrices.dtype), matrices, strict=True):
-        fused += row[:, None] * (basis.T @ x)
+    fused = torch.zeros(basis.shape[1], matrices.shape[1], dtype=matrices.dtype)
+    of = dict(zip(matrices.new, weights.to(matrices.dtype), strict=True))
+    for client, columns, x in matrices.pieces():
+        fused[:, columns] += of[client][:, None] * (basis.T @ x)
     return fused
 
 

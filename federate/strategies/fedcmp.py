@@ -99,14 +99,7 @@ class FedCmp(Strategy):
         fused: State = {}
         by_matrix: list[Weights] = []
         for name in (name for name, old in state.items() if old.ndim == 2):
-            source = Matrices.of(updates, name, state[name] if self.space == "updates" else None)
-            basis, spectrum, remembered = self._basis(name, source, shares, memory)
-            kept |= remembered
-            changes = Matrices.of(updates, name, state[name])
-            mean, r, remembered = self._mean(name, changes, shares, memory, basis, spectrum)
-            kept |= remembered
-            step = self._interference(mean, basis, spectrum)
-            step, remembered = self._with_momentum(name, step, memory, basis)
+            step, r, remembered = self._matrix(name, state[name], updates, shares, memory)
             kept |= remembered
             fused[name] = self._stepped(state[name], step)
             by_matrix.append(r)
@@ -120,15 +113,26 @@ class FedCmp(Strategy):
             fused[name] = self._stepped(state[name], step)
         return Aggregate({name: fused[name] for name in state}, kept, {"reliability": r, "weight": weights})
 
+    def _matrix(
+        self, name: str, old: Tensor, updates: Sequence[Update], shares: Weights, memory: Memory
+    ) -> tuple[Tensor, Weights, Memory]:
+        """M of one matrix, every client's reliability in it, and what the next round needs."""
+        changes = Matrices.of(updates, name, old)
+        source = changes if self.space == "updates" else Matrices.of(updates, name, None)
+        basis, spectrum, of_basis = self._basis(name, source, shares, memory)
+        mean, r, of_mean = self._mean(name, changes, shares, memory, basis, spectrum)
+        step = self._interference(mean, basis, spectrum)
+        step, of_step = self._with_momentum(name, step, memory, basis)
+        return step, r, of_basis | of_mean | of_step
+
     def _basis(
         self, name: str, source: Matrices, shares: Weights, memory: Memory
     ) -> tuple[Tensor, Tensor, Memory]:
         """U and e of Ḡ = b Ḡ + (1 - b) G / tr G, and what the next round needs of Ḡ."""
-        rows = len(next(iter(source.new.values())))
         if self.basis == "exact":
             return self._exact(name, source, shares, memory, self.rank)
         rank = self.rank or _SKETCH_RANK
-        if rank + _OVERSAMPLING >= rows:
+        if rank + _OVERSAMPLING >= source.shape[0]:
             return self._exact(name, source, shares, memory, rank)
         return self._randomised(name, source, shares, memory, rank)
 
@@ -160,18 +164,16 @@ class FedCmp(Strategy):
 
         # A generator of its own: neither other random draws nor a resumed run may change the sketch.
         seed = zlib.crc32(f"{self.seed}/{name}/{_rounds(memory)}".encode())
-        rows = len(next(iter(source.new.values())))
-        start = torch.randn(
-            rows, rank + _OVERSAMPLING, generator=torch.Generator().manual_seed(seed), dtype=source.dtype
-        )
-        vectors, values = randomised_basis(times, start)
+        generator = torch.Generator().manual_seed(seed)
+        size = (source.shape[0], rank + _OVERSAMPLING)
+        vectors, values = randomised_basis(times, torch.randn(size, generator=generator, dtype=source.dtype))
         total = fresh * trace
         if old is not None:
             total += self.basis_momentum * float(memory[f"trace/{name}"])
-        size = leading(values, rank, self.energy, total)
+        kept = leading(values, rank, self.energy, total)
         remembered = {f"vectors/{name}": vectors, f"values/{name}": values}
         remembered[f"trace/{name}"] = torch.tensor(total, dtype=torch.float64)
-        return vectors[:, :size], values[:size], remembered if self.basis_momentum else {}
+        return vectors[:, :kept], values[:kept], remembered if self.basis_momentum else {}
 
     def _fresh(self, trace: float, old: Tensor | None) -> float:
         """What G is multiplied with in Ḡ; nothing to divide by where no client moved."""
@@ -211,14 +213,16 @@ class FedCmp(Strategy):
         return torch.where(middle >= self.consensus, trust, 1.0)
 
     def _interference(self, mean: Tensor, basis: Tensor, spectrum: Tensor) -> Tensor:
-        """F + U (C' - C), or U C' without residual; only the fused update is decomposed."""
+        """F + U (C' - C), or U C' without residual; only the fused update is decomposed.
+
+        F is ours alone and is changed in place, as are the steps below: at LLaVA's size every copy counts.
+        """
         if self.residual and self.equalise == 0:
             return mean
         coefficients = basis.T @ mean
         gains = self._gains(coefficients, spectrum)
         coefficients *= (gains - 1 if self.residual else gains)[:, None]
-        step = basis @ coefficients
-        return step.add_(mean) if self.residual else step
+        return mean.addmm_(basis, coefficients) if self.residual else basis @ coefficients
 
     def _gains(self, coefficients: Tensor, spectrum: Tensor) -> Tensor:
         """(e_i / e_1 + 10⁻³)^(-a/2), scaled so that the norm of the coefficients is kept."""
@@ -237,7 +241,7 @@ class FedCmp(Strategy):
             return step, {}
         if f"momentum/{name}" in memory:
             last = self._carried(memory[f"momentum/{name}"], memory.get(f"basis/{name}"), basis)
-            step = torch.add(step, last, alpha=self.momentum)
+            step.add_(last, alpha=self.momentum)
         remembered = {f"momentum/{name}": step}
         if basis is not None and self.momentum_kind == "procrustes":
             remembered[f"basis/{name}"] = basis

@@ -1,0 +1,220 @@
+"""The ablation engine on real files: tuning, memoisation, resuming, tables."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from conftest import ROOT
+
+from evaluate.charts import dots
+from evaluate.compare import holm, paired
+from pipeline.cli import main
+from pipeline.grid import grid, read_ablation, trial
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def write(folder: Path, experiment: Path, extra: str = "") -> Path:
+    path = folder / "study.toml"
+    path.write_text(
+        f"""
+name = "study"
+title = "A study"
+seeds = [0, 1]
+measures = ["loss: loss", "pope: accuracy"]
+set = ["build={folder}/build", "memo.path={folder}/memo", "evaluate.benchmarks.loss.split=test"]
+
+[scenarios]
+skewed = "{experiment}"
+
+[tuning]
+seeds = [7]
+measure = "loss: loss"
+
+[strategies]
+fedavg = {{ server_learning_rate = [1.0, 1.5] }}
+fedcmp = {{}}
+{extra}
+"""
+    )
+    return path
+
+
+def ablate(path: Path, *options: str) -> Result:
+    out = path.parent / "report.md"
+    return CliRunner().invoke(main, ["ablate", str(path), "--jobs", "2", "--out", str(out), *options])
+
+
+def rows(folder: Path) -> dict[str, list[str]]:
+    """Cells of the first table by strategy."""
+    text = (folder / "report.md").read_text().split("### skewed")[1].split("![")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    return {name: others for name, *others in cells}
+
+
+def projectors(folder: Path) -> dict[str, bytes]:
+    files = folder.rglob("runs/**/projector.safetensors")
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def done(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("ablation")
+    broken = 'broken = { name = "fedavg", server_learning_rate = 1e38 }'
+    result = ablate(write(folder, extracted, broken))
+    assert result.exit_code == 0, result.output
+    return folder, result
+
+
+def test_a_sweep_ends_in_a_table_and_a_plot(done: tuple[Path, Result]) -> None:
+    folder, result = done
+    table = rows(folder)
+    assert set(table) == {"fedavg", "fedcmp"}
+    assert re.fullmatch(r"server_learning_rate 1\.[05]", table["fedavg"][0])
+    assert re.fullmatch(r"[+-]0\.\d{3} \([+-]\d+\.\d{3} to [+-]\d+\.\d{3}\)", table["fedcmp"][3])
+    assert (folder / "results" / "study-skewed.svg").read_text().count("<circle") == 4
+    assert re.search(r"\d+ s \(\d+%\) recalled", result.output)
+    assert len(projectors(folder)) == 2 + 2 * 2 + 2 - 2  # tuning, results, none of the broken ones
+
+
+def test_a_run_that_diverges_is_reported_and_the_sweep_goes_on(done: tuple[Path, Result]) -> None:
+    folder, result = done
+    assert "failed" in (folder / "report.md").read_text()
+    assert result.output.count("broken-") == 2
+
+
+def test_strategies_share_the_first_round(done: tuple[Path, Result]) -> None:
+    folder, _ = done
+    recalled = [
+        '"recalled": true' in line and '"round": 0' in line
+        for file in folder.rglob("runs/**/history.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+    assert sum(recalled) >= 4
+
+
+def test_the_means_are_those_of_the_scores(done: tuple[Path, Result], extracted: Path) -> None:
+    folder, _ = done
+    ablation = read_ablation(folder / "study.toml")
+    values = [trial(ablation, "skewed", "fedcmp", seed, ()).score("loss: loss") for seed in (0, 1)]
+    assert rows(folder)["fedcmp"][1:3] == [f"{np.mean(values):.3f}", f"{np.std(values, ddof=1):.3f}"]
+
+
+def test_running_again_does_nothing(done: tuple[Path, Result]) -> None:
+    folder, _ = done
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("runs/**/projector.safetensors")}
+    report = (folder / "report.md").read_text()
+    assert ablate(folder / "study.toml").exit_code == 0
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert (folder / "report.md").read_text() == report
+
+
+def test_a_killed_sweep_goes_on_and_gives_the_same_bytes(
+    done: tuple[Path, Result], extracted: Path, tmp_path: Path
+) -> None:
+    folder, _ = done
+    path = write(tmp_path, extracted)
+    out = str(tmp_path / "report.md")
+    command = [sys.executable, "-m", "pipeline.cli", "ablate", str(path), "--jobs", "2", "--out", out]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.rglob("runs/**/history.jsonl")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "report.md").exists()
+    assert ablate(path).exit_code == 0
+    ours, theirs = projectors(tmp_path), projectors(folder)
+    assert len(ours) == 6
+    assert all(theirs[name] == content for name, content in ours.items())
+
+
+def test_memoisation_changes_no_byte(done: tuple[Path, Result], extracted: Path, tmp_path: Path) -> None:
+    folder, _ = done
+    path = write(tmp_path, extracted)
+    path.write_text(re.sub(r'"memo\.path=[^"]*", ', "", path.read_text()))
+    assert ablate(path).exit_code == 0
+    ours, theirs = projectors(tmp_path), projectors(folder)
+    assert all(theirs[name] == content for name, content in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('name = "study"', ""), "'name' is missing"),
+        (("seeds = [0, 1]", "seeds = [0]"), "seeds = .*at least 2"),
+        (("seeds = [7]", "seeds = [1]"), "tuning.seeds and seeds overlap"),
+        (("fedcmp = {}", "fedcmpp = {}"), "subject = 'fedcmp': no such strategy; did you mean 'fedcmpp'"),
+        (('[tuning]\nseeds = [7]\nmeasure = "loss: loss"', ""), r"fedavg has a list .*add a table"),
+        (("fedcmp = {}", "fedcmp = { kapa = 1 }"), r"'federate\.strategy\.kapa'; did you mean 'kappa'"),
+        (("fedcmp = {}", 'fedcmp = { name = "fedcmq" }'), "no strategy is called 'fedcmq'"),
+        (("loss: loss", "loss: los"), "benchmark 'loss' has no such metric; did you mean 'loss'"),
+        (("loss: loss", "lost: loss"), "--benchmark lost: not configured; did you mean 'loss'"),
+        (("skewed =", "skewed = 1 #"), r"scenarios\.skewed = 1"),
+        (("name", "= ="), "not valid TOML"),
+    ],
+)
+def test_mistakes_are_one_line(
+    extracted: Path, tmp_path: Path, change: tuple[str, str], message: str
+) -> None:
+    path = write(tmp_path, extracted)
+    text = path.read_text()
+    assert change[0] in text
+    path.write_text(text.replace(*change, 1))
+    result = ablate(path)
+    assert result.exit_code == 2
+    assert re.search(message, result.output)
+    assert "Traceback" not in result.output
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    result = ablate(tmp_path / "none.toml")
+    assert (result.exit_code, "no such file" in result.output) == (2, True)
+
+
+def test_a_grid_is_every_combination(extracted: Path, tmp_path: Path) -> None:
+    lists = "momentum = [0.1, 0.2], server_learning_rate = [1.0, 2.0]"
+    extra = f'both = {{ name = "fedavgm", {lists}, proximal = 0.1 }}'
+    ablation = read_ablation(write(tmp_path, extracted, extra))
+    combinations = list(grid(ablation, "both"))
+    assert len(set(combinations)) == 4
+    one = trial(ablation, "skewed", "both", 5, combinations[-1])
+    assert one.experiment.seed == 5
+    assert one.experiment.federate.strategy.name == "fedavgm"
+    assert one.experiment.federate.strategy.model_extra == {
+        "momentum": 0.2,
+        "server_learning_rate": 2.0,
+        "proximal": 0.1,
+    }
+    names = {trial(ablation, "skewed", "both", 5, each).experiment.run for each in combinations}
+    assert len(names) == 4
+
+
+def test_paired_differences_by_hand() -> None:
+    """t = 2 / (1 / sqrt 3), two degrees of freedom: quantile 4.3027."""
+    result = paired([3.0, 4.0, 5.0], [2.0, 2.0, 2.0])
+    half = 4.302653 / 3**0.5
+    assert (result.mean, result.low, result.high) == pytest.approx((2, 2 - half, 2 + half), abs=1e-5)
+    assert result.p == pytest.approx(0.0741799, abs=1e-6)
+    assert paired([1.0, 2.0], [1.0, 2.0]).p == 1.0
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_a_plot_has_a_dot_a_value() -> None:
+    svg = dots({"a<b": [0.1, 0.2], "c": [1.0]}, "loss")
+    assert svg.count("<circle") == 3
+    assert "a&lt;b" in svg

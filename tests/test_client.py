@@ -1,0 +1,280 @@
+"""Local training: alone or together, with an objective, recalled; and who takes part when."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from federate.batches import Batch, Stream
+from federate.client import Job, LocalResult, learning_rate, train_together
+from federate.local import LocalEngine
+from federate.memo import Memo, job_key
+from federate.participation import participants
+from federate.strategies.base import Objective, State
+from pipeline import projector as projectors
+from pipeline.cache import FeatureCache
+from pipeline.config import Component, Optimizer, load
+from pipeline.language import FrozenLanguageModel
+
+PLAIN_SGD = Optimizer(name="sgd", learning_rate=0.5, warmup=0, max_grad_norm=1e9)
+
+
+@pytest.fixture(scope="module")
+def language(llama_dir: Path) -> FrozenLanguageModel:
+    return FrozenLanguageModel(llama_dir, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def streams(extracted: Path, language: FrozenLanguageModel) -> dict[str, Stream]:
+    """20 and 18 samples, so that one client has a step more than the other."""
+    experiment = load(extracted)
+    return {
+        name: Stream(
+            {name: FeatureCache(experiment.cache_path(name))},
+            language,
+            template="plain",
+            max_length=99,
+            batch_size=6,
+            turns=1,
+            seed=0,
+        )
+        for name in ("clinic", "lab")
+    }
+
+
+def module(name: str = "mlp2x_gelu") -> torch.nn.Module:
+    projector = projectors.build(Component(name=name), d_vision=24, d_llm=32)
+    projectors.initialise(projector, torch.Generator().manual_seed(0))
+    return projector
+
+
+def state() -> State:
+    return projectors.state_of(module())
+
+
+def job(client: str = "clinic", **changes: object) -> Job:
+    return Job(**{"client": client, "start": state(), "turn": 0, "round": 0, "rounds": 100} | changes)  # type: ignore[arg-type]
+
+
+def train(
+    jobs: Sequence[Job],
+    streams: dict[str, Stream],
+    language: FrozenLanguageModel,
+    options: Optimizer = PLAIN_SGD,
+    micro_batch: int = 6,
+) -> list[LocalResult]:
+    parts = [(streams[each.client].steps(0), streams[each.client].batches(0)) for each in jobs]
+    return train_together(
+        jobs, parts, module(), language, options, micro_batch=micro_batch, advance=lambda number: None
+    )
+
+
+def assert_close(ours: State, theirs: State, tolerance: float = 1e-5) -> None:
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero() -> None:
+    options = Optimizer(learning_rate=1.0, warmup=0.1)
+    rates = [learning_rate(options, step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == 1.0
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 1e-3
+
+
+def test_the_learning_rate_follows_the_round_not_the_turn(streams, language) -> None:  # type: ignore[no-untyped-def]
+    name, start = "linear_2.weight", state()
+    results = [train([job(round=round_)], streams, language)[0] for round_ in (0, 99)]
+    early, late = (float((result.state[name] - start[name]).norm()) for result in results)
+    assert late < 0.01 * early
+
+
+def test_the_loss_falls_and_the_llm_stays(streams, language) -> None:  # type: ignore[no-untyped-def]
+    before = {name: tensor.clone() for name, tensor in language.model.state_dict().items()}
+    options = Optimizer(learning_rate=1e-2, warmup=0, carry=True)
+    losses, current, moments = [], state(), None
+    for _ in range(6):
+        (result,) = train([job(start=current, optimizer=moments)], streams, language, options)
+        current, moments = result.state, result.optimizer
+        losses.append(result.loss)
+    assert losses[-1] < losses[0] - 0.02
+    assert (result.samples, result.steps) == (20, 4)
+    assert all(torch.equal(before[name], tensor) for name, tensor in language.model.state_dict().items())
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 5, 99])
+@pytest.mark.parametrize("options", [PLAIN_SGD, Optimizer(learning_rate=1e-2, max_grad_norm=0.01)])
+def test_together_is_as_alone(streams, language, micro_batch: int, options: Optimizer) -> None:  # type: ignore[no-untyped-def]
+    """Also where one client has more steps and a smaller last batch than the other."""
+    jobs = [job("clinic"), job("lab", start={name: 0.9 * t for name, t in state().items()})]
+    together = train(jobs, streams, language, options, micro_batch)
+    for one, both in zip(jobs, together, strict=True):
+        (alone,) = train([one], streams, language, options)
+        assert (both.client, both.samples, both.steps, both.tokens) == (
+            one.client,
+            alone.samples,
+            alone.steps,
+            alone.tokens,
+        )
+        assert both.loss == pytest.approx(alone.loss, rel=1e-5)
+        # Adam divides by the square root of tiny squares, which magnifies rounding.
+        assert_close(both.state, alone.state, 1e-5 if options.name == "sgd" else 1e-3)
+
+
+def test_gradients_are_those_of_the_mean_token_loss(streams, language) -> None:  # type: ignore[no-untyped-def]
+    """One SGD step by hand, through transformers' own loss."""
+
+    class OneBatch(Stream):
+        def __init__(self) -> None: ...
+
+        def steps(self, turn: int) -> int:
+            return 1
+
+        def batches(self, turn: int):  # type: ignore[no-untyped-def]
+            yield batch
+
+    batch: Batch = next(streams["clinic"].batches(0))
+    (result,) = train([job(wants=frozenset({"gradient"}))], {"clinic": OneBatch()}, language, micro_batch=2)
+    projector = module()
+    embeds = language.embed(batch.ids, projector(batch.features))
+    language.model(inputs_embeds=embeds, labels=batch.labels).loss.backward()
+    assert result.gradient is not None
+    for name, parameter in projector.named_parameters():
+        torch.testing.assert_close(result.gradient[name], parameter.grad, rtol=1e-4, atol=1e-6)
+        expected = parameter.detach() - 0.5 * parameter.grad
+        torch.testing.assert_close(result.state[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_explains_the_path(streams, language) -> None:  # type: ignore[no-untyped-def]
+    """SCAFFOLD's option II: with plain SGD the mean gradient is the update over the summed rates."""
+    (result,) = train([job(wants=frozenset({"gradient"}))], streams, language)
+    total = sum(learning_rate(PLAIN_SGD, step, 400) for step in range(4))
+    rates = [learning_rate(PLAIN_SGD, step, 400) for step in range(4)]
+    assert max(rates) - min(rates) < 1e-3
+    assert result.gradient is not None
+    moved = {name: (start - result.state[name]) / total for name, start in state().items()}
+    assert_close(moved, result.gradient, 1e-4)
+
+
+def test_a_linear_term_shifts_every_gradient(streams, language) -> None:  # type: ignore[no-untyped-def]
+    linear = {name: torch.full_like(tensor, 0.03) for name, tensor in state().items()}
+    one_step = {"clinic": streams["clinic"]}
+    (plain,) = train([job()], one_step, language)
+    (shifted,) = train([job(objective=Objective(linear=linear))], one_step, language)
+    total = sum(learning_rate(PLAIN_SGD, step, 400) for step in range(4))
+    difference = shifted.state["linear_1.weight"] - plain.state["linear_1.weight"]
+    assert float(difference.mean()) == pytest.approx(-0.03 * total, rel=0.05)
+
+
+def test_a_proximal_term_holds_clients_back(streams, language) -> None:  # type: ignore[no-untyped-def]
+    start = state()
+
+    def distance(mu: float) -> float:
+        (result,) = train([job(objective=Objective(proximal=mu))], streams, language)
+        return sum(float((result.state[name] - start[name]).norm()) for name in start)
+
+    assert distance(0.0) > distance(0.5) > distance(1.5)
+
+
+def test_a_diverging_client_is_named(streams, language) -> None:  # type: ignore[no-untyped-def]
+    broken = {name: torch.full_like(tensor, float("nan")) for name, tensor in state().items()}
+    with pytest.raises(ValueError, match=r"client 'lab', round 0: .*lower federate\.optimizer"):
+        train([job("clinic"), job("lab", start=broken)], streams, language)
+
+
+def engine(streams, language, memo: Memo | None, together: int = 1) -> LocalEngine:  # type: ignore[no-untyped-def]
+    return LocalEngine(
+        streams,
+        module(),
+        language,
+        PLAIN_SGD,
+        batch_size=6,
+        together=together,
+        micro_batch=6,
+        memo=memo,
+        advance=lambda number: None,
+    )
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_equal_training_is_recalled_bit_for_bit(streams, language, tmp_path, together: int) -> None:  # type: ignore[no-untyped-def]
+    jobs = [job("clinic"), job("lab")]
+    memo = Memo(tmp_path, 10**9, {"llm": 1})
+    first = engine(streams, language, memo, together)(jobs)
+    again = engine(streams, language, Memo(tmp_path, 10**9, {"llm": 1}), together)(jobs)
+    assert [result.recalled for result in (*first, *again)] == [False, False, True, True]
+    for ours, theirs in zip(first, again, strict=True):
+        assert (ours.client, ours.loss, ours.samples, ours.steps) == (
+            theirs.client,
+            theirs.loss,
+            theirs.samples,
+            theirs.steps,
+        )
+        assert all(torch.equal(ours.state[name], theirs.state[name]) for name in ours.state)
+    for changed in (
+        job(round=1),
+        job(rounds=99),
+        job(objective=Objective(0.1)),
+        job(objective=Objective(linear=state())),
+        job(start={name: tensor + 1e-6 for name, tensor in state().items()}),
+        job(wants=frozenset({"gradient"})),
+    ):
+        assert not engine(streams, language, memo)([changed])[0].recalled
+    assert not engine(streams, language, Memo(tmp_path, 10**9, {"llm": 2}))([job()])[0].recalled
+
+
+def test_a_torn_memo_is_trained_again(streams, language, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    memo = Memo(tmp_path, 10**9, {})
+    engine(streams, language, memo)([job()])
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    assert not engine(streams, language, memo)([job()])[0].recalled
+    assert engine(streams, language, memo)([job()])[0].recalled
+
+
+def test_a_full_memo_forgets_what_was_not_used_for_longest(tmp_path: Path) -> None:
+    result = LocalResult("a", state(), 1.0, 1, 1, 1, 1.0)
+    buffer = io.BytesIO()
+    torch.save([vars(result)], buffer)
+    memo = Memo(tmp_path, 5 * buffer.tell(), {})
+    keys = [[{"number": number}] for number in range(12)]
+    for key in keys:
+        memo.keep(key, [result])
+        assert memo.recall(keys[0]) is not None
+        assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 5 * buffer.tell()
+    assert memo.recall(keys[-1]) is not None
+    assert memo.recall(keys[1]) is None
+
+
+def test_job_keys_are_plain_json() -> None:
+    key = job_key(job(objective=Objective(0.5, state()), wants=frozenset({"alignment"})))
+    assert key["proximal"] == 0.5
+    assert key["gradient"] is False
+    assert len(key["start"]) == len(key["linear"]) == 64
+
+
+@given(number=st.integers(1, 30), rounds=st.integers(0, 40), size=st.integers(1, 40), seed=st.integers(0, 9))
+def test_all_take_part_about_equally_often(number: int, rounds: int, size: int, seed: int) -> None:
+    clients = [f"c{k:02d}" for k in range(number)]
+    schedule = participants(clients, rounds, size, seed)
+    assert schedule == participants(clients, rounds, size, seed)
+    assert all(len(chosen) == len(set(chosen)) == min(size, number) for chosen in schedule)
+    assert all(chosen == sorted(chosen) for chosen in schedule)
+    counts = Counter(client for chosen in schedule for client in chosen)
+    times = [counts[client] for client in clients]
+    assert max(times) - min(times) <= 1
+
+
+def test_everyone_by_default() -> None:
+    assert participants(["b", "a"], 3, None, 0) == [["b", "a"]] * 3
+    drawn = [tuple(participants([str(k) for k in range(9)], 1, 3, seed)[0]) for seed in range(20)]
+    assert len(set(drawn)) > 5
