@@ -13,7 +13,7 @@ from evaluate.charts import dots
 from evaluate.compare import Difference, holm, paired
 from pipeline.console import say, table
 from pipeline.grid import Ablation, Trial
-from pipeline.manifest import write_atomic
+from pipeline.manifest import provenance, write_atomic
 
 Options = tuple[tuple[str, object], ...]
 Values = dict[str, list[float]]
@@ -42,7 +42,7 @@ def section(
         tuned: The options of every (scenario, strategy).
     """
     tested = ablation.measures[0]
-    lines = [f"## {ablation.title or ablation.name}", ""]
+    lines = [f"## {ablation.title or ablation.name}", "", *_setting(ablation), ""]
     plots: dict[str, str] = {}
     against_subject: dict[str, dict[str, Difference]] = {}
     for scenario in ablation.scenarios:
@@ -70,15 +70,46 @@ def section(
     return Section("\n".join([*lines, "", saved, ""]), plots)
 
 
-def write(out: Path, sections: Sequence[Section]) -> None:
+def _setting(ablation: Ablation) -> list[str]:
+    """What was run, and which options were there to choose from."""
+    lines = [f"Seeds {_listed(ablation.seeds)}; {', '.join(ablation.measures)} on test data."]
+    lines += [f"Every run has `{override}`." for override in ablation.set if not override.startswith("memo")]
+    tuning = ablation.tuning
+    if tuning is None:
+        return lines
+    lines[0] += f" Options were chosen by {tuning.measure} on seeds {_listed(tuning.seeds)} from:"
+    for name, options in ablation.strategies.items():
+        choices = [f"{key} {_listed(value)}" for key, value in options.items() if isinstance(value, list)]
+        if choices:
+            lines.append(f"- {name}: {'; '.join(choices)}")
+    return [lines[0], "", *lines[1:]]
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def write(out: Path, sections: Sequence[Section], configs: Sequence[Path]) -> None:
     """Write the report, with its plots in `results/` beside it."""
+    made_by = provenance("cpu")
+    versions = ", ".join(f"{name} {version}" for name, version in made_by["packages"].items())
+    files = " ".join(map(str, configs))
+    header = [
+        "# Results",
+        "",
+        f"Written by `fedcmp ablate {files} --out {out}` with Python {made_by['python']}, {versions}, "
+        f"on {made_by['platform']}. Spread is the standard deviation over seeds; intervals are 95 % t "
+        "intervals of paired differences over seeds; p values are adjusted for the number of strategies "
+        "(Holm). Fed-CMP and PivotMerge are our readings of papers of which we had the abstracts.",
+        "",
+    ]
     for each in sections:
         for name, svg in each.plots.items():
             write_atomic(
                 out.parent / "results" / name,
                 svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ').encode(),
             )
-    write_atomic(out, "\n".join(each.markdown for each in sections).encode())
+    write_atomic(out, "\n".join([*header, *(each.markdown for each in sections)]).encode())
 
 
 def _scores(
@@ -142,7 +173,19 @@ def _verdict(ablation: Ablation, against: Mapping[str, Mapping[str, Difference]]
             cells.append(f"{word} {_interval(difference)}")
         rows.append([name, *cells])
     columns = [f"{ablation.subject} minus", *against]
-    return [f"### {ablation.subject} against every other strategy", "", *_markdown(columns, rows), ""]
+    summary = [_summary(scenario, differences) for scenario, differences in against.items()]
+    title = f"### {ablation.subject} against every other strategy"
+    return [title, "", *_markdown(columns, rows), "", *summary, ""]
+
+
+def _summary(scenario: str, differences: Mapping[str, Difference]) -> str:
+    worse = [name for name, difference in differences.items() if difference.low > 0]
+    unclear = [name for name, difference in differences.items() if difference.low <= 0 <= difference.high]
+    better = len(differences) - len(worse) - len(unclear)
+    return (
+        f"- {scenario}: better than {better} of {len(differences)}; cannot be told from "
+        f"{', '.join(unclear) or 'none'}; worse than {', '.join(worse) or 'none'}."
+    )
 
 
 def _saved(trials: Sequence[Trial]) -> str:

@@ -49,7 +49,7 @@ def ablate(configs: tuple[Path, ...], jobs: int | None, out: Path | None) -> Non
             trials = list(_trials(ablation, tuned))
             failures = _run_all(pool, ablation, trials, log, _benchmarks(ablation.measures))
             sections.append(imported("evaluate.ablation:section")(ablation, trials, failures, tuned))
-    imported("evaluate.ablation:write")(out, sections)
+    imported("evaluate.ablation:write")(out, sections, configs)
     say(f"Tables and plots in {out}")
 
 

@@ -30,7 +30,15 @@ def test_the_strategy_of_the_readme_works(extracted: Path, monkeypatch: pytest.M
     known = {name: STRATEGIES._classes[name] for name in STRATEGIES.names()}
     monkeypatch.setattr(STRATEGIES, "_classes", known)
     linted = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--stdin-filename", "federate/strategies/median.py", "-"],
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "check",
+            "--stdin-filename",
+            "federate/strategies/majority_vote.py",
+            "-",
+        ],
         input=code,
         text=True,
         capture_output=True,
@@ -38,24 +46,26 @@ def test_the_strategy_of_the_readme_works(extracted: Path, monkeypatch: pytest.M
     )
     assert linted.returncode == 0, linted.stdout
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-    median = STRATEGIES.build(Component(name="median"), "federate.strategy")
+    vote = STRATEGIES.build(Component(name="majority_vote"), "federate.strategy")
     clients = [
-        Update(name, {"w": torch.tensor([value])}, 1)
-        for name, value in zip("abc", (1.0, 9.0, 2.0), strict=True)
+        Update(name, {"w": torch.tensor([value, -value])}, 1)
+        for name, value in zip("abc", (1.0, 9.0, -2.0), strict=True)
     ]
-    assert median.aggregate({"w": torch.zeros(1)}, clients, {}).state["w"].tolist() == [2.0]
-    words = ["federate", str(extracted), "--set", "run=readme", "--set", "federate.strategy.name=median"]
+    fused = vote.aggregate({"w": torch.zeros(2)}, clients, {}).state["w"]
+    assert fused.tolist() == pytest.approx([0.01, -0.01])
+    words = ["federate", str(extracted), "--set", "run=readme"]
+    words += ["--set", "federate.strategy.name=majority_vote"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
 
 
 def test_the_configurations_of_the_readme_are_valid(tmp_path: Path) -> None:
-    clinics, median = blocks("toml")
+    clinics, vote = blocks("toml")
     assert Experiment.model_validate(tomllib.loads(clinics) | {"run": "x"}).federate.rounds == 10
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo.toml").write_bytes((ROOT / "configs/demo.toml").read_bytes())
-    (tmp_path / "demo/median.toml").write_text(median)
-    assert load(tmp_path / "demo/median.toml").federate.strategy.name == "median"
+    (tmp_path / "demo/vote.toml").write_text(vote)
+    assert load(tmp_path / "demo/vote.toml").federate.strategy.name == "majority_vote"
 
 
 def test_the_tree_of_the_readme_is_there() -> None:

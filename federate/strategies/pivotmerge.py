@@ -36,6 +36,7 @@ from federate.strategies.base import (
     moved,
     weighted_sum,
 )
+from federate.strategies.canonical import canonical_basis
 
 _CANCELLED = 1e-3
 _ROUNDING = 1e-9
@@ -107,9 +108,8 @@ def filtered(
         specific: q.
         energy: Share of the energy in the canonical directions kept.
     """
-    basis = canonical_basis(
-        weighted_sum({client: update @ update.T for client, update in updates.items()}, weights), energy
-    )
+    gram = weighted_sum({client: update @ update.T for client, update in updates.items()}, weights)
+    basis, _ = canonical_basis(gram, energy=energy)
     rows = {client: basis.T @ update for client, update in updates.items()}
     consensus = basis.T @ weighted_sum(updates, weights)
     length = consensus.norm(dim=1)
@@ -128,16 +128,6 @@ def filtered(
     mean = _divided(mean, total[:, None])
     shared = (mean * direction).sum(1, keepdim=True) * direction
     return basis @ (shared + (agreement**specific)[:, None] * (mean - shared))
-
-
-def canonical_basis(gram: Tensor, energy: float = 1.0) -> Tensor:
-    """Leading eigenvectors of a symmetric matrix, as many as hold a share of its trace."""
-    values, vectors = torch.linalg.eigh(gram)
-    if energy < 1:
-        values = values.flip(0).clamp(min=0)
-        size = 1 + int((values.cumsum(0) < energy * values.sum()).sum())
-        vectors = vectors[:, -size:]
-    return vectors
 
 
 def _divided(above: Tensor, below: Tensor) -> Tensor:
