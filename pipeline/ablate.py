@@ -114,8 +114,10 @@ def _each(
     title: str,
 ) -> dict[Path, str]:
     from concurrent.futures import as_completed
+    from concurrent.futures.process import BrokenProcessPool
 
     from pipeline.console import progress, say
+    from pipeline.errors import UserError
 
     failures = {}
     with progress(title, len(trials), "runs") as task:
@@ -126,29 +128,42 @@ def _each(
                     failures[futures[future].experiment.run_path] = future.result()
                     say(f"{futures[future].experiment.run_path}: {future.result()}")
                 task.advance()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        except BrokenProcessPool:
+            raise UserError(
+                f"{title}: a process was killed, perhaps for want of memory; run the same command with "
+                "fewer --jobs to go on"
+            ) from None
     return failures
 
 
 @contextmanager
 def _pool(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
     from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+    from multiprocessing import active_children, get_context
 
     from pipeline.device import pick_device
 
     size = jobs or (1 if pick_device("auto") == "cuda" else len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(size, get_context("spawn"), _begin_worker) as pool:
+    pool = ProcessPoolExecutor(size, get_context("spawn"), _begin_worker)
+    try:
         yield pool
+    except BaseException:
+        # What is under way may take hours; it is resumed from its last round.
+        for worker in active_children():
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _begin_worker() -> None:
     """One thread a run: two runs on two cores are faster than one run on both, and bits do not change."""
+    import signal
+
     import torch
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
 
 
 def _extract(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> str:

@@ -34,6 +34,7 @@ class House:
         (self.root / "configs/demo" / f"{name}.toml").write_bytes(source.read_bytes())
 
     def make(self, *goals: str) -> str:
+        """What make printed; `goals` may hold variables, too."""
         environment = {
             key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")
         }
@@ -139,3 +140,28 @@ def test_help_needs_nothing(tmp_path: Path) -> None:
     result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     for target in ("extract", "federate", "evaluate", "test", "world"):
         assert f"make {target}" in result.stdout
+
+
+def test_an_ablation_writes_its_data_and_its_tables(house: House) -> None:
+    configs = house.root / "configs"
+    (configs / "scenarios").mkdir()
+    for name in ("base", "many"):
+        text = (ROOT / f"configs/scenarios/{name}.toml").read_text()
+        (configs / f"scenarios/{name}.toml").write_text(text.replace("rounds = 12", "rounds = 4"))
+    (configs / "ablations.mk").write_bytes((ROOT / "configs/ablations.mk").read_bytes())
+    (configs / "ablations").mkdir()
+    (configs / "ablations/few.toml").write_text(
+        'name = "few"\nseeds = [0, 1]\nscenarios = { many = "configs/scenarios/many.toml" }\n'
+        'set = ["memo.path=build/memo"]\n[strategies]\nfedavg = {}\nfedcmp = {}\nscaffold = {}\n'
+    )
+    small = "LAB_OPTIONS=--silo-images 48 --heldout-images 20 --validation-images 9"
+    options = ("ABLATION=few", "SCENARIOS=many", small)
+    house.make("ablate", *options)
+    report = (house.root / "build/ablations/few.md").read_text()
+    assert report.count("| scaffold |") == 2
+    rows = (house.root / "build/runs/many-1/fedcmp/history.jsonl").read_text().splitlines()
+    clients = [json.loads(row)["client"] for row in rows if json.loads(row)["client"]]
+    assert len(clients) == len(set(clients)) == 24
+    before = house.products()
+    assert "world write" not in house.make("ablate", *options)
+    assert house.products() == before
