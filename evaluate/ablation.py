@@ -38,7 +38,7 @@ def section(
     Args:
         ablation: What was compared.
         trials: All its runs.
-        failures: Why runs failed, by run; a strategy with a failed seed is listed, not ranked.
+        failures: Why runs diverged, by run; a strategy with such a seed is listed, not ranked.
         tuned: The options of every (scenario, strategy).
     """
     tested = ablation.measures[0]
@@ -48,23 +48,23 @@ def section(
     for scenario in ablation.scenarios:
         scores = _scores(ablation.measures, [t for t in trials if t.scenario == scenario], failures)
         values = scores[tested]
-        order = sorted(values, key=lambda name: fmean(values[name]))
+        if not values:
+            lines += [f"### {scenario}", "", "Every run diverged.", ""]
+            continue
+        order = sorted(values, key=lambda name: ablation.sign * fmean(values[name]))
         against_subject[scenario] = {
             name: paired(values[ablation.subject], values[name])
             for name in order
-            if ablation.subject in values and name != ablation.subject
+            if ablation.subject in values and name != ablation.subject and name not in ablation.bounds
         }
         columns, body = _table(ablation, order, scores, {name: tuned[scenario, name] for name in order})
-        table(
-            f"{ablation.name}, {scenario}: {len(ablation.seeds)} seeds, {tested} (lower is better)",
-            columns,
-            body,
-        )
+        what = f"{len(ablation.seeds)} seeds, {tested} ({ablation.better} is better)"
+        table(f"{ablation.name}, {scenario}: {what}", columns, body)
         name = f"{ablation.name}-{scenario}.svg"
         plots[name] = dots({each: values[each] for each in order}, f"{tested}, a dot a seed")
         lines += [f"### {scenario}", "", *_markdown(columns, body), "", f"![{scenario}](results/{name})", ""]
     lines += _verdict(ablation, against_subject)
-    lines += [f"- failed: {run}: {why}" for run, why in failures.items()]
+    lines += [f"- diverged: {run}: {why}" for run, why in failures.items()]
     saved = _saved(trials)
     say(saved)
     return Section("\n".join([*lines, "", saved, ""]), plots)
@@ -100,15 +100,13 @@ def write(out: Path, sections: Sequence[Section], configs: Sequence[Path]) -> No
         f"Written by `fedcmp ablate {files} --out {out}` with Python {made_by['python']}, {versions}, "
         f"on {made_by['platform']}. Spread is the standard deviation over seeds; intervals are 95 % t "
         "intervals of paired differences over seeds; p values are adjusted for the number of strategies "
-        "(Holm). Fed-CMP and PivotMerge are our readings of papers of which we had the abstracts.",
+        "(Holm), and words are bold where they hold after that. Fed-CMP and PivotMerge are our readings of "
+        "papers of which we had the abstracts.",
         "",
     ]
     for each in sections:
         for name, svg in each.plots.items():
-            write_atomic(
-                out.parent / "results" / name,
-                svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ').encode(),
-            )
+            write_atomic(out.parent / "results" / name, svg.encode())
     write_atomic(out, "\n".join([*header, *(each.markdown for each in sections)]).encode())
 
 
@@ -130,7 +128,11 @@ def _table(
 ) -> tuple[list[str], list[list[str]]]:
     tested, *others = ablation.measures
     values = scores[tested]
-    rivals = [name for name in order if name != ablation.baseline and ablation.baseline in values]
+    rivals = [
+        name
+        for name in order
+        if ablation.baseline in values and name != ablation.baseline and name not in ablation.bounds
+    ]
     differences = {name: paired(values[name], values[ablation.baseline]) for name in rivals}
     adjusted = dict(zip(rivals, holm([differences[name].p for name in rivals]), strict=True))
     columns = ["strategy", "options", tested, "spread", f"minus {ablation.baseline}", "p (Holm)", *others]
@@ -159,33 +161,41 @@ def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str
 
 
 def _verdict(ablation: Ablation, against: Mapping[str, Mapping[str, Difference]]) -> list[str]:
-    """Where the subject wins, loses, or cannot be told apart, by 95 % intervals."""
-    names = [name for name in ablation.strategies if name != ablation.subject]
-    rows = []
-    for name in names:
-        cells = []
-        for differences in against.values():
-            difference = differences.get(name)
-            if difference is None:
-                cells.append("failed")
-                continue
-            word = "**better**" if difference.high < 0 else "**worse**" if difference.low > 0 else "open"
-            cells.append(f"{word} {_interval(difference)}")
-        rows.append([name, *cells])
-    columns = [f"{ablation.subject} minus", *against]
-    summary = [_summary(scenario, differences) for scenario, differences in against.items()]
+    """Where the subject wins, loses, or cannot be told apart, by 95 % intervals; bold after Holm."""
+    words = {scenario: _words(ablation.sign, differences) for scenario, differences in against.items()}
+    rivals = [name for name in ablation.strategies if name not in (ablation.subject, *ablation.bounds)]
+    rows = [
+        [
+            name,
+            *(
+                f"{words[scenario][name]} {_interval(differences[name])}"
+                if name in differences
+                else "diverged"
+                for scenario, differences in against.items()
+            ),
+        ]
+        for name in rivals
+    ]
+    summary = []
+    for scenario, of in words.items():
+        named = {kind: [name for name, word in of.items() if kind in word] for kind in ("open", "worse")}
+        better = len(of) - len(named["open"]) - len(named["worse"])
+        summary.append(
+            f"- {scenario}: better than {better} of {len(of)}; cannot be told from "
+            f"{_listed(named['open']) or 'none'}; worse than {_listed(named['worse']) or 'none'}."
+        )
     title = f"### {ablation.subject} against every other strategy"
-    return [title, "", *_markdown(columns, rows), "", *summary, ""]
+    return [title, "", *_markdown([f"{ablation.subject} minus", *against], rows), "", *summary, ""]
 
 
-def _summary(scenario: str, differences: Mapping[str, Difference]) -> str:
-    worse = [name for name, difference in differences.items() if difference.low > 0]
-    unclear = [name for name, difference in differences.items() if difference.low <= 0 <= difference.high]
-    better = len(differences) - len(worse) - len(unclear)
-    return (
-        f"- {scenario}: better than {better} of {len(differences)}; cannot be told from "
-        f"{', '.join(unclear) or 'none'}; worse than {', '.join(worse) or 'none'}."
-    )
+def _words(sign: int, differences: Mapping[str, Difference]) -> dict[str, str]:
+    adjusted = holm([difference.p for difference in differences.values()])
+    words = {}
+    for (name, difference), p in zip(differences.items(), adjusted, strict=True):
+        low, high = sorted((sign * difference.low, sign * difference.high))
+        word = "better" if high < 0 else "worse" if low > 0 else "open"
+        words[name] = f"**{word}**" if p < 0.05 else word
+    return words
 
 
 def _saved(trials: Sequence[Trial]) -> str:

@@ -111,8 +111,9 @@ def read_manifest(experiment: Experiment) -> dict[str, Any]:
     manifest: dict[str, Any] | None = read_json(path / "manifest.json")
     if manifest is None:
         raise UserError(f"{path}: no finished run here; run 'fedcmp federate' first")
-    trained = {name: value for name, value in manifest.get("identity", {}).items() if name != "caches"}
-    changed = differences(run_identity(experiment), trained)
+    ours = run_identity(experiment)
+    trained = {name: manifest.get("identity", {}).get(name) for name in ours}
+    changed = differences(ours, trained)
     if changed:
         raise UserError(
             f"{path}: trained with another configuration ({'; '.join(changed)}); run 'fedcmp federate' again"

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from federate.batches import Batch
 from federate.strategies.base import Objective, State
 from pipeline.config import Optimizer
-from pipeline.errors import UserError
+from pipeline.errors import DivergedError
 from pipeline.language import FrozenLanguageModel
 from pipeline.projector import state_of
 from pipeline.prompts import IGNORE_INDEX
@@ -148,7 +148,7 @@ def train_together(
         advance: Called with the number of clients after each of their steps.
 
     Raises:
-        UserError: A loss is not finite.
+        DivergedError: A loss is not finite.
     """
     began = time.monotonic()
     learners = [
@@ -182,7 +182,7 @@ def _learner(
 
 def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) -> LocalResult:
     if not math.isfinite(loss):
-        raise UserError(
+        raise DivergedError(
             f"client '{learner.job.client}', round {learner.job.round}: the loss is {loss}; lower "
             f"federate.optimizer.learning_rate ({options.learning_rate:g})"
         )

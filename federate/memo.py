@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ class Memo:
         try:
             saved = torch.load(path, weights_only=True)
             os.utime(path)
+            return [LocalResult(**result) for result in saved]
         except Exception:
             return None
-        return [LocalResult(**result) for result in saved]
 
     def keep(self, keys: Sequence[dict[str, Any]], results: Sequence[LocalResult]) -> None:
         """Remember results."""
@@ -66,11 +67,18 @@ class Memo:
     def _make_room(self, size: int) -> int:
         """Delete the oldest until `size` bytes and a tenth of the limit are free; returns what is free."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        stats = {entry.path: entry.stat() for entry in os.scandir(self._folder)}
-        total = sum(stat.st_size for stat in stats.values())
-        for name in sorted(stats, key=lambda name: stats[name].st_mtime):
+        files = [(stat.st_mtime_ns, path, stat.st_size) for path, stat in _stats(self._folder)]
+        total = sum(length for *_, length in files)
+        for _, path, length in sorted(files):
             if total + size + self._limit // 10 <= self._limit:
                 break
-            Path(name).unlink(missing_ok=True)
-            total -= stats[name].st_size
+            path.unlink(missing_ok=True)
+            total -= length
         return self._limit - total
+
+
+def _stats(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Whole files; another process may delete them, or be writing some, at the same time."""
+    for path in folder.glob("*.pt"):
+        with suppress(FileNotFoundError):
+            yield path, path.stat()

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from federate import history
 from pipeline.cache import FeatureCache, differences, open_cache, same_key
-from pipeline.config import Experiment
+from pipeline.config import Experiment, Federate
 from pipeline.console import progress, say, table
 from pipeline.device import pick_device
-from pipeline.identity import run_identity
+from pipeline.errors import UserError
+from pipeline.identity import FORMAT, run_identity
 from pipeline.manifest import fingerprint, locked, provenance, read_json, write_json
 
 if TYPE_CHECKING:
     from federate.memo import Memo
+    from federate.strategies.base import Strategy
 
 
 def run(experiment: Experiment) -> Path:
@@ -27,39 +30,45 @@ def run(experiment: Experiment) -> Path:
     Raises:
         UserError: A cache is missing or of another encoder, or an option is wrong.
     """
+    from federate.strategies.base import STRATEGIES
+
     caches = {name: open_cache(experiment, name) for name in experiment.federate.silos}
     same_key(caches)
+    strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
     out = experiment.run_path
-    wanted = run_identity(experiment) | {"caches": {name: cache.content for name, cache in caches.items()}}
-    manifest = read_json(out / "manifest.json")
-    if manifest is not None:
-        changed = differences(wanted, manifest.get("identity", {}))
-        if not changed:
-            say(f"{out}: nothing to do, this run is what the configuration asks for")
-            return out
-        say(f"{out}: training again, because {'; '.join(changed)}")
-        (out / "manifest.json").unlink()
+    wanted = run_identity(experiment) | {
+        "strategy": strategy.model_dump(mode="json"),
+        "caches": {name: cache.content for name, cache in caches.items()},
+    }
     with locked(out / ".lock", str(out)):
-        _train(experiment, caches, wanted)
+        manifest = read_json(out / "manifest.json")
+        if manifest is not None:
+            changed = differences(wanted, manifest.get("identity", {}))
+            if not changed:
+                say(f"{out}: nothing to do, this run is what the configuration asks for")
+                return out
+            say(f"{out}: training again, because {'; '.join(changed)}")
+            (out / "manifest.json").unlink()
+        _train(experiment, strategy, caches, wanted)
     if experiment.federate.rounds:
         _summary(experiment.run, out)
     say(f"Projector and history in {out}")
     return out
 
 
-def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict[str, Any]) -> None:
+def _train(
+    experiment: Experiment, strategy: Strategy, caches: dict[str, FeatureCache], wanted: dict[str, Any]
+) -> None:
     import torch
 
     from federate.batches import Stream
     from federate.local import LocalEngine
     from federate.participation import participants
     from federate.server import Progress, run_rounds
-    from federate.strategies.base import STRATEGIES
     from pipeline import projector as projectors
     from pipeline.language import load_language
 
     options, out = experiment.federate, experiment.run_path
-    strategy = STRATEGIES.build(options.strategy, "federate.strategy")
     first = next(iter(caches.values()))
     device = pick_device(experiment.device)
     model = wanted["language"]
@@ -70,6 +79,7 @@ def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict
     groups = {"all": options.silos} if strategy.pooled else {name: (name,) for name in options.silos}
     schedule = participants(list(groups), options.rounds, options.clients_per_round, experiment.seed)
     turns = Counter(client for round_ in schedule for client in round_)
+    _refuse_absent(groups, turns, strategy, options)
     streams = {
         client: Stream(
             {silo: caches[silo] for silo in silos},
@@ -81,7 +91,6 @@ def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict
             seed=experiment.seed,
         )
         for client, silos in groups.items()
-        if turns[client]
     }
     checkpoint_path, print_of_run = out / "checkpoint.pt", fingerprint(wanted)
     saved = Progress.load(checkpoint_path, print_of_run)
@@ -140,6 +149,21 @@ def _train(experiment: Experiment, caches: dict[str, FeatureCache], wanted: dict
     checkpoint_path.unlink(missing_ok=True)
 
 
+def _refuse_absent(
+    clients: Iterable[str], turns: Mapping[str, int], strategy: Strategy, options: Federate
+) -> None:
+    """Every client must take part, and in every round where it trains alone."""
+    where = f"federate.clients_per_round = {options.clients_per_round}"
+    never = [client for client in clients if options.rounds and not turns[client]]
+    if never:
+        raise UserError(
+            f"{where}: {', '.join(never)} would never take part in {options.rounds} rounds; raise it, or "
+            "federate.rounds"
+        )
+    if strategy.personal and options.clients_per_round:
+        raise UserError(f"{where}: silos that train alone take part in every round; remove it")
+
+
 def _memo(experiment: Experiment, wanted: dict[str, Any], device: str) -> Memo | None:
     """Local updates shared by runs with the same LLM, data handling and arithmetic."""
     import torch
@@ -155,7 +179,8 @@ def _memo(experiment: Experiment, wanted: dict[str, Any], device: str) -> Memo |
         "language": wanted["language"],
         "device": device,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "format": FORMAT,
+        "made_by": provenance(device)["packages"],
     }
     return Memo(experiment.memo.path, experiment.memo.limit, context)
 

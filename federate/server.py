@@ -13,7 +13,7 @@ import torch
 from federate import history
 from federate.client import Job, LocalResult
 from federate.strategies.base import Aggregate, Memory, State, Strategy, Update, check
-from pipeline.errors import UserError
+from pipeline.errors import DivergedError, UserError
 from pipeline.manifest import write_atomic
 
 
@@ -82,7 +82,7 @@ def run_rounds(
         The progress after the last round.
 
     Raises:
-        ValueError: A client's update would spoil the global projector.
+        DivergedError: A client's update, or the aggregate, is not finite.
     """
     history.truncate(history_path, progress.round)
     for round_ in range(progress.round, len(schedule)):
@@ -101,8 +101,7 @@ def run_rounds(
         ]
         results = train(jobs)
         updates = [Update(r.client, r.state, r.samples, r.steps, r.gradient, r.alignment) for r in results]
-        check(progress.state, updates)
-        aggregate = strategy.aggregate(progress.state, updates, progress.memory)
+        aggregate = _aggregated(strategy, progress, updates)
         history.append(history_path, _rows(jobs, results, progress.state, aggregate))
         personal, optimizers = dict(progress.personal), dict(progress.optimizers)
         if strategy.personal:
@@ -112,6 +111,18 @@ def run_rounds(
         progress = Progress(aggregate.state, round_ + 1, aggregate.memory, personal, optimizers)
         checkpoint(progress)
     return progress
+
+
+def _aggregated(strategy: Strategy, progress: Progress, updates: Sequence[Update]) -> Aggregate:
+    try:
+        check(progress.state, updates)
+        aggregate = strategy.aggregate(progress.state, updates, progress.memory)
+        check(progress.state, [Update("server", aggregate.state, 1)])
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise DivergedError(
+            f"round {progress.round}: {error}; lower federate.optimizer.learning_rate or the strategy's step"
+        ) from None
+    return aggregate
 
 
 def _rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -39,15 +40,17 @@ def ablate(configs: tuple[Path, ...], jobs: int | None, out: Path | None) -> Non
     from pipeline.grid import read_ablation
 
     ablations = [read_ablation(config) for config in configs]
+    for ablation in ablations:
+        _check(ablation)
     out = out or Path("build/ablations") / f"{ablations[0].name}.md"
     sections = []
     with _pool(jobs) as pool:
         for ablation in ablations:
             log = Path("build/ablations") / f"{ablation.name}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
-            tuned = _tuned(pool, ablation, log)
+            tuned, failures = _tuned(pool, ablation, log)
             trials = list(_trials(ablation, tuned))
-            failures = _run_all(pool, ablation, trials, log, _benchmarks(ablation.measures))
+            failures |= _run_all(pool, ablation, trials, log, _benchmarks(ablation.measures))
             sections.append(imported("evaluate.ablation:section")(ablation, trials, failures, tuned))
     imported("evaluate.ablation:write")(out, sections, configs)
     say(f"Tables and plots in {out}")
@@ -63,14 +66,31 @@ def _trials(ablation: Ablation, tuned: dict[tuple[str, str], Any]) -> Iterator[T
                 yield trial(ablation, scenario, strategy, seed, tuned[scenario, strategy])
 
 
-def _tuned(pool: ProcessPoolExecutor, ablation: Ablation, log: Path) -> dict[tuple[str, str], Any]:
-    """Options of every strategy in every scenario, chosen where there is a choice."""
+def _check(ablation: Ablation) -> None:
+    """Find mistakes in options and measures before anything is computed."""
+    from pipeline.cli import imported
+    from pipeline.grid import grid, trial
+
+    strategies = imported("federate.strategies.base:STRATEGIES")
+    for strategy in ablation.strategies:
+        for options in grid(ablation, strategy):
+            for scenario in ablation.scenarios:
+                experiment = trial(ablation, scenario, strategy, ablation.seeds[0], options).experiment
+                strategies.build(experiment.federate.strategy, f"strategies.{strategy}")
+                measures = [*ablation.measures, *([ablation.tuning.measure] if ablation.tuning else [])]
+                imported("evaluate.run:benchmarks_of")(experiment, _benchmarks(measures))
+
+
+def _tuned(
+    pool: ProcessPoolExecutor, ablation: Ablation, log: Path
+) -> tuple[dict[tuple[str, str], Any], dict[Path, str]]:
+    """Options of every strategy in every scenario, chosen where there is a choice; and what diverged."""
     from pipeline.grid import grid, trial
 
     choices = {name: list(grid(ablation, name)) for name in ablation.strategies}
     chosen = {(s, name): options[0] for s in ablation.scenarios for name, options in choices.items()}
     if ablation.tuning is None:
-        return chosen
+        return chosen, {}
     trials = [
         trial(ablation, scenario, name, seed, options)
         for name in ablation.strategies
@@ -83,9 +103,11 @@ def _tuned(pool: ProcessPoolExecutor, ablation: Ablation, log: Path) -> dict[tup
     failures = _run_all(pool, ablation, trials, log, _benchmarks([measure]))
     totals: dict[tuple[str, str], dict[Any, float]] = defaultdict(lambda: defaultdict(float))
     for each in trials:
-        value = float("inf") if each.experiment.run_path in failures else each.score(measure)
+        diverged = each.experiment.run_path in failures
+        value = float("inf") if diverged else ablation.sign * each.score(measure)
         totals[each.scenario, each.strategy][each.options] += value
-    return chosen | {place: min(values, key=values.__getitem__) for place, values in totals.items()}
+    best = {place: min(values, key=values.__getitem__) for place, values in totals.items()}
+    return chosen | best, failures
 
 
 def _benchmarks(measures: Sequence[str]) -> tuple[str, ...]:
@@ -95,13 +117,9 @@ def _benchmarks(measures: Sequence[str]) -> tuple[str, ...]:
 def _run_all(
     pool: ProcessPoolExecutor, ablation: Ablation, trials: list[Trial], log: Path, benchmarks: tuple[str, ...]
 ) -> dict[Path, str]:
-    """Extract, train and score; returns why runs failed, if any did."""
+    """Extract, train and score; returns why runs diverged, if any did."""
     caches = list({trial.experiment.features: trial for trial in trials}.values())
-    failures = _each(pool, _extract, caches, benchmarks, log, f"{ablation.name}: caches")
-    if failures:
-        from pipeline.errors import UserError
-
-        raise UserError(next(iter(failures.values())))
+    _each(pool, _extract, caches, benchmarks, log, f"{ablation.name}: caches")
     return _each(pool, _run, trials, benchmarks, log, f"{ablation.name}: runs")
 
 
@@ -143,7 +161,7 @@ def _pool(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
 
     from pipeline.device import pick_device
 
-    size = jobs or (1 if pick_device("auto") == "cuda" else len(os.sched_getaffinity(0)))
+    size = jobs or (1 if pick_device("auto") == "cuda" else os.cpu_count() or 1)
     pool = ProcessPoolExecutor(size, get_context("spawn"), _begin_worker)
     try:
         yield pool
@@ -157,41 +175,42 @@ def _pool(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin_worker() -> None:
-    """One thread a run: two runs on two cores are faster than one run on both, and bits do not change."""
+    """One thread a run: two runs on two cores are faster than one run on both."""
     import signal
+    import threading
 
     import torch
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A parent that was killed must not leave runs behind that hold their locks."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _extract(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> str:
     from pipeline.cli import imported
 
     with _logged(log):
-        return _failure(lambda: imported("extract.run:run")(trial.experiment, only=(), overwrite=False))
+        imported("extract.run:run")(trial.experiment, only=(), overwrite=False)
+    return ""
 
 
 def _run(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> str:
     from pipeline.cli import imported
-
-    def both() -> None:
-        imported("federate.run:run")(trial.experiment)
-        imported("evaluate.run:evaluate_run")(trial.experiment, benchmarks)
+    from pipeline.errors import DivergedError
 
     with _logged(log):
-        return _failure(both)
-
-
-def _failure(work: Callable[[], Any]) -> str:
-    """Why some work failed, empty if it did not: one run that diverges must not end a sweep."""
-    from pipeline.errors import UserError
-
-    try:
-        work()
-    except (UserError, ValueError, OSError) as error:
-        return str(error)
+        try:
+            imported("federate.run:run")(trial.experiment)
+        except DivergedError as error:
+            return str(error)
+        imported("evaluate.run:evaluate_run")(trial.experiment, benchmarks)
     return ""
 
 

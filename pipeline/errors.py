@@ -16,6 +16,10 @@ def one_line(error: Exception) -> str:
     return message[:200] or type(error).__name__
 
 
+class DivergedError(UserError):
+    """Training left the finite numbers: the fault of options, not of files or machines."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for a close match, else the list of what is known."""
     names = sorted(known)

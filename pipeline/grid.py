@@ -14,12 +14,13 @@ momentum = [0.3, 0.9]     # a list is a grid to choose from on the tuning seeds
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -27,11 +28,14 @@ from pipeline.config import Experiment, Name, Options, load, validate
 from pipeline.errors import UserError, did_you_mean
 from pipeline.manifest import fingerprint, read_json
 
+# Where things lie and how fast they are made changes no result, so such runs may share a directory.
+_WITHOUT_EFFECT = ("memo.", "build=", "features=", "device=", "evaluate.")
+
 Measure = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+: .+$")]
 
 
 class Tuning(Options):
-    """How options are chosen: the lowest mean of `measure` over seeds that results never use."""
+    """How options are chosen: the best mean of `measure` over seeds that results never use."""
 
     seeds: tuple[int, ...] = Field(min_length=1)
     measure: Measure = "validation: loss"
@@ -40,21 +44,28 @@ class Tuning(Options):
 class Ablation(Options):
     """An ablation file.
 
-    Measures are written `benchmark: metric`; the first one is tested, lower being better, the others
-    are shown. Differences are taken to `baseline`, and from `subject` to every other strategy.
-    `set` holds overrides of every run, as `--set` takes them.
+    Measures are written `benchmark: metric`; the first one is tested, the others are shown. Differences
+    are taken to `baseline`, and from `subject` to every other strategy; `bounds` are shown, but are
+    nobody's rivals. `set` holds overrides of every run, as `--set` takes them.
     """
 
     name: Name
     title: str = ""
     seeds: tuple[int, ...] = Field(min_length=2)
-    measures: tuple[Measure, ...] = ("loss: loss",)
+    measures: tuple[Measure, ...] = Field(("loss: loss",), min_length=1)
+    better: Literal["lower", "higher"] = "lower"
     baseline: Name = "fedavg"
     subject: Name = "fedcmp"
+    bounds: tuple[Name, ...] = ()
     scenarios: dict[Name, Path] = Field(min_length=1)
     strategies: dict[Name, dict[str, Any]] = Field(min_length=1)
     tuning: Tuning | None = None
     set: tuple[str, ...] = ()
+
+    @property
+    def sign(self) -> int:
+        """1 where lower is better, -1 where higher is."""
+        return 1 if self.better == "lower" else -1
 
 
 @dataclass(frozen=True)
@@ -94,16 +105,30 @@ def read_ablation(path: Path) -> Ablation:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     ablation = validate(Ablation, tables, "", str(path))
-    for role in ("baseline", "subject"):
-        name = getattr(ablation, role)
-        if name not in ablation.strategies:
-            hint = did_you_mean(name, ablation.strategies)
-            raise UserError(f"{path}: {role} = '{name}': no such strategy{hint}")
-    gridded = [name for name in ablation.strategies if len(list(grid(ablation, name))) > 1]
-    if gridded and ablation.tuning is None:
-        raise UserError(f"{path}: strategies.{gridded[0]} has a list to choose from; add a table [tuning]")
-    if ablation.tuning and set(ablation.tuning.seeds) & set(ablation.seeds):
-        raise UserError(f"{path}: tuning.seeds and seeds overlap; tune on seeds that results never use")
+    for role, names in (
+        ("baseline", [ablation.baseline]),
+        ("subject", [ablation.subject]),
+        ("bounds", ablation.bounds),
+    ):
+        for name in names:
+            if name not in ablation.strategies:
+                hint = did_you_mean(name, ablation.strategies)
+                raise UserError(f"{path}: {role} = '{name}': no such strategy{hint}")
+    for strategy, options in ablation.strategies.items():
+        for name, value in options.items():
+            if isinstance(value, list) and (not value or len(set(map(str, value))) < len(value)):
+                raise UserError(f"{path}: strategies.{strategy}.{name} = {value}: give different values")
+        if ablation.tuning is None and len(list(grid(ablation, strategy))) > 1:
+            raise UserError(f"{path}: strategies.{strategy} has a list to choose from; add a table [tuning]")
+    seeds = [*ablation.seeds, *(ablation.tuning.seeds if ablation.tuning else ())]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}: a seed is named twice; tune on seeds that results never use")
+    for override in ablation.set:
+        if re.match(r"(seed|run|experiment|federate\.strategy)\b", override):
+            raise UserError(f"{path}: set = '{override}': the ablation itself decides this; remove it")
+    experiments = [trial(ablation, each, ablation.baseline, 0, ()).experiment for each in ablation.scenarios]
+    if len({experiment.run_path for experiment in experiments}) < len(experiments):
+        raise UserError(f"{path}: two scenarios have the same 'experiment'; name them differently")
     return ablation
 
 
@@ -121,7 +146,9 @@ def trial(
     """The run of one strategy on one scenario with one seed."""
     component = {"name": strategy} | dict(options)
     own = {name: value for name, value in component.items() if name != "name"}
-    run = f"{strategy}-{fingerprint(own)[:8]}" if own else strategy
+    changes = [override for override in ablation.set if not override.startswith(_WITHOUT_EFFECT)]
+    parts = [strategy, *([fingerprint([own, changes] if changes else own)[:8]] if own or changes else [])]
+    run = "-".join([*parts, f"seed{seed}"])
     overrides = [f"seed={seed}", *ablation.set, f"run={run}"]
     overrides += [f"federate.strategy.{name}={json.dumps(value)}" for name, value in component.items()]
     return Trial(scenario, strategy, seed, options, load(ablation.scenarios[scenario], overrides))

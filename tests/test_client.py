@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -253,6 +256,24 @@ def test_a_full_memo_forgets_what_was_not_used_for_longest(tmp_path: Path) -> No
         assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 5 * buffer.tell()
     assert memo.recall(keys[-1]) is not None
     assert memo.recall(keys[1]) is None
+
+
+def test_processes_may_share_a_full_memo(tmp_path: Path) -> None:
+    """Each writes, recalls and makes room while the others do; nobody stumbles or reads half a file."""
+    code = (
+        "import sys, torch\nfrom pathlib import Path\n"
+        "from federate.client import LocalResult\nfrom federate.memo import Memo\n"
+        "memo, me = Memo(Path(sys.argv[1]), 1_000_000, {}), int(sys.argv[2])\n"
+        "for number in range(60):\n"
+        "    state = {'w': torch.full((20_000,), float(number))}\n"
+        "    memo.keep([{'n': number % 20}], [LocalResult('a', state, 1.0, 1, 1, 1, 1.0)])\n"
+        "    found = memo.recall([{'n': (number + me) % 20}])\n"
+        "    assert found is None or found[0].state['w'].unique().numel() == 1\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    workers = [subprocess.Popen([*command, str(me)], cwd=ROOT) for me in range(3)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0, 0]
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_job_keys_are_plain_json() -> None:

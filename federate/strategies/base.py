@@ -179,3 +179,15 @@ def mean_update(state: State, updates: Sequence[Update], weights: Mapping[str, f
 def moved(state: State, step: State, rate: float = 1.0) -> State:
     """W + rate · step of every parameter, in the dtype of W."""
     return {name: torch.add(old, step[name], alpha=rate).to(old.dtype) for name, old in state.items()}
+
+
+def remember_shares(samples: Mapping[str, int]) -> Memory:
+    """Every client's share of the samples of the whole pass, as memory."""
+    total = sum(samples.values())
+    return {f"share/{client}": torch.tensor(n / total, dtype=torch.float64) for client, n in samples.items()}
+
+
+def recall_shares(memory: Memory) -> dict[str, float]:
+    """What `remember_shares` put into memory."""
+    prefix = "share/"
+    return {key.removeprefix(prefix): float(p) for key, p in memory.items() if key.startswith(prefix)}

@@ -24,16 +24,18 @@ from federate.strategies.base import (
 
 @STRATEGIES.register("dare")
 class Dare(Strategy):
-    """W ← W + Σ_k p_k B_k ⊙ D_k / (1 - q) with B_k random, 0 at rate q and 1 otherwise.
+    """W ← W + η_s Σ_k p_k B_k ⊙ D_k / (1 - q) with B_k random, 0 at rate q and 1 otherwise.
 
     In expectation the step is FedAvg's. B_k depends on seed, client and round alone.
 
     Args:
         drop: q, share of every update to drop.
         seed: Where the randomness comes from.
+        server_learning_rate: η_s.
     """
 
     drop: float = Field(0.5, ge=0, lt=1)
+    server_learning_rate: float = Field(1.0, gt=0)
     seed: int = Field(0, ge=0)
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
@@ -48,7 +50,8 @@ class Dare(Strategy):
                 kept = torch.rand(delta.shape, generator=generators[client]) >= self.drop
                 sparse[client] = delta * kept / (1 - self.drop)
             step[name] = weighted_sum(sparse, shares)
-        return Aggregate(moved(state, step), {"rounds": torch.tensor(rounds + 1)}, {"weight": shares})
+        fused = moved(state, step, self.server_learning_rate)
+        return Aggregate(fused, {"rounds": torch.tensor(rounds + 1)}, {"weight": shares})
 
     def _generator(self, client: str, round_: int) -> torch.Generator:
         digest = sha256(f"{self.seed}/{round_}/{client}".encode()).digest()

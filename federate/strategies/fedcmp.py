@@ -197,7 +197,7 @@ class FedCmp(Strategy):
         if warm and median(smooth.values()) >= self.consensus:
             r = self._by_client(smooth)
         remembered = {f"cosine/{name}/{client}": c for client, c in smooth.items()}
-        remembered |= {f"reliability/{name}/{client}": each for client, each in r.items()}
+        remembered |= {f"reliability/{name}/{client}": each for client, each in (last | r).items()}
         tensors = {key: torch.tensor(each, dtype=torch.float64) for key, each in remembered.items()}
         return changes.sum(_reweigh(shares, r)), r, tensors
 

@@ -19,9 +19,10 @@ from federate.strategies.base import (
     deltas,
     mean_update,
     moved,
+    recall_shares,
+    remember_shares,
     weighted_sum,
 )
-from federate.strategies.scaffold import recall_shares, remember_shares
 
 
 @STRATEGIES.register("feddyn")

@@ -29,10 +29,12 @@ class Krum(Strategy):
     Args:
         byzantine: f, clients that may send anything.
         keep: m, clients with the smallest sums to average by samples; without it K - f.
+        server_learning_rate: Multiplies the step to them.
     """
 
     byzantine: int = Field(1, ge=0)
     keep: int | None = Field(1, ge=1)
+    server_learning_rate: float = Field(1.0, gt=0)
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Keep the clients closest to the others; of equals, those first by name."""
@@ -41,7 +43,8 @@ class Krum(Strategy):
         ranked = sorted(updates, key=lambda update: (sums[update.client], update.client))
         chosen = ranked[: len(updates) - liars if self.keep is None else self.keep]
         weights = dict.fromkeys(sums, 0.0) | data_weights(chosen)
-        return Aggregate(moved(state, mean_update(state, chosen)), memory, {"weight": weights})
+        step = mean_update(state, chosen)
+        return Aggregate(moved(state, step, self.server_learning_rate), memory, {"weight": weights})
 
 
 @STRATEGIES.register("multi_krum")

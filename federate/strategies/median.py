@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from federate.strategies.base import STRATEGIES, Aggregate, Memory, State, Strategy, Update
+from federate.strategies.base import STRATEGIES, Aggregate, Memory, State, Strategy, Update, deltas, moved
 
 
 @STRATEGIES.register("median")
 class Median(Strategy):
-    """W ← median_k W_k in every coordinate; every client counts alike, whatever its samples."""
+    """W ← W + η_s median_k (W_k - W) in every coordinate; clients count alike, whatever their samples.
+
+    Args:
+        server_learning_rate: η_s; 1 gives the median of the clients.
+    """
+
+    server_learning_rate: float = Field(1.0, gt=0)
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Take the middle client in every coordinate, or the mean of the two in the middle."""
-        return Aggregate(
-            {name: _median([update.state[name] for update in updates]) for name in state}, memory
-        )
+        step = {name: _median(list(deltas(name, state, updates).values())) for name in state}
+        return Aggregate(moved(state, step, self.server_learning_rate), memory)
 
 
 def _median(tensors: Sequence[Tensor]) -> Tensor:
     ordered, number = torch.stack(list(tensors)).sort(0).values, len(tensors)
-    return ((ordered[(number - 1) // 2].double() + ordered[number // 2]) / 2).to(ordered.dtype)
+    return (ordered[(number - 1) // 2] + ordered[number // 2]) / 2

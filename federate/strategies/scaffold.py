@@ -19,6 +19,8 @@ from federate.strategies.base import (
     data_weights,
     mean_update,
     moved,
+    recall_shares,
+    remember_shares,
     weighted_sum,
 )
 
@@ -78,15 +80,3 @@ class Scaffold(Strategy):
             kept,
             {"weight": data_weights(updates)},
         )
-
-
-def remember_shares(samples: Mapping[str, int]) -> Memory:
-    """Every client's share of the samples of the whole pass, as memory."""
-    total = sum(samples.values())
-    return {f"share/{client}": torch.tensor(n / total, dtype=torch.float64) for client, n in samples.items()}
-
-
-def recall_shares(memory: Memory) -> dict[str, float]:
-    """What `remember_shares` put into memory."""
-    prefix = "share/"
-    return {key.removeprefix(prefix): float(p) for key, p in memory.items() if key.startswith(prefix)}

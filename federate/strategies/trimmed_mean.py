@@ -9,27 +9,28 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from federate.strategies.base import STRATEGIES, Aggregate, Memory, State, Strategy, Update
+from federate.strategies.base import STRATEGIES, Aggregate, Memory, State, Strategy, Update, deltas, moved
 
 
 @STRATEGIES.register("trimmed_mean")
 class TrimmedMean(Strategy):
-    """W ← mean of the W_k without the ⌊βK⌋ smallest and largest, in every coordinate.
+    """W ← W + η_s mean of the W_k - W without the ⌊βK⌋ smallest and largest, in every coordinate.
 
     Every client counts alike, whatever its samples.
 
     Args:
         trim: β, share cut at each end; with fewer than 1 / β clients nothing is cut.
+        server_learning_rate: η_s; 1 gives the trimmed mean of the clients.
     """
 
     trim: float = Field(0.2, ge=0, lt=0.5)
+    server_learning_rate: float = Field(1.0, gt=0)
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Average what the ends leave over."""
-        return Aggregate(
-            {name: self._mean([update.state[name] for update in updates]) for name in state}, memory
-        )
+        step = {name: self._mean(list(deltas(name, state, updates).values())) for name in state}
+        return Aggregate(moved(state, step, self.server_learning_rate), memory)
 
     def _mean(self, tensors: Sequence[Tensor]) -> Tensor:
         ordered, cut = torch.stack(list(tensors)).sort(0).values, floor(self.trim * len(tensors))
-        return ordered[cut : len(tensors) - cut].mean(0, dtype=torch.float64).to(ordered.dtype)
+        return ordered[cut : len(tensors) - cut].mean(0)
