@@ -209,16 +209,20 @@ def _file(path: Path) -> Path:
 
 
 def _sources(paths: Sequence[Path]) -> list[Source]:
-    """Read projectors that fit each other; each is named as short as tells it from the others."""
+    """Read projectors that fit each other, named by file or run, and by content where that is not enough."""
     files = [_file(path) for path in paths]
     for number, file in enumerate(files):
         if file.resolve() in {earlier.resolve() for earlier in files[:number]}:
             raise UserError(f"{file}: is given twice; weight it with --weights instead")
+    read = [_read(file) for file in files]
     names = [file.resolve().parent.name if file.stem == "projector" else file.stem for file in files]
     if len(set(names)) < len(names):
-        names = [str(file) for file in files]
+        hashes = [projectors.content_hash(state)[:8] for _, state in read]
+        named = [f"{name}-{content}" for name, content in zip(names, hashes, strict=True)]
+        names = [f"{name}-{named[:place].count(name)}" for place, name in enumerate(named)]
     sources = [
-        Source(name, file, *_read(file), _samples(file)) for name, file in zip(names, files, strict=True)
+        Source(name, file, architecture, state, _samples(file))
+        for name, file, (architecture, state) in zip(names, files, read, strict=True)
     ]
     for source in sources[1:]:
         _refuse_another_form(source.path, source.architecture, source.state, sources[0])
