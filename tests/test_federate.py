@@ -330,8 +330,11 @@ def test_a_changed_default_of_a_strategy_trains_again(
 
 
 def test_an_aggregate_that_is_not_finite_ends_the_run_in_one_line(extracted: Path) -> None:
-    words = ("federate.strategy.name=fedavg", "federate.strategy.server_learning_rate=1e38")
-    result = run(extracted, "run=far", *words)
+    words = ("federate.strategy.name=fedavg", "federate.strategy.server_learning_rate=1e300")
+    result = run(extracted, "run=far", "federate.rounds=1", *words)
     assert result.exit_code == 2
-    assert "lower federate.optimizer.learning_rate or the strategy's step" in result.output
+    assert (
+        "round 0: the aggregated linear_1.weight is not finite; lower federate.optimizer.learning_rate or the strategy's step"
+        in result.output
+    )
     assert not (folder(extracted, "far") / "manifest.json").exists()
