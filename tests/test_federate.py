@@ -333,8 +333,5 @@ def test_an_aggregate_that_is_not_finite_ends_the_run_in_one_line(extracted: Pat
     words = ("federate.strategy.name=fedavg", "federate.strategy.server_learning_rate=1e300")
     result = run(extracted, "run=far", "federate.rounds=1", *words)
     assert result.exit_code == 2
-    assert (
-        "round 0: the aggregated linear_1.weight is not finite; lower federate.optimizer.learning_rate or the strategy's step"
-        in result.output
-    )
+    assert "round 0: the aggregated linear_1.weight is not finite; lower" in result.output
     assert not (folder(extracted, "far") / "manifest.json").exists()
