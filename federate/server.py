@@ -114,14 +114,15 @@ def run_rounds(
 
 
 def _aggregated(strategy: Strategy, progress: Progress, updates: Sequence[Update]) -> Aggregate:
+    remedy = "lower federate.optimizer.learning_rate or the strategy's step"
     try:
         check(progress.state, updates)
         aggregate = strategy.aggregate(progress.state, updates, progress.memory)
-        check(progress.state, [Update("server", aggregate.state, 1)])
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-        raise DivergedError(
-            f"round {progress.round}: {error}; lower federate.optimizer.learning_rate or the strategy's step"
-        ) from None
+        raise DivergedError(f"round {progress.round}: {error}; {remedy}") from None
+    for name, tensor in aggregate.state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DivergedError(f"round {progress.round}: the aggregated {name} is not finite; {remedy}")
     return aggregate
 
 

@@ -105,31 +105,38 @@ def read_ablation(path: Path) -> Ablation:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     ablation = validate(Ablation, tables, "", str(path))
-    for role, names in (
-        ("baseline", [ablation.baseline]),
-        ("subject", [ablation.subject]),
-        ("bounds", ablation.bounds),
+    for problem in _problems(ablation):
+        raise UserError(f"{path}: {problem}")
+    return ablation
+
+
+def _problems(ablation: Ablation) -> Iterator[str]:
+    """What is wrong with an ablation although every value by itself is right."""
+    known = ablation.strategies
+    for role, name in (
+        ("baseline", ablation.baseline),
+        ("subject", ablation.subject),
+        *(("bounds", bound) for bound in ablation.bounds),
     ):
-        for name in names:
-            if name not in ablation.strategies:
-                hint = did_you_mean(name, ablation.strategies)
-                raise UserError(f"{path}: {role} = '{name}': no such strategy{hint}")
-    for strategy, options in ablation.strategies.items():
+        if name not in known:
+            yield f"{role} = '{name}': no such strategy{did_you_mean(name, known)}"
+    for strategy, options in known.items():
         for name, value in options.items():
             if isinstance(value, list) and (not value or len(set(map(str, value))) < len(value)):
-                raise UserError(f"{path}: strategies.{strategy}.{name} = {value}: give different values")
+                yield f"strategies.{strategy}.{name} = {value}: give different values"
         if ablation.tuning is None and len(list(grid(ablation, strategy))) > 1:
-            raise UserError(f"{path}: strategies.{strategy} has a list to choose from; add a table [tuning]")
+            yield f"strategies.{strategy} has a list to choose from; add a table [tuning]"
     seeds = [*ablation.seeds, *(ablation.tuning.seeds if ablation.tuning else ())]
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"{path}: a seed is named twice; tune on seeds that results never use")
+        yield "a seed is named twice; tune on seeds that results never use"
     for override in ablation.set:
         if re.match(r"(seed|run|experiment|federate\.strategy)\b", override):
-            raise UserError(f"{path}: set = '{override}': the ablation itself decides this; remove it")
-    experiments = [trial(ablation, each, ablation.baseline, 0, ()).experiment for each in ablation.scenarios]
-    if len({experiment.run_path for experiment in experiments}) < len(experiments):
-        raise UserError(f"{path}: two scenarios have the same 'experiment'; name them differently")
-    return ablation
+            yield f"set = '{override}': the ablation itself decides this; remove it"
+    runs = {
+        trial(ablation, each, ablation.baseline, 0, ()).experiment.run_path for each in ablation.scenarios
+    }
+    if len(runs) < len(ablation.scenarios):
+        yield "two scenarios have the same 'experiment'; name them differently"
 
 
 def grid(ablation: Ablation, strategy: str) -> Iterator[tuple[tuple[str, Any], ...]]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from click.testing import CliRunner, Result
 from conftest import ROOT
 
 from federate.batches import Stream
+from federate.strategies.base import STRATEGIES
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache
 from pipeline.cli import main
@@ -252,3 +254,84 @@ def test_a_corrupt_cache_is_never_trained_on(extracted: Path, tmp_path: Path) ->
     assert "lab.zarr/features/patch/c/1/0/0" in result.output
     assert "checksum" in result.output
     assert not (folder(extracted, "corrupt") / "manifest.json").exists()
+
+
+def test_silos_take_turns_and_still_pass_once_over_their_data(extracted: Path) -> None:
+    words = ["federate.rounds=6", "federate.clients_per_round=1"]
+    assert run(extracted, "run=turns", *words).exit_code == 0
+    rows = [row for row in history(extracted, "turns") if row["client"]]
+    assert [row["round"] for row in rows] == list(range(6))
+    samples = {
+        name: sum(row["samples"] for row in rows if row["client"] == name) for name in ("clinic", "lab")
+    }
+    assert samples == {"clinic": 20, "lab": 18}
+    assert sorted(row["client"] for row in rows) == ["clinic"] * 3 + ["lab"] * 3
+
+
+def test_who_would_never_take_part_is_named(extracted: Path) -> None:
+    result = run(extracted, "run=never", "federate.rounds=1", "federate.clients_per_round=1")
+    assert result.exit_code == 2
+    assert re.search(r"clients_per_round = 1: (clinic|lab) would never take part in 1 rounds", result.output)
+    words = ("federate.strategy.name=local_only", "federate.clients_per_round=1")
+    result = run(extracted, "run=lonely", *words)
+    assert result.exit_code == 2
+    assert "silos that train alone take part in every round" in result.output
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddyn", "fedprox", "pivotmerge", "fedcmp", "fedadam"])
+def test_a_killed_run_goes_on_whatever_the_strategy_remembers(extracted: Path, name: str) -> None:
+    """Interrupted after every round by a history that cannot be written, as on a full disk."""
+    words = [f"federate.strategy.name={name}", "federate.together=2", "federate.clients_per_round=2"]
+    assert run(extracted, f"run=whole_{name}", *words).exit_code == 0
+
+    class Killed(BaseException):
+        pass
+
+    from federate import server
+
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(server, "Progress", _killed_after_saving(server.Progress, Killed))
+            with pytest.raises(Killed):
+                CliRunner().invoke(
+                    main,
+                    ["federate", str(extracted), "--set", f"run=parts_{name}"]
+                    + [word for each in words for word in ("--set", each)],
+                    standalone_mode=False,
+                    catch_exceptions=False,
+                )
+    assert run(extracted, f"run=parts_{name}", *words).exit_code == 0
+    assert projector_bytes(extracted, f"parts_{name}") == projector_bytes(extracted, f"whole_{name}")
+    assert history(extracted, f"parts_{name}") == history(extracted, f"whole_{name}")
+
+
+def _killed_after_saving(progress: type, error: type[BaseException]) -> type:
+    class Killed(progress):  # type: ignore[misc, valid-type]
+        def save(self, path: Path, fingerprint: str) -> None:
+            super().save(path, fingerprint)
+            raise error
+
+    return Killed
+
+
+def test_a_changed_default_of_a_strategy_trains_again(
+    extracted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not written in the configuration decides the projector, too."""
+    words = ("run=defaults", "federate.strategy.name=fedavgm")
+    assert run(extracted, *words).exit_code == 0
+    assert "nothing to do" in run(extracted, *words).output
+
+    class Changed(STRATEGIES._classes["fedavgm"]):  # type: ignore[misc]
+        momentum: float = 0.123
+
+    monkeypatch.setitem(STRATEGIES._classes, "fedavgm", Changed)
+    assert "training again, because strategy.momentum: 0.123 here" in run(extracted, *words).output
+
+
+def test_an_aggregate_that_is_not_finite_ends_the_run_in_one_line(extracted: Path) -> None:
+    words = ("federate.strategy.name=fedavg", "federate.strategy.server_learning_rate=1e300")
+    result = run(extracted, "run=far", "federate.rounds=1", *words)
+    assert result.exit_code == 2
+    assert "round 0: the aggregated linear_1.weight is not finite; lower" in result.output
+    assert not (folder(extracted, "far") / "manifest.json").exists()
