@@ -78,7 +78,7 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         UserError: Another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
