@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from evaluate.benchmarks.base import Answer, Benchmark, Item
 from pipeline.cache import FeatureCache
 from pipeline.language import FrozenLanguageModel
 from pipeline.manifest import canonical
+from pipeline.projectors.base import Projector
 from pipeline.prompts import Tokens, stop_string, tokenise_all
 
 
@@ -28,7 +29,7 @@ class Reader:
     """
 
     language: FrozenLanguageModel
-    projector: nn.Module
+    projector: Projector
     cache: FeatureCache
     template: str
     question_template: str
@@ -61,7 +62,7 @@ def answer(
         [item.text for item in items],
         template,
         language.tokenizer,
-        patches=reader.cache.patches,
+        patches=reader.projector.tokens(reader.cache.patches),
         max_length=reader.max_length,
     )
     prompts = sorted(zip(tokens, items, strict=True), key=lambda pair: len(pair[0].ids))

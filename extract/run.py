@@ -5,32 +5,43 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 from extract.encoders.base import ENCODERS, LoadedEncoder
 from extract.runner import Outcome, current, extract_silo
 from extract.sources.base import SOURCES
-from pipeline.cache import FORMAT, Identity
+from extract.workers import Worker
+from pipeline.cache import FORMAT, Identity, differences
 from pipeline.config import Experiment
 from pipeline.console import progress, say, table
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import UserError, did_you_mean
 from pipeline.manifest import write_atomic
+from pipeline.mirror import pull, push, remote_manifest
+from pipeline.store import Remote
 
 _PROBLEMS_SHOWN = 5
 
 
-def run(experiment: Experiment, *, only: Sequence[str], overwrite: bool) -> list[Outcome]:
+def run(
+    experiment: Experiment, *, only: Sequence[str], overwrite: bool, worker: Worker | None = None
+) -> list[Outcome]:
     """Extract silos; the encoder is loaded once, and only if a silo needs it.
 
     Args:
         experiment: The configuration.
         only: Silos to look at; all where it is empty.
         overwrite: Encode again what is there already.
+        worker: Encode only this worker's shards, beside others.
 
     Raises:
         UserError: A silo is unknown, its source is unusable, or its cache was made differently.
     """
     options = experiment.extract
+    if worker is not None and overwrite:
+        raise UserError(
+            "--worker with --overwrite: each worker would discard the others' shards; delete the cache"
+        )
     for name in only:
         if name not in options.silos:
             raise UserError(f"--silo {name}: there is no such silo{did_you_mean(name, options.silos)}")
@@ -57,22 +68,51 @@ def run(experiment: Experiment, *, only: Sequence[str], overwrite: bool) -> list
     for name, source in sources.items():
         path = experiment.cache_path(name)
         identity = Identity(key, source.identity())
+        if experiment.store is not None and not overwrite:
+            _take_over(Remote(experiment.store) / path.name, path, identity)
         done = current(path, identity, overwrite=overwrite)
         if done is not None:
-            outcomes.append(Outcome(done, "unchanged", 0.0))
+            outcomes.append(Outcome(path, done, "unchanged", 0.0))
+            _send(experiment, path)
             continue
         with progress(name, source.size(), "images") as task:
             try:
-                outcomes.append(extract_silo(path, source, identity, loaded(), options, device, task))
+                outcomes.append(extract_silo(path, source, identity, loaded(), options, device, task, worker))
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
                 raise UserError(f"{path}: the disk is full; free some space and rerun to go on") from None
+        if outcomes[-1].cache is not None:
+            _send(experiment, path)
     listing, names = experiment.features / "silos.txt", "".join(f"{name}\n" for name in options.silos)
     if not only and (not listing.is_file() or listing.read_text() != names):
         write_atomic(listing, names.encode())
     _summary(experiment, outcomes)
     return outcomes
+
+
+def _take_over(remote: Remote, path: Path, identity: Identity) -> None:
+    """Fetch a silo's cache from the store if it is just what would be made now.
+
+    Raises:
+        UserError: The cache there was made by another encoder or in another way.
+    """
+    made = remote_manifest(remote)
+    if made is None:
+        return
+    changed = differences(identity.key, made.get("key"))
+    if changed:
+        raise UserError(
+            f"{remote}: the configuration and the cache there differ in {'; '.join(changed)}; set another "
+            "'store' or 'features', or pass --overwrite to encode the silo again"
+        )
+    if made.get("source") == identity.source:
+        pull(remote, path)
+
+
+def _send(experiment: Experiment, path: Path) -> None:
+    if experiment.store is not None:
+        push(path, Remote(experiment.store) / path.name)
 
 
 def _summary(experiment: Experiment, outcomes: Sequence[Outcome]) -> None:
@@ -82,6 +122,8 @@ def _summary(experiment: Experiment, outcomes: Sequence[Outcome]) -> None:
         [_row(outcome) for outcome in outcomes],
     )
     for outcome in outcomes:
+        if outcome.cache is None:
+            continue
         manifest = outcome.cache.manifest
         problems = [f"{item['id']}: {item['status']}, {item['reason']}" for item in manifest["failures"]]
         problems += [f"{place}: {reason}" for place, reason in manifest["skipped"]]
@@ -95,11 +137,13 @@ def _summary(experiment: Experiment, outcomes: Sequence[Outcome]) -> None:
 
 
 def _row(outcome: Outcome) -> list[str]:
+    if outcome.cache is None:
+        return [outcome.path.stem, "-", "-", "-", "-", "-", outcome.state]
     manifest = outcome.cache.manifest
     failures = len(manifest["failures"])
     megabytes = sum(length for length, _ in manifest["files"].values()) / 1e6
     return [
-        outcome.cache.path.stem,
+        outcome.path.stem,
         f"{manifest['images'] - failures:,}",
         f"{manifest['texts']:,}",
         f"{failures + len(manifest['skipped']):,}",

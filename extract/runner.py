@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from extract.encoders.base import LoadedEncoder
 from extract.sources.base import Skipped, Source
+from extract.workers import Worker
 from pipeline.cache import (
     STATUS,
     CacheWriter,
@@ -26,27 +28,29 @@ from pipeline.cache import (
     Row,
     differences,
     finish_commit,
+    open_writer,
+    partial_path,
+    settling,
     started_key,
     to_storage,
-    writing,
 )
 from pipeline.config import Extract
 from pipeline.console import Task, say
 from pipeline.errors import UserError
-from pipeline.manifest import provenance
+from pipeline.manifest import fingerprint, provenance
 from pipeline.records import Record
 
-if TYPE_CHECKING:
-    pass
-
 T = TypeVar("T")
+_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
+_BY_OTHERS = "finished by other workers"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to one silo."""
+    """What happened to one silo; there is no cache yet where other workers still have shards to do."""
 
-    cache: FeatureCache
+    path: Path
+    cache: FeatureCache | None
     state: str
     seconds: float
 
@@ -58,7 +62,9 @@ def current(path: Path, identity: Identity, *, overwrite: bool) -> FeatureCache 
         UserError: What is there, whole or unfinished, was made by another encoder or in another way,
             and `overwrite` is not given.
     """
-    finish_commit(path)
+    if (partial_path(path) / "manifest.json").is_file():
+        with settling(path):
+            finish_commit(path)
     key = started_key(path)
     changed = differences(identity.key, key) if key is not None else []
     if changed and not overwrite:
@@ -84,50 +90,75 @@ def extract_silo(
     options: Extract,
     device: str,
     task: Task,
+    worker: Worker | None = None,
 ) -> Outcome:
     """Encode a silo into its cache, continuing where a killed run stopped.
+
+    One of several workers encodes its own shards only; whoever finds all of them finished commits.
 
     Raises:
         UserError: No image can be read, or another process is at work on this silo.
     """
     start = time.monotonic()
     skipped: list[Skipped] = []
-    problems: list[Skipped] = []
-    resumed = shards = usable = 0
-    with writing(path), ThreadPoolExecutor(options.workers) as pool:
-        writer = CacheWriter(
-            path,
-            identity,
-            patches=encoder.patches,
-            d_vision=encoder.d_vision,
-            dtype=options.dtype,
-            shard_images=options.shard_images,
-        )
-        for chunk in chunks(_only_records(source, skipped), options.shard_images):
-            rows = writer.finished(shards)
-            if rows is not None and [row.id for row in rows] == [record.id for record in chunk]:
-                resumed += 1
-            else:
-                features, rows = _encode_shard(chunk, encoder, options, pool)
-                writer.write(shards, features, rows)
-            usable += sum(row.status == 0 for row in rows)
-            problems += [Skipped(row.id, row.reason) for row in rows if row.status][:1]
+    shards: list[str] = []
+    resumed = 0
+    layout = {"patches": encoder.patches, "d_vision": encoder.d_vision, "dtype": options.dtype}
+    with (
+        open_writer(
+            path, identity, together=worker is not None, **layout, shard_images=options.shard_images
+        ) as writer,
+        ThreadPoolExecutor(options.workers) as pool,
+    ):
+        if writer is None:
+            return Outcome(path, FeatureCache(path), _BY_OTHERS, 0.0)
+        for number, chunk in enumerate(chunks(_only_records(source, skipped), options.shard_images)):
+            shards.append(fingerprint([record.id for record in chunk]))
+            if worker is None or worker.owns(number):
+                with writer.claim(number) as mine:
+                    if mine and _is_finished(writer, number, shards[number]):
+                        resumed += 1
+                    elif mine:
+                        writer.write(number, *_encode_shard(chunk, encoder, options, pool))
             task.advance(len(chunk))
-            shards += 1
-        if not usable:
-            first = [*problems, *skipped][:1]
-            why = f"; first, {first[0].place}: {first[0].reason}" if first else "; the source is empty"
-            raise UserError(f"{path}: not one image could be read{why}")
-        cache = writer.commit(
-            {
-                "silo": path.stem,
-                "probe": _probe(encoder, options.dtype),
-                "skipped": [[item.place, item.reason] for item in skipped],
-                "made_by": provenance(device),
-            },
-        )
+        with settling(path):
+            recorded = writer.recorded()
+            if recorded is None:
+                return Outcome(path, FeatureCache(path), _BY_OTHERS, time.monotonic() - start)
+            if not _all_finished(writer, recorded, shards):
+                done = f"{len(recorded)} of {len(shards)} shards; the rest is other workers'"
+                return Outcome(path, None, done, time.monotonic() - start)
+            _require_usable(path, writer.rows, skipped)
+            cache = writer.commit(
+                {
+                    "silo": path.stem,
+                    "probe": _probe(encoder, options.dtype),
+                    "skipped": [[item.place, item.reason] for item in skipped],
+                    "made_by": provenance(device),
+                },
+            )
     state = f"resumed at shard {resumed}" if resumed else "extracted"
-    return Outcome(cache, state, time.monotonic() - start)
+    return Outcome(path, cache, state, time.monotonic() - start)
+
+
+def _is_finished(writer: CacheWriter, shard: int, ids: str) -> bool:
+    rows = writer.finished(shard)
+    return rows is not None and fingerprint([row.id for row in rows]) == ids
+
+
+def _all_finished(writer: CacheWriter, recorded: set[int], shards: Sequence[str]) -> bool:
+    """Whether every shard is whole; files of other workers are hashed only if none is missing."""
+    if not recorded.issuperset(range(len(shards))):
+        return False
+    return all(shard in writer.held or _is_finished(writer, shard, ids) for shard, ids in enumerate(shards))
+
+
+def _require_usable(path: Path, rows: Sequence[Row], skipped: Sequence[Skipped]) -> None:
+    if any(row.status == 0 for row in rows):
+        return
+    first = [*(Skipped(row.id, row.reason) for row in rows), *skipped][:1]
+    why = f"; first, {first[0].place}: {first[0].reason}" if first else "; the source is empty"
+    raise UserError(f"{path}: not one image could be read{why}")
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -166,7 +197,9 @@ def _decode(record: Record, preprocess: Callable[[Image.Image], np.ndarray]) -> 
         with Image.open(io.BytesIO(data)) as image:
             pixels = preprocess(_to_rgb(image))
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        return failed("unreadable", f"{type(error).__name__}: {error}", digest)
+        # Pillow names the buffer by its address, which would differ from run to run.
+        reason = _ADDRESS.sub("it", f"{type(error).__name__}: {error}")
+        return failed("unreadable", reason, digest)
     return _Decoded(Row(record.id, digest, 0, "", texts), pixels)
 
 

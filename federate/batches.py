@@ -48,6 +48,7 @@ class Stream:
         batch_size: Samples a step.
         turns: Rounds the client takes part in, which the pass is split over.
         seed: Seed of the experiment.
+        visual_tokens: Tokens an image takes in a prompt; as many as it has cached patches if None.
 
     Raises:
         UserError: There are fewer training texts than turns.
@@ -63,10 +64,12 @@ class Stream:
         batch_size: int,
         turns: int,
         seed: int,
+        visual_tokens: int | None = None,
     ) -> None:
         self._caches = list(caches.values())
         self._language = language
         self._template, self._max_length = template, max_length
+        self._visual_tokens = self._caches[0].patches if visual_tokens is None else visual_tokens
         self._batch_size, self._turns = batch_size, turns
         texts = [cache.usable_texts("train") for cache in self._caches]
         where = np.repeat(np.arange(len(texts)), [len(indices) for indices in texts])
@@ -116,7 +119,7 @@ class Stream:
             [self._caches[silo].text(index) for silo, index in samples],
             self._template,
             self._language.tokenizer,
-            patches=self._caches[0].patches,
+            patches=self._visual_tokens,
             max_length=self._max_length,
         )
         for start in range(0, len(samples), self._batch_size):

@@ -23,6 +23,7 @@ from pipeline.errors import UserError, did_you_mean
 from pipeline.identity import LANGUAGE_FILES
 from pipeline.language import FrozenLanguageModel, load_language
 from pipeline.manifest import fingerprint, model_hashes, provenance, write_json
+from pipeline.projectors.base import Projector
 
 FORMAT = {"name": "fedcmp-merge", "version": 1}
 _BATCH = 32
@@ -231,14 +232,8 @@ def _sources(paths: Sequence[Path]) -> list[Source]:
 
 def _read(path: Path) -> tuple[str, State]:
     """Architecture and float32 weights of a projector file."""
-    try:
-        module, state = projectors.load_projector(path)
-    except UserError:
-        raise
-    except Exception:
-        raise UserError(f"{path}: its weights are not those of its architecture; train it again") from None
-    (architecture,) = (name for name, kind in projectors.ARCHITECTURES.items() if type(module) is kind)
-    return architecture, {name: tensor.float() for name, tensor in state.items()}
+    module, state = projectors.load_projector(path)
+    return module.architecture, {name: tensor.float() for name, tensor in state.items()}
 
 
 def _refuse_another_form(path: Path, architecture: str, state: State, first: Source) -> None:
@@ -322,8 +317,9 @@ def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     language = load_language(guide.language, dtype, device, fingerprint(files))
-    _refuse_another_width(sources[0], next(iter(caches.values())), language, guide.language)
     projector, _ = projectors.load_projector(sources[0].path)
+    first = next(iter(caches.values()))
+    _refuse_another_width(sources[0].path, projector, first, language, guide.language)
     projector.to(device)
     aligned = []
     with progress("alignment", len(sources), "projectors") as task:
@@ -337,6 +333,7 @@ def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
                 batch_size=_BATCH,
                 turns=1,
                 seed=0,
+                visual_tokens=projector.tokens(first.patches),
             )
             some = islice(stream.batches(0), -(-guide.texts // _BATCH))
             contributions = alignment_contributions(projector, inputs.base, update.state, language, some)
@@ -354,18 +351,16 @@ def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
 
 
 def _refuse_another_width(
-    source: Source, cache: FeatureCache, language: FrozenLanguageModel, language_path: Path
+    source: Path, projector: Projector, cache: FeatureCache, language: FrozenLanguageModel, llm: Path
 ) -> None:
-    matrices = [source.state[name] for name in sorted(source.state) if source.state[name].ndim == 2]
-    widths = matrices[0].shape[1], matrices[-1].shape[0]
     for place, width, expected in (
-        (cache.path, cache.d_vision, widths[0]),
-        (language_path, language.d_llm, widths[1]),
+        (cache.path, cache.d_vision, projector.d_vision),
+        (llm, language.d_llm, projector.d_llm),
     ):
         if width != expected:
             raise UserError(
-                f"{place}: has width {width}, but {source.path} maps {widths[0]} to {widths[1]}; give the "
-                "features and the LLM that the projectors were trained with"
+                f"{place}: has width {width}, but {source} maps {projector.d_vision} to {projector.d_llm}; "
+                "give the features and the LLM that the projectors were trained with"
             )
 
 

@@ -67,6 +67,7 @@ def _train(
     from federate.server import Progress, run_rounds
     from pipeline import projector as projectors
     from pipeline.language import load_language
+    from pipeline.pretrained import start_from
 
     options, out = experiment.federate, experiment.run_path
     first = next(iter(caches.values()))
@@ -74,7 +75,11 @@ def _train(
     model = wanted["language"]
     language = load_language(experiment.language.path, model["dtype"], device, fingerprint(model["files"]))
     projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
-    projectors.initialise(projector, torch.Generator().manual_seed(experiment.seed))
+    visual_tokens = projector.tokens(first.patches)
+    if options.initial is None:
+        projectors.initialise(projector, torch.Generator().manual_seed(experiment.seed))
+    else:
+        start_from(options.initial, projector)
     projector.to(device)
     groups = {"all": options.silos} if strategy.pooled else {name: (name,) for name in options.silos}
     schedule = participants(list(groups), options.rounds, options.clients_per_round, experiment.seed)
@@ -89,6 +94,7 @@ def _train(
             batch_size=options.batch_size,
             turns=turns[client],
             seed=experiment.seed,
+            visual_tokens=visual_tokens,
         )
         for client, silos in groups.items()
     }
@@ -132,7 +138,7 @@ def _train(
     names = {"projector.safetensors": done.state}
     names |= {f"silos/{client}.safetensors": state for client, state in done.personal.items()}
     for name, state in names.items():
-        projectors.save_projector(out / name, state, options.projector.name)
+        projectors.save_projector(out / name, state, projector.architecture)
     write_json(
         out / "manifest.json",
         {
@@ -142,6 +148,7 @@ def _train(
             "identity": wanted,
             "fingerprint": print_of_run,
             "cache_key": first.cache_key,
+            "features": {"patches": first.patches, "key": first.manifest["key"]},
             "projectors": {name: projectors.content_hash(state) for name, state in names.items()},
             "made_by": provenance(device),
         },

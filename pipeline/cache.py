@@ -14,17 +14,19 @@ is renamed when it is whole.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
@@ -36,12 +38,15 @@ from pipeline.manifest import (
     fingerprint,
     locked,
     read_json,
+    replace_directory,
     sha256_file,
     sync_directory,
     write_atomic,
     write_json,
 )
+from pipeline.mirror import pull
 from pipeline.records import KINDS, SPLITS, Text
+from pipeline.store import Remote
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +57,7 @@ _STORAGE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
 _CRC_BYTES = 4
 _INDEX_DTYPE = np.dtype("<u8")
 _ABSENT = np.iinfo(np.uint64).max
+_RECORD = re.compile(r"[0-9]{5,}\.json")
 
 
 class CorruptCacheError(UserError):
@@ -106,7 +112,7 @@ def _short(value: Any) -> str:
 class CacheWriter:
     """Writes a cache shard by shard; a killed writer loses at most its unfinished shard.
 
-    One process at a time: hold `writing(path)` meanwhile.
+    One process at a time, or several that agree on who writes which shard: `open_writer` sees to it.
 
     Args:
         path: Final directory of the cache.
@@ -115,6 +121,10 @@ class CacheWriter:
         d_vision: Width of a token.
         dtype: Logical dtype: `bfloat16` (stored as its bits in uint16), `float16` or `float32`.
         shard_images: Images a shard.
+        alone: No other process is at work on the cache, so what dead ones left can be removed.
+
+    Raises:
+        UserError: Others are at work on a cache of another identity.
     """
 
     def __init__(
@@ -126,6 +136,7 @@ class CacheWriter:
         d_vision: int,
         dtype: str,
         shard_images: int,
+        alone: bool = True,
     ) -> None:
         self.path, self.identity, self.shard_images = path, identity, shard_images
         self._shape = (patches, d_vision)
@@ -134,11 +145,49 @@ class CacheWriter:
         self._rows: dict[int, list[Row]] = {}
         self._digests: dict[str, str] = {}
         started = {**asdict(identity), "layout": [patches, d_vision, dtype, shard_images]}
-        if read_json(self._partial / "_done" / "identity.json") != started:
+        same = read_json(self._partial / "_done" / "identity.json") == started
+        if not alone:
+            if not same:
+                raise UserError(
+                    f"{path}: other processes are making it from other images or with other options; let "
+                    "them finish, then run again"
+                )
+            return
+        if not same:
             shutil.rmtree(self._partial, ignore_errors=True)
             write_json(self._partial / "_done" / "identity.json", started)
-        for torn in self._partial.rglob(".tmp-*"):
-            torn.unlink()
+        self._remove_torn()
+
+    @property
+    def rows(self) -> list[Row]:
+        """Rows of all shards that were written or found finished, in their order."""
+        return [row for shard in sorted(self._rows) for row in self._rows[shard]]
+
+    @property
+    def held(self) -> set[int]:
+        """Shards that this process wrote or found finished."""
+        return set(self._rows)
+
+    def recorded(self) -> set[int] | None:
+        """Shards with a record, by whichever process; None once the cache is committed."""
+        try:
+            # A listing, because network file systems remember for a while that a single file was missing.
+            names = os.listdir(self._partial / "_done")
+        except FileNotFoundError:
+            return None
+        return {int(name.removesuffix(".json")) for name in names if _RECORD.fullmatch(name)}
+
+    @contextmanager
+    def claim(self, shard: int) -> Iterator[bool]:
+        """Keep other processes from a shard; False where one is at it or the cache is committed."""
+        try:
+            file = (self._partial / "_done" / f"{shard:05d}.lock").open("w")
+        except FileNotFoundError:
+            yield False
+            return
+        with file:
+            mine = _flock(file, fcntl.LOCK_EX)
+            yield mine and (self._partial / "_done" / "identity.json").is_file()
 
     def finished(self, shard: int) -> list[Row] | None:
         """Rows of a shard that an earlier run finished and whose file is whole, else None."""
@@ -202,7 +251,8 @@ class CacheWriter:
         """
         if sorted(self._rows) != list(range(len(self._rows))):
             raise ValueError(f"{self.path}: only the shards {sorted(self._rows)} are finished")
-        rows = [row for shard in sorted(self._rows) for row in self._rows[shard]]
+        rows = self.rows
+        self._remove_torn()
         self._write_arrays(rows)
         files = {}
         for file in sorted(self._partial.rglob("*")):
@@ -234,6 +284,10 @@ class CacheWriter:
         )
         finish_commit(self.path)
         return FeatureCache(self.path)
+
+    def _remove_torn(self) -> None:
+        for torn in self._partial.rglob(".tmp-*"):
+            torn.unlink()
 
     def _keep(self, shard: int, rows: list[Row], digest: str) -> None:
         self._rows[shard] = rows
@@ -295,16 +349,11 @@ def started_key(path: Path) -> dict[str, Any] | None:
 
 def finish_commit(path: Path) -> None:
     """Give a whole partial cache its final name; also completes a commit that was interrupted."""
-    partial, old = partial_path(path), path.with_name(path.name + ".old")
+    partial = partial_path(path)
     if not (partial / "manifest.json").is_file():
         return
     shutil.rmtree(partial / "_done", ignore_errors=True)
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    partial.rename(path)
-    sync_directory(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_directory(partial, path)
 
 
 class FeatureCache:
@@ -439,6 +488,8 @@ def open_cache(experiment: Experiment, silo: str) -> FeatureCache:
         UserError: There is none, with the nearest name where the silo is not configured either.
     """
     path = experiment.cache_path(silo)
+    if experiment.store is not None:
+        pull(Remote(experiment.store) / path.name, path)
     if silo not in experiment.extract.silos and not path.exists():
         hint = did_you_mean(silo, experiment.extract.silos)
         raise UserError(f"no silo '{silo}' in extract.silos, and no cache {path}{hint}")
@@ -461,13 +512,75 @@ def same_key(caches: dict[str, FeatureCache]) -> None:
             )
 
 
-def writing(path: Path) -> AbstractContextManager[None]:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
     """Keep other processes from writing the same cache.
 
     Raises:
         UserError: Another process is at it.
     """
-    return locked(path.with_name(f".{path.name}.lock"), str(path))
+    with ExitStack() as held:
+        with settling(path):
+            held.enter_context(locked(_lock_path(path), str(path)))
+        yield
+
+
+def settling(path: Path) -> AbstractContextManager[None]:
+    """Wait for one's turn to start on a cache or to commit it; held for moments only, never nested."""
+    return locked(path.with_name(f".{path.name}.commit.lock"), str(path), wait=True)
+
+
+@contextmanager
+def open_writer(
+    path: Path, identity: Identity, *, together: bool, **layout: Any
+) -> Iterator[CacheWriter | None]:
+    """A writer for one process, or one of several that write together; None if there is nothing to do.
+
+    Processes that write together hold the cache's lock as readers do, so that no lone process comes
+    between them. Whoever is the only one at the start clears up after those that were killed.
+
+    Args:
+        path: Final directory of the cache.
+        identity: What the cache is made of.
+        together: Let other processes write other shards of it at the same time.
+        **layout: `patches`, `d_vision`, `dtype` and `shard_images` of `CacheWriter`.
+
+    Yields:
+        The writer; None where the others committed the very cache in the meantime.
+
+    Raises:
+        UserError: A process is at work that shares with nobody, or others make another cache.
+    """
+    if not together:
+        with writing(path):
+            yield CacheWriter(path, identity, **layout)
+        return
+    with ExitStack() as held:
+        with settling(path):
+            lock = held.enter_context(_lock_path(path).open("w"))
+            alone = _flock(lock, fcntl.LOCK_EX)
+            if not alone and not _flock(lock, fcntl.LOCK_SH):
+                raise UserError(f"{path}: another process is at work on it alone; let it finish")
+            finish_commit(path)
+            made = read_json(path / "manifest.json") or {}
+            if (made.get("key"), made.get("source")) == (identity.key, identity.source):
+                writer = None
+            else:
+                writer = CacheWriter(path, identity, alone=alone, **layout)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        yield writer
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _flock(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def to_storage(features: torch.Tensor, dtype: str) -> np.ndarray:

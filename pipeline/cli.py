@@ -12,11 +12,13 @@ import click
 
 COMMANDS = {
     "extract": ("extract.cli:extract", "Encode every silo's images once and cache their patch features."),
+    "partition": ("extract.cli:partition", "Split one data set into silos."),
     "federate": ("federate.cli:federate", "Train the projector federatedly from the caches."),
     "merge": ("federate.cli:merge", "Merge trained projectors into one, without training."),
     "evaluate": ("evaluate.cli:evaluate", "Answer the benchmarks and score the answers."),
     "score": ("evaluate.cli:score", "Score saved answers again; no model is needed."),
     "report": ("evaluate.cli:report", "Compare the runs of an experiment on one page."),
+    "export": ("pipeline.export.cli:export", "Write a projector as Hugging Face or LLaVA reads it."),
     "ablate": ("pipeline.ablate:ablate", "Compare strategies over scenarios and seeds."),
     "world": ("pipeline.world.cli:world", "Write the embedded default's data, or train its models."),
 }

@@ -8,15 +8,18 @@ Paths are relative to the working directory.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UserError, did_you_mean
+from pipeline.store import is_url
 
 Model = TypeVar("Model", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -84,7 +87,9 @@ class Federate(Options):
 
     `clients_per_round` silos take part in a round, all by default. Samples of `together` clients go
     through the LLM in one pass, in micro-batches of `micro_batch` samples of like length
-    (`batch_size` by default): faster for small models, equal up to rounding.
+    (`batch_size` by default): faster for small models, equal up to rounding. `initial` is what the
+    projector starts from instead of random weights: a LLaVA `mm_projector.bin`, a directory of Hugging
+    Face's LLaVA, or a run or projector of ours.
     """
 
     silos: tuple[Name, ...] = Field(min_length=1)
@@ -94,6 +99,7 @@ class Federate(Options):
     together: int = Field(1, ge=1)
     micro_batch: int | None = Field(None, ge=1)
     projector: Component = Component(name="mlp2x_gelu")
+    initial: Path | None = None
     optimizer: Optimizer = Optimizer()
     strategy: Component = Component(name="fedavg")
 
@@ -124,19 +130,39 @@ class Memo(Options):
 
 
 class Experiment(Options):
-    """One experiment file."""
+    """One experiment file.
+
+    Caches lie in `features`, with `store` also behind a URL, of which `features` is then a verified
+    copy. A URL in `features` is short for that with a folder in `$FEDCMP_CACHE` or `~/.cache/fedcmp`.
+    """
 
     experiment: Name
     run: Name
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     features: Path = Path("build/features")
+    store: str | None = None
     build: Path = Path("build")
     memo: Memo | None = None
     extract: Extract
     language: Language
     federate: Federate
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mirrored(cls, values: Any) -> Any:
+        if isinstance(values, dict) and is_url(values.get("features")):
+            url = values["features"]
+            return {**values, "features": _mirror_path(url), "store": values.get("store", url)}
+        return values
+
+    @field_validator("store")
+    @classmethod
+    def _store_is_url(cls, store: str | None) -> str | None:
+        if store is not None and not is_url(store):
+            raise ValueError("expected a URL such as s3://bucket/prefix")
+        return store
 
     def cache_path(self, silo: str) -> Path:
         """Where a silo's feature cache lies."""
@@ -156,6 +182,12 @@ class Experiment(Options):
     def report_path(self) -> Path:
         """Where the report of all runs of the experiment is written."""
         return self.build / "report" / self.experiment
+
+
+def _mirror_path(url: str) -> Path:
+    root = os.environ.get("FEDCMP_CACHE") or Path.home() / ".cache" / "fedcmp"
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "_", url)
+    return Path(root) / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pipeline.config import Experiment
@@ -34,10 +35,21 @@ def language_identity(experiment: Experiment) -> dict[str, Any]:
 
 def run_identity(experiment: Experiment) -> dict[str, Any]:
     """JSON value of every option that decides the trained projector."""
+    federate = experiment.federate.model_dump(mode="json", exclude={"initial"})
+    if experiment.federate.initial is not None:
+        federate["initial"] = _initial_content(experiment.federate.initial)
     return {
         "format": FORMAT,
         "seed": experiment.seed,
-        "federate": experiment.federate.model_dump(mode="json"),
+        "federate": federate,
         "language": language_identity(experiment)
         | {"template": experiment.language.template, "max_length": experiment.language.max_length},
     }
+
+
+def _initial_content(path: Path) -> str:
+    """What the initial weights are, wherever they lie."""
+    from pipeline.pretrained import read_weights
+    from pipeline.projector import content_hash
+
+    return content_hash(read_weights(path)[1])

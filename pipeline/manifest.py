@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import platform
+import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -64,16 +66,21 @@ def _sha256_unchanged(path: Path, *stamp: int) -> str:
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
+def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock file while at work on something.
+
+    Args:
+        path: The lock file.
+        what: What is worked on, for the error.
+        wait: Wait for another process instead of refusing.
 
     Raises:
         UserError: Another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{what}: another process is at work on it; let it finish") from None
         yield
@@ -82,7 +89,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that it is either whole or absent, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    # Not the process id: containers on one shared file system all start at 1.
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:12]}")
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -101,6 +109,17 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Give a finished directory its final name, in place of what may be there."""
+    old = path.with_name(path.name + ".old")
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    new.rename(path)
+    sync_directory(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,74 +1,85 @@
-"""The cross-modal projector: the one part that is trained. Keys are those of HF's LLaVA."""
+"""The cross-modal projector, the one part that is trained: made, initialised, saved, loaded, hashed.
+
+Architectures are in `pipeline/projectors/`; the keys of linear and MLP projectors are those of
+Hugging Face's LLaVA.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
 from pipeline.config import Component
-from pipeline.errors import UserError, did_you_mean
-from pipeline.manifest import write_atomic
+from pipeline.errors import UserError
+from pipeline.manifest import canonical, write_atomic
+from pipeline.projectors.base import PROJECTORS, Projector
 
 State = dict[str, Tensor]
 
-
-class Linear(nn.Module):
-    """One linear layer."""
-
-    def __init__(self, d_vision: int, d_llm: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(d_vision, d_llm)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map `(batch, patches, d_vision)` to `(batch, patches, d_llm)`."""
-        return self.linear(features)
+_WHERE = "federate.projector"
+_QUERY_STD = 0.02
 
 
-class Mlp2xGelu(nn.Module):
-    """LLaVA-1.5's two layers with GELU."""
-
-    def __init__(self, d_vision: int, d_llm: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(d_vision, d_llm)
-        self.linear_2 = nn.Linear(d_llm, d_llm)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map `(batch, patches, d_vision)` to `(batch, patches, d_llm)`."""
-        return self.linear_2(gelu(self.linear_1(features)))
-
-
-ARCHITECTURES: dict[str, type[nn.Module]] = {"linear": Linear, "mlp2x_gelu": Mlp2xGelu}
-
-
-def build(component: Component, *, d_vision: int, d_llm: int) -> nn.Module:
+def build(component: Component, *, d_vision: int, d_llm: int) -> Projector:
     """An uninitialised float32 projector.
 
     Raises:
-        UserError: The architecture is unknown.
+        UserError: The architecture or an option is unknown, or an option does not fit the widths.
     """
-    if component.name not in ARCHITECTURES:
-        hint = did_you_mean(component.name, ARCHITECTURES)
-        raise UserError(f"federate.projector.name: no projector is called '{component.name}'{hint}")
-    if component.model_extra:
-        raise UserError(f"federate.projector: '{component.name}' takes no options")
-    return ARCHITECTURES[component.name](d_vision, d_llm).float()
+    projector = PROJECTORS.build(component, _WHERE).module(d_vision, d_llm).float()
+    projector.architecture = architecture_of(component)
+    return projector
+
+
+def architecture_of(component: Component) -> str:
+    """How files name an architecture: its name alone, or JSON with the options that are not default.
+
+    Raises:
+        UserError: The architecture or an option is unknown.
+    """
+    options = PROJECTORS.build(component, _WHERE)
+    defaults = {name: field.default for name, field in type(options).model_fields.items()}
+    values = options.model_dump(mode="json")
+    changed = {name: values[name] for name in component.model_extra or {} if values[name] != defaults[name]}
+    return canonical({"name": component.name, **changed}).decode() if changed else component.name
+
+
+def component_of(architecture: str) -> Component:
+    """The inverse of `architecture_of`.
+
+    Raises:
+        ValueError: It is not such a name.
+    """
+    if not architecture.startswith("{"):
+        return Component(name=architecture)
+    return Component.model_validate(json.loads(architecture))
 
 
 def initialise(projector: nn.Module, generator: torch.Generator) -> None:
-    """Draw weights and biases as `nn.Linear` does, uniform in ±1/sqrt(fan_in), from `generator`."""
+    """Draw every weight from `generator`; what was there before does not matter.
+
+    Linear layers are drawn as `nn.Linear` does, uniform in ±1/sqrt(fan_in), learned queries normal
+    with the deviation 0.02 of BERT's embeddings; layer norms start as the identity.
+    """
     for layer in projector.modules():
         if isinstance(layer, nn.Linear):
             bound = 1 / math.sqrt(layer.in_features)
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+        elif isinstance(layer, nn.Embedding):
+            nn.init.normal_(layer.weight, std=_QUERY_STD, generator=generator)
+        elif isinstance(layer, nn.LayerNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 def state_of(projector: nn.Module) -> State:
@@ -84,7 +95,7 @@ def save_projector(path: Path, state: Mapping[str, Tensor], architecture: str) -
     write_atomic(path, save(dict(state), metadata={"architecture": architecture}))
 
 
-def load_projector(path: Path) -> tuple[nn.Module, State]:
+def load_projector(path: Path) -> tuple[Projector, State]:
     """Read a projector written by `save_projector`.
 
     Raises:
@@ -98,11 +109,18 @@ def load_projector(path: Path) -> tuple[nn.Module, State]:
         raise UserError(f"{path}: no such projector; run 'fedcmp federate' first") from None
     except Exception as error:
         raise UserError(f"{path}: not a safetensors file ({error}); train it again") from None
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"{path}: architecture '{architecture}' is none of {', '.join(ARCHITECTURES)}")
-    weights = [state[name] for name in sorted(state) if state[name].ndim == 2]
-    projector = ARCHITECTURES[architecture](weights[0].shape[1], weights[-1].shape[0])
-    projector.load_state_dict(state)
+    try:
+        component = component_of(architecture)
+        options = PROJECTORS.build(component, _WHERE)
+    except (ValueError, ValidationError):
+        known = ", ".join(PROJECTORS.names())
+        raise UserError(f"{path}: architecture '{architecture}' is none of {known}") from None
+    try:
+        d_vision, d_llm = options.widths(state)
+        projector = build(component, d_vision=d_vision, d_llm=d_llm)
+        projector.load_state_dict(state)
+    except Exception:
+        raise UserError(f"{path}: its weights are not those of its architecture; train it again") from None
     return projector, state
 
 

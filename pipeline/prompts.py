@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
-_V1_SYSTEM = (
+V1_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
@@ -180,7 +180,7 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_S
 
 
 def _v1(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
-    spans: _Spans = [(_V1_SYSTEM, False)]
+    spans: _Spans = [(V1_SYSTEM, False)]
     for turn in _with_user(turns):
         if turn.role == "user":
             spans.append((f" USER: {turn.content} ASSISTANT:", False))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 IMAGE_PLACEHOLDER = "<image>"
 SPLITS = ("train", "validation", "test")
@@ -72,12 +71,19 @@ def from_llava(conversations: Any, split: str = "train") -> Text:
     return Text(tuple(turns), split)
 
 
+class Readable(Protocol):
+    """Where an image can be read: a path, or a file behind a URL."""
+
+    def read_bytes(self) -> bytes:
+        """The encoded image file."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One image with its texts; `image` is the encoded file, or where to read it."""
 
     id: str
-    image: bytes | Path
+    image: bytes | Readable
     texts: tuple[Text, ...]
 
     def read_image(self) -> bytes:

@@ -1,9 +1,14 @@
-"""One way to register a component: a decorator on a class that states its own options."""
+"""One way to register a component: a decorator on a class that states its own options.
+
+A name may hold options: what is registered as `mlp{depth}x_gelu` is found as `mlp3x_gelu`, with
+`depth` 3.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -57,8 +62,20 @@ class Registry(Generic[T]):
         Raises:
             UserError: The name is unknown, or an option is unknown or invalid.
         """
-        if component.name not in self.names():
-            hint = did_you_mean(component.name, self._classes)
-            raise UserError(f"{where}.name: no {self.kind} is called '{component.name}'{hint}")
         options: dict[str, Any] = component.model_extra or {}
-        return validate(self._classes[component.name], options, where)
+        for name in self.names():
+            match = _pattern(name).fullmatch(component.name)
+            if match is None:
+                continue
+            named = match.groupdict()
+            twice = sorted(named.keys() & options.keys())
+            if twice:
+                raise UserError(f"{where}.{twice[0]}: the name '{component.name}' says it; remove the option")
+            return validate(self._classes[name], options | named, where)
+        hint = did_you_mean(component.name, self._classes)
+        raise UserError(f"{where}.name: no {self.kind} is called '{component.name}'{hint}")
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """What a registered name matches; `{option}` in it stands for a whole number."""
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>0|[1-9][0-9]*)", re.escape(name)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -359,7 +360,7 @@ def test_basis_of_weights_is_not_that_of_updates() -> None:
 
 def test_splitting_a_client_changes_nothing_without_reliability() -> None:
     strategy = FedCmp(reliability="none")
-    whole = clients(3, samples=(4, 2, 6))
+    whole = [replace(each, samples=n) for each, n in zip(clients(3), (4, 2, 6), strict=True)]
     parts = [Update("c0a", whole[0].state, 2), Update("c0b", whole[0].state, 2), *whole[1:]]
     assert_same(
         strategy.aggregate(draw(0), whole, {}).state, strategy.aggregate(draw(0), parts, {}).state, 1e-5

@@ -44,6 +44,8 @@ def test_data_flows_one_way(file: Path) -> None:
     [
         ("zarr", ["pipeline/cache.py"]),
         ("open_clip", ["extract/encoders/"]),
+        ("fsspec", ["pipeline/store.py"]),
+        ("h5py", ["extract/sources/hdf5.py"]),
         ("flwr", ["federate/engines/flower.py"]),
         ("webdataset", ["extract/sources/webdataset.py", "pipeline/world/write.py"]),
     ],

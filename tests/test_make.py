@@ -159,7 +159,7 @@ def test_an_ablation_writes_its_data_and_its_tables(house: House) -> None:
     house.make("ablate", *options)
     report = (house.root / "build/ablations/few.md").read_text()
     assert report.count("| scaffold |") == 2
-    rows = (house.root / "build/runs/many-1/fedcmp/history.jsonl").read_text().splitlines()
+    rows = (house.root / "build/runs/many-1/fedcmp-seed1/history.jsonl").read_text().splitlines()
     clients = [json.loads(row)["client"] for row in rows if json.loads(row)["client"]]
     assert len(clients) == len(set(clients)) == 24
     before = house.products()

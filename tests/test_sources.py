@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import io
 import json
+import os
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 from conftest import CAPTIONS, conversation, picture, write_llava, write_shard
+from PIL import Image
 
 from extract.sources.base import Skipped
+from extract.sources.hdf5 import Hdf5
+from extract.sources.image_folder import ImageFolder
 from extract.sources.llava_json import LlavaJson
 from extract.sources.webdataset import WebDataset
 from pipeline.errors import UserError
@@ -178,3 +185,197 @@ def test_pipes_pickles_and_missing_shards(tmp_path: Path) -> None:
     (record,) = WebDataset(path=f"{tmp_path}/0.tar").records()
     assert isinstance(record, Record)
     assert record.texts == ()
+
+
+def test_webdataset_takes_many_texts_and_many_turns(tmp_path: Path) -> None:
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A dog."},
+        {"from": "human", "value": "Which colour?"},
+        {"from": "gpt", "value": "Brown."},
+    ]
+    several = [{"conversations": turns}, {"caption": "a dog"}, "ein Hund", "ein Hund"]
+    samples = [
+        {"__key__": "a", "png": picture(0), "json": json.dumps(turns).encode()},
+        {"__key__": "b", "png": picture(1), "json": json.dumps(several).encode()},
+        {"__key__": "c", "png": picture(2), "json": b"[" * 100_000},
+    ]
+    write_shard(tmp_path / "0.tar", samples)
+    records, skipped = split(list(WebDataset(path=f"{tmp_path}/0.tar").records()))
+    assert [[len(text.turns) for text in record.texts] for record in records] == [[4], [4, 1, 1]]
+    assert [item.place.split(":")[-1] for item in skipped] == ["c"]
+
+
+@pytest.mark.parametrize("address", ["pipe:touch {}/hacked", "pipe://touch {}/hacked"])
+def test_no_shell_is_ever_run(tmp_path: Path, address: str) -> None:
+    with pytest.raises(UserError):
+        list(WebDataset(path=address.format(tmp_path)).records())
+    assert not (tmp_path / "hacked").exists()
+    write_shard(tmp_path / "0.tar", [{"__key__": "a", "png": picture(0), "txt": b"words"}])
+    list(WebDataset(path=f"{tmp_path}/0.tar").records())
+    assert os.environ["WDS_SECURE"] == "1"
+    from webdataset import gopen
+
+    with pytest.raises(ValueError, match=r"(?i)secur|pipe"):
+        gopen(f"pipe:touch {tmp_path}/hacked")
+    assert not (tmp_path / "hacked").exists()
+
+
+def folder_of(path: Path, names: list[str]) -> Path:
+    for seed, name in enumerate(names):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(picture(seed, form="jpeg" if name.endswith("jpg") else "png"))
+    return path
+
+
+def test_image_folder_with_texts_beside_the_pictures(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, ["b/2.png", "a/1.jpg", "3.PNG", "b/4.png"])
+    (folder / "a/1.txt").write_text("\ufeffZwei Hunde\n", encoding="utf-8")
+    (folder / "b/2.txt").write_bytes(b"\xff\xfe")
+    (folder / "b/4.txt").write_text("  ")
+    source = ImageFolder(path=folder)
+    records, skipped = split(list(source.records()))
+    assert [record.id for record in records] == ["3.PNG", "a/1.jpg"]
+    assert [len(record.texts) for record in records] == [0, 1]
+    assert records[1].texts[0].turns[0].content == "Zwei Hunde"
+    assert records[1].read_image() == picture(1, form="jpeg")
+    assert [Path(item.place).name for item in skipped] == ["2.txt", "4.txt"]
+    assert source.size() == 4
+    before = source.identity()
+    assert ImageFolder(path=folder).identity() == before
+    (folder / "a/1.txt").write_text("Drei Hunde")
+    assert ImageFolder(path=folder).identity() != before
+
+
+@pytest.mark.parametrize(("suffix", "comma"), [("csv", ","), ("tsv", "\t")])
+def test_image_folder_with_a_table(tmp_path: Path, suffix: str, comma: str) -> None:
+    folder = folder_of(tmp_path / "images", ["1.png", "2.png"])
+    table = tmp_path / f"captions.{suffix}"
+    rows = [
+        ("note", "file", "words"),
+        ("x", "2.png", '"a dog, \n""Rex"""'),
+        ("x", "1.png", "ein Hund"),
+        ("x", "2.png", "a cat"),
+        ("x", "1.png", "ein Hund"),
+        ("x", "../secret.png", "no"),
+        ("x", "1.png", " "),
+        ("x", "1.png"),
+    ]
+    table.write_text("\ufeff" + "\r\n".join(comma.join(row) for row in rows), encoding="utf-8", newline="")
+    source = ImageFolder(path=folder, captions=table, image_column="file", text_column="words")
+    records, skipped = split(list(source.records()))
+    assert [record.id for record in records] == ["2.png", "1.png"]
+    assert [text.turns[0].content for text in records[0].texts] == ['a dog, \n"Rex"', "a cat"]
+    assert [item.reason for item in skipped] == [
+        "the same text about '1.png' came before",
+        "its image '../secret.png' lies outside 'path'",
+        "a text in it is empty",
+        "2 columns where the header has 3",
+    ]
+    assert source.size() == 2
+    with pytest.raises(UserError, match=r"no column 'image'; known: file, note, words; set 'image_column'"):
+        list(ImageFolder(path=folder, captions=table).records())
+
+
+def test_image_folder_with_json_lines(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, ["scans/001.png"])
+    path = tmp_path / "captions.jsonl"
+    entries = [{"image": "scans/001.png", "caption": "words"}, conversation(1), {"image": "x.png"}, 3]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + "{broken\n")
+    records, skipped = split(list(ImageFolder(path=folder, captions=path).records()))
+    assert [text.kind for text in records[0].texts] == ["caption", "conversation"]
+    assert [item.place for item in skipped] == [f"{path}:{line}" for line in (3, 4, 5)]
+
+
+def test_unusable_image_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        list(ImageFolder(path=tmp_path / "none").records())
+    with pytest.raises(UserError, match="no picture"):
+        list(ImageFolder(path=tmp_path).records())
+    with pytest.raises(UserError, match="no such file; set 'captions'"):
+        ImageFolder(path=tmp_path, captions=tmp_path / "none.csv").identity()
+    (tmp_path / "captions.xlsx").write_text("x")
+    with pytest.raises(UserError, match=r"expected a \.csv"):
+        list(ImageFolder(path=tmp_path, captions=tmp_path / "captions.xlsx").records())
+
+
+def hdf5_file(path: Path, form: str, number: int = 5) -> list[bytes]:
+    pictures = [picture(seed, size=(9, 7)) for seed in range(number)]
+    with h5py.File(path, "w") as file:
+        if form == "variable":
+            images = file.create_dataset("images", number, h5py.vlen_dtype(np.uint8))
+            for row, data in enumerate(pictures):
+                images[row] = np.frombuffer(data, np.uint8)
+        elif form == "fixed":
+            file["images"] = np.array(pictures)
+        else:
+            rgb = [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in pictures]
+            file.create_dataset("images", data=np.stack(rgb), compression="gzip")
+        file["captions"] = [f"Bild {row} ü" for row in range(number)]
+        file["names/site"] = [f"p{row}.png" for row in range(number)]
+        talk = json.dumps([{"from": "human", "value": "?"}, {"from": "gpt", "value": "yes"}])
+        file["talk"] = [talk] * (number - 1) + ["{broken"]
+        file["several"] = np.array([[b"one", b"two"]] * (number - 1) + [[b"", b""]])
+    return pictures
+
+
+@pytest.mark.parametrize("form", ["variable", "fixed", "pixels"])
+def test_hdf5_gives_every_row(tmp_path: Path, form: str) -> None:
+    pictures = hdf5_file(tmp_path / "d.h5", form, 70)
+    source = Hdf5(path=tmp_path / "d.h5", ids="names/site")
+    records, skipped = split(list(source.records()))
+    assert not skipped
+    assert source.size() == len(records) == 70
+    assert [record.id for record in records] == [f"p{row}.png" for row in range(70)]
+    assert records[69].texts == (Text((Turn("assistant", "Bild 69 ü"),)),)
+    for record, wanted in zip(records, pictures, strict=True):
+        ours, theirs = (Image.open(io.BytesIO(data)) for data in (record.read_image(), wanted))
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_hdf5_conversations_and_several_captions(tmp_path: Path) -> None:
+    hdf5_file(tmp_path / "d.h5", "variable")
+    records, skipped = split(list(Hdf5(path=tmp_path / "d.h5", conversations="talk").records()))
+    assert [record.texts[0].kind for record in records] == ["conversation"] * 4
+    assert [item.place for item in skipped] == [f"{tmp_path}/d.h5[4]"]
+    records, skipped = split(list(Hdf5(path=tmp_path / "d.h5", captions="several").records()))
+    assert [len(record.texts) for record in records] == [2] * 4
+    assert [record.id for record in records][:2] == ["000000000", "000000001"]
+    assert "its caption is empty" in skipped[0].reason
+
+
+def test_hdf5_reads_no_other_file(tmp_path: Path) -> None:
+    hdf5_file(tmp_path / "secret.h5", "pixels")
+    (tmp_path / "raw").write_bytes(bytes(5 * 7 * 9 * 3))
+    with h5py.File(tmp_path / "d.h5", "w") as file:
+        file["linked"] = h5py.ExternalLink("secret.h5", "images")
+        layout = h5py.VirtualLayout((5, 7, 9, 3), np.uint8)
+        layout[:] = h5py.VirtualSource(str(tmp_path / "secret.h5"), "images", (5, 7, 9, 3))
+        file.create_virtual_dataset("virtual", layout)
+        storage = [(str(tmp_path / "raw"), 0, h5py.h5f.UNLIMITED)]
+        file.create_dataset("external", (5, 7, 9, 3), np.uint8, external=storage)
+        file["soft"] = h5py.SoftLink("/virtual")
+        file["numbers"] = np.zeros((5, 3))
+    for name, message in (
+        ("linked", "is a link"),
+        ("soft", "is a link"),
+        ("virtual", "other files"),
+        ("external", "other files"),
+        ("numbers", "expected encoded files"),
+        ("virtul", "did you mean 'virtual'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(Hdf5(path=tmp_path / "d.h5", images=name).records())
+    (tmp_path / "torn.h5").write_bytes((tmp_path / "secret.h5").read_bytes()[:500])
+    with pytest.raises(UserError, match="not a whole HDF5 file"):
+        list(Hdf5(path=tmp_path / "torn.h5").records())
+
+
+def test_hdf5_datasets_go_together(tmp_path: Path) -> None:
+    hdf5_file(tmp_path / "d.h5", "fixed")
+    with h5py.File(tmp_path / "d.h5", "a") as file:
+        file["short"] = ["a", "b"]
+    with pytest.raises(UserError, match="has 2 rows, '/images' 5"):
+        list(Hdf5(path=tmp_path / "d.h5", captions="short").records())
+    with pytest.raises(UserError, match="not both"):
+        list(Hdf5(path=tmp_path / "d.h5", captions="captions", conversations="talk").records())

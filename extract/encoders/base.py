@@ -22,11 +22,11 @@ class LoadedEncoder(ABC):
 
     @abstractmethod
     def preprocess(self, image: Image.Image) -> np.ndarray:
-        """One RGB image to float32 pixels `(3, height, width)`."""
+        """One RGB image to what the model takes, float32; mostly `(3, height, width)`."""
 
     @abstractmethod
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `(batch, 3, height, width)` to features `(batch, patches, d_vision)` float32."""
+        """A batch of preprocessed images to features `(batch, patches, d_vision)` float32."""
 
 
 class Encoder(Options, ABC):

@@ -3,50 +3,70 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
-from pydantic import Field
 
-from extract.encoders.base import ENCODERS, Encoder, LoadedEncoder
-from pipeline.errors import UserError, one_line
-from pipeline.manifest import model_hashes
+from extract.encoders.base import ENCODERS, LoadedEncoder
+from extract.encoders.tokens import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
+from pipeline.errors import UserError
+from pipeline.manifest import model_hashes, read_json
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 
-_FAMILIES = ("clip", "clip_vision_model")
+@dataclass(frozen=True)
+class _Family:
+    """How the towers of one model type are built.
+
+    `positions` says which inputs they take: of the size they were trained at (`learned`), of any
+    size (`any`), or sequences of patches (`naflex`).
+    """
+
+    blocks: str
+    has_cls: bool
+    positions: Literal["learned", "any", "naflex"]
+
+
+_CLIP = _Family("encoder.layers", True, "learned")
+_SIGLIP = _Family("encoder.layers", False, "learned")
+_NAFLEX = _Family("encoder.layers", False, "naflex")
+_DINOV2 = _Family("encoder.layer", True, "any")
+_FAMILIES = {
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "siglip2": _NAFLEX,
+    "siglip2_vision_model": _NAFLEX,
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "dinov3_vit": _Family("model.layer", True, "any"),
+    "aimv2": _SIGLIP,
+    "aimv2_vision_model": _SIGLIP,
+}
 
 
 @ENCODERS.register("transformers")
-class Transformers(Encoder):
-    """CLIP's vision tower as LLaVA uses it.
+class Transformers(PatchEncoder):
+    """Vision towers of CLIP, SigLIP, SigLIP2, DINOv2, DINOv3 and AIMv2.
 
     Args:
         path: Directory with config, weights and preprocessor configuration.
-        layer: Hidden state to take, counted from the end as in LLaVA: -2 is the penultimate
-            block's output, -1 the last block's, before its layer norm.
-        tokens: `patch` drops the CLS token, `cls_patch` keeps it.
-        pool: Side of the square of patches that are averaged into one token; 1 keeps all.
     """
 
     path: Path
-    layer: int = Field(-2, le=-1)
-    tokens: Literal["patch", "cls_patch"] = "patch"
-    pool: int = Field(1, ge=1)
 
     def identity(self) -> dict[str, Any]:
         """Weights, configuration and preprocessing by SHA-256, and the options."""
-        return {
-            "name": "transformers",
-            "files": model_hashes(self.path, ["preprocessor_config.json"]),
-            "layer": self.layer,
-            "tokens": self.tokens,
-            "pool": self.pool,
-        }
+        files = ["preprocessor_config.json"]
+        if "image_processor" in (read_json(self.path / "processor_config.json") or {}):
+            files.append("processor_config.json")
+        return {"name": "transformers", "files": model_hashes(self.path, files), **self.choices()}
 
     def load(self, device: str, dtype: str) -> LoadedEncoder:
         """Load the tower without the blocks after `layer`.
@@ -57,62 +77,107 @@ class Transformers(Encoder):
         return _Loaded(self, device, dtype)
 
 
-class _Loaded(LoadedEncoder):
+class _Loaded(LoadedPatchEncoder):
     def __init__(self, options: Transformers, device: str, dtype: str) -> None:
+        where = f"extract.encoder.path = {options.path}"
+        family, self._processor, tower = _read(options.path, where)
+        config = tower.config
+        any_size = family.positions == "any" or getattr(config, "is_native", False)
+        self._naflex = family.positions == "naflex"
+        if self._naflex:
+            self._side = math.isqrt(self._processor.max_num_patches) * config.patch_size
+        elif any_size:
+            self._side = self._processed(Image.new("RGB", (256, 256))).shape[-1]
+        else:
+            self._side = config.image_size
+        self._grid = self._side // config.patch_size
+        super().__init__(
+            options,
+            device,
+            dtype,
+            grid=self._grid,
+            width=config.hidden_size,
+            has_cls=family.has_cls,
+            mean=self._processor.image_mean,
+        )
+        if self._naflex and options.resize == "crop":
+            raise UserError(
+                f"extract.encoder.resize = 'crop': the processor in {options.path} keeps every picture's "
+                "aspect ratio, a cache needs one grid; set resize to 'pad' or 'squash'"
+            )
+        wanted = (self._grid**2, 3 * config.patch_size**2) if self._naflex else (3, self._side, self._side)
+        pixels = self.preprocess(Image.new("RGB", (2 * self._side, self._side))).shape
+        if pixels != wanted:
+            raise UserError(
+                f"{where}: its processor gives pixels {pixels}, its model takes images of {self._side} "
+                f"{wanted}; set crop_size in preprocessor_config.json, or resize to 'pad' or 'squash'"
+            )
+        self._prefix = int(family.has_cls) + getattr(config, "num_register_tokens", 0)
+        self._seen: list[torch.Tensor] = []
+        _cut(tower, family.blocks, options.layer).register_forward_hook(self._see)
+        self._tower = tower.to(device).float().eval().requires_grad_(False)
+
+    def _see(self, block: Any, inputs: Any, output: Any) -> None:
+        self._seen.append(output[0] if isinstance(output, tuple) else output)
+
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        if self._shared.resize == "crop":
+            return self._processed(image)
+        if self._naflex:
+            square = image.resize((self._side, self._side), self._processor.resample)
+            return self._processed(square)[: self._grid**2]
+        size = {"height": self._side, "width": self._side}
+        return self._processed(image, size=size, do_center_crop=False)
+
+    def _processed(self, image: Image.Image, **instead: Any) -> np.ndarray:
+        return self._processor(image, return_tensors="np", **instead)["pixel_values"][0]
+
+    def _states(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        inputs = {"pixel_values": pixels}
+        if self._naflex:
+            inputs["pixel_attention_mask"] = torch.ones(
+                pixels.shape[:2], dtype=torch.int64, device=pixels.device
+            )
+            inputs["spatial_shapes"] = torch.full((len(pixels), 2), self._grid, device=pixels.device)
+        self._tower(**inputs)
+        states = self._seen.pop()
+        return states[:, : min(self._prefix, 1)], states[:, self._prefix :]
+
+
+def _read(path: Path, where: str) -> tuple[_Family, Any, Any]:
+    """Family, image processor and vision tower of a saved model."""
+    try:
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        where = f"extract.encoder.path = {options.path}"
-        try:
-            family = AutoConfig.from_pretrained(options.path).model_type
-            if family not in _FAMILIES:
-                raise UserError(f"{where}: a model of type '{family}'; supported: {', '.join(_FAMILIES)}")
-            self._processor = AutoImageProcessor.from_pretrained(options.path, backend="pil")
-            model = AutoModel.from_pretrained(options.path)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{where}: cannot be loaded: {one_line(error)}") from None
-        tower = getattr(model, "vision_model", model)
-        blocks = tower.encoder.layers
-        keep = len(blocks) + 1 + options.layer
-        if keep < 1:
-            raise UserError(
-                f"extract.encoder.layer = {options.layer}: the model has only {len(blocks)} blocks"
-            )
-        tower.encoder.layers = blocks[:keep]
-        self._tower = tower.to(device).float().eval().requires_grad_(False)
-        self._device, self._dtype, self._options = device, dtype, options
-        config = tower.config
-        pixels = self.preprocess(Image.new("RGB", (config.image_size, config.image_size))).shape
-        if pixels != (3, config.image_size, config.image_size):
-            raise UserError(
-                f"{where}: its processor gives pixels {pixels}, its model takes images of "
-                f"{config.image_size}; set crop_size in preprocessor_config.json"
-            )
-        self._side = config.image_size // config.patch_size
-        if options.pool > 1 and (options.tokens != "patch" or self._side % options.pool):
-            raise UserError(
-                f"extract.encoder.pool = {options.pool}: needs tokens = 'patch' and a divisor of "
-                f"the {self._side}x{self._side} grid"
-            )
-        self.d_vision = config.hidden_size
-        self.patches = (self._side // options.pool) ** 2 + (options.tokens == "cls_patch")
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind not in _FAMILIES:
+            raise UserError(f"{where}: a model of type '{kind}'; supported: {', '.join(_FAMILIES)}")
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        model, report = AutoModel.from_pretrained(path, output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:
+        raise unloadable(where, error) from None
+    tower = getattr(model, "vision_model", model)
+    parts = tower.state_dict().keys()
+    lost = sorted(key for key in report["missing_keys"] if key.removeprefix("vision_model.") in parts)
+    if lost:
+        raise UserError(
+            f"{where}: its weights lack {lost[0]} and {len(lost) - 1} more, which would be random; save the "
+            "model again with the transformers that is installed"
+        )
+    return _FAMILIES[kind], processor, tower
 
-    def preprocess(self, image: Image.Image) -> np.ndarray:
-        return self._processor(image, return_tensors="np")["pixel_values"][0]
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        fast = self._dtype != "float32"
-        with torch.inference_mode(), torch.autocast(self._device, torch.bfloat16, enabled=fast):
-            states = self._tower(pixels.to(self._device), output_hidden_states=True).hidden_states
-        features = states[-1].float()
-        if self._options.tokens == "patch":
-            features = features[:, 1:]
-        if self._options.pool > 1:
-            step, cells = self._options.pool, math.isqrt(self.patches)
-            features = features.unflatten(1, (cells, step, cells, step)).mean((2, 4)).flatten(1, 2)
-        return features
+def _cut(tower: Any, place: str, layer: int) -> Any:
+    """Remove the blocks after `layer` from a tower; returns its new last block."""
+    holder, _, name = place.rpartition(".")
+    parent = tower.get_submodule(holder)
+    blocks = getattr(parent, name)
+    kept = blocks[: check_layer(layer, len(blocks))]
+    setattr(parent, name, kept)
+    return kept[-1]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import Options
-from pipeline.manifest import fingerprint
+from pipeline.errors import UserError
+from pipeline.manifest import fingerprint, sha256_file
 from pipeline.records import Record, Text, caption, from_llava
 from pipeline.registry import Registry
+from pipeline.store import Location, Remote
+
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,18 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class Pair:
+    """One text about one image: where it stands, the image's relative path, and the entry as it was read."""
+
+    place: str
+    image: str
+    text: Text
+    entry: Any
+
+
 class Source(Options, ABC):
-    """A silo's images and texts on disk."""
+    """A silo's images and texts, on disk or behind URLs."""
 
     split: Literal["train", "validation", "test"] = "train"
 
@@ -40,16 +56,123 @@ class Source(Options, ABC):
         """Number of images where it is known without reading them all."""
 
 
-def stat_files(paths: Iterable[Path]) -> str:
-    """SHA-256 over name, size and modification time of files; a missing file counts as such."""
-    facts = []
+def stat_files(paths: Iterable[Path | Remote]) -> str:
+    """SHA-256 over name, size and time (URLs: version) of files; a missing file counts as such."""
+    facts: list[list[Any]] = []
     for path in paths:
+        if isinstance(path, Remote):
+            facts.append([path.name, *(path.facts() or (None, None))])
+            continue
         try:
             stat = path.stat()
             facts.append([path.name, stat.st_size, stat.st_mtime_ns])
         except OSError:
             facts.append([path.name, None, None])
     return fingerprint(facts)
+
+
+def stat_images(folder: Location, names: Sequence[str]) -> str:
+    """The same for files of a folder, which is listed once where it lies behind a URL."""
+    if not isinstance(folder, Remote):
+        return stat_files(folder / name for name in names)
+    there = folder.listing()
+    return fingerprint([[name, *there.get(name, (None, None))] for name in names])
+
+
+def hash_file(path: Location, option: str) -> str:
+    """SHA-256 of a file that an option names.
+
+    Raises:
+        UserError: It does not exist.
+    """
+    try:
+        if isinstance(path, Remote):
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_file(path)
+    except _NO_FILE:
+        raise UserError(f"{path}: no such file; set '{option}' to it") from None
+
+
+def read_lines(path: Location, option: str) -> str:
+    """A text file of a source, whole.
+
+    Args:
+        path: The file.
+        option: The option that names it, for the error.
+
+    Raises:
+        UserError: It does not exist or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except _NO_FILE:
+        raise UserError(f"{path}: no such file; set '{option}' to it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); convert it first") from None
+
+
+def json_lines(path: Location, text: str) -> Iterator[tuple[str, Any]]:
+    """Each entry of JSON lines with its place; a line that is not JSON is a `Skipped`."""
+    # Not splitlines: U+2028 and its like end no line of JSON.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            place = f"{path}:{number}"
+            try:
+                yield place, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield place, Skipped(place, f"not valid JSON: {error}")
+
+
+def image_name(value: Any, folder: str) -> str:
+    """Check the relative path of an image.
+
+    Raises:
+        ValueError: It is no path, or one that leads out of the folder, which the option `folder` names.
+    """
+    if not isinstance(value, str) or not value:
+        raise ValueError("it names no image")
+    if Path(value).is_absolute() or ".." in Path(value).parts or "\0" in value:
+        raise ValueError(f"its image '{value}' lies outside '{folder}'")
+    value.encode()
+    return value
+
+
+def image_names(values: Iterable[Any], folder: str) -> list[str]:
+    """The different names among values that `image_name` accepts, in their order."""
+    names: dict[str, None] = {}
+    for value in values:
+        try:
+            names[image_name(value, folder)] = None
+        except ValueError:
+            continue
+    return list(names)
+
+
+def by_image(pairs: Iterable[Pair | Skipped], folder: Location) -> Iterator[Record | Skipped]:
+    """One record an image, in order of first mention, after what had to be skipped."""
+    texts: dict[str, list[Text]] = {}
+    for pair in pairs:
+        if isinstance(pair, Skipped):
+            yield pair
+        elif pair.text in texts.setdefault(pair.image, []):
+            yield Skipped(pair.place, f"the same text about '{pair.image}' came before")
+        else:
+            texts[pair.image].append(pair.text)
+    for image, about in texts.items():
+        yield Record(image, folder / image, tuple(about))
+
+
+def texts_of(entries: Any, split: str) -> tuple[Text, ...]:
+    """Read the texts of one image: one text, LLaVA's list of turns, or a list of texts.
+
+    Raises:
+        ValueError: One of them is not a text.
+    """
+    if not isinstance(entries, list):
+        entries = [entries]
+    elif entries and all(isinstance(entry, dict) and "from" in entry for entry in entries):
+        entries = [{"conversations": entries}]
+    return tuple(dict.fromkeys(text_of(entry, split) for entry in entries))
 
 
 def text_of(entry: Any, split: str) -> Text:

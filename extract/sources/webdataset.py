@@ -1,51 +1,58 @@
 """webdataset shards: an image with a `.json` (LLaVA conversations) or `.txt` (caption) beside it.
 
-Shards are opened here and handed to webdataset as streams, so no `pipe:` or remote address is ever
-followed, and samples are taken as bytes, so nothing in them is unpickled.
+Shards are opened here, from the disk or through fsspec, and handed to webdataset as streams, so no
+`pipe:` is ever run, and samples are taken as bytes, so nothing in them is unpickled.
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from extract.sources.base import SOURCES, Skipped, Source, stat_files, text_of
+from extract.sources.base import SOURCES, Skipped, Source, stat_files, texts_of
 from pipeline.errors import UserError
 from pipeline.records import Record
+from pipeline.store import Remote, is_url
 
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 @SOURCES.register("webdataset")
 class WebDataset(Source):
-    """Local `.tar` shards; the `.json` of a sample is one entry or a list of entries.
+    """`.tar` shards; the `.json` of a sample is one entry, one list of turns or a list of entries.
 
     Args:
-        path: Shards as a path, a glob (`train-*.tar`) or a brace pattern (`train-{000..015}.tar`).
+        path: Shards as a path or URL, a glob (`train-*.tar`) or a brace pattern (`train-{000..015}.tar`).
     """
 
     path: str
 
     def records(self) -> Iterator[Record | Skipped]:
         """Yield samples in order of shards; a damaged shard is skipped from the damage on."""
+        # Should webdataset ever open or decode something itself, it must refuse pipes and pickles.
+        os.environ["WDS_SECURE"] = "1"
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         problems: list[Skipped] = []
 
         def damaged(error: Exception) -> bool:
+            if isinstance(error, UserError):
+                # A lost connection is no damage: what it hides would be skipped for good.
+                raise UserError(error.args[0])
             problems.append(Skipped(str(reading[-1]), f"damaged shard: {error.args[0]}"))
             return True
 
-        reading: list[Path] = []
+        reading: list[Path | Remote] = []
 
         def opened() -> Iterator[dict[str, Any]]:
             for shard in self._shards():
                 reading.append(shard)
-                with shard.open("rb") as stream:
+                with shard.open() if isinstance(shard, Remote) else shard.open("rb") as stream:
                     yield {"url": str(shard), "stream": stream}
 
         seen: dict[str, str] = {}
@@ -70,39 +77,43 @@ class WebDataset(Source):
         seen[name] = sample["__url__"]
         try:
             if "json" in sample:
-                entries = json.loads(sample["json"])
-                entries = entries if isinstance(entries, list) else [entries]
+                texts = texts_of(json.loads(sample["json"]), self.split)
             else:
-                entries = [sample["txt"].decode()] if "txt" in sample else []
-            texts = tuple(text_of(entry, self.split) for entry in entries)
-        except ValueError as error:
+                texts = texts_of([sample["txt"].decode()] if "txt" in sample else [], self.split)
+        except (ValueError, RecursionError) as error:
             return Skipped(place, f"its text cannot be read: {error}")
         return Record(name, sample[suffix], texts)
 
     def identity(self) -> dict[str, Any]:
-        """Name, size and time of every shard."""
+        """Name, size and time (URLs: version) of every shard."""
         return {"name": "webdataset", "split": self.split, "shards": stat_files(self._shards())}
 
     def size(self) -> int | None:
-        """Number of images by the shards' headers; unknown where shards are compressed or damaged."""
+        """Number of images by the shards' headers; unknown where shards are remote, compressed or damaged."""
         count = 0
         try:
             for shard in self._shards():
+                if isinstance(shard, Remote):
+                    return None
                 with tarfile.open(shard, "r:") as tar:
                     count += sum(name.lower().endswith(_IMAGE_SUFFIXES) for name in tar.getnames())
         except tarfile.TarError:
             return None
         return count
 
-    def _shards(self) -> list[Path]:
+    def _shards(self) -> list[Path | Remote]:
         from braceexpand import braceexpand
 
-        shards = [
-            Path(match)
-            for pattern in braceexpand(self.path)
-            for match in (sorted(glob.glob(pattern)) or [pattern])
-        ]
+        shards = [shard for pattern in braceexpand(self.path) for shard in _matches(pattern)]
         for shard in shards:
             if not shard.is_file():
                 raise UserError(f"{shard}: no such shard; 'path' is {self.path!r}")
         return shards
+
+
+def _matches(pattern: str) -> list[Path | Remote]:
+    if is_url(pattern):
+        remote = Remote(pattern)
+        matches = remote.glob() if glob.has_magic(pattern) else []
+        return [*(matches or [remote])]
+    return [Path(match) for match in sorted(glob.glob(pattern)) or [pattern]]

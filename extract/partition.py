@@ -1,0 +1,429 @@
+"""Split one data set into silos: by a field, with skewed labels, by quantity, or by hash.
+
+How images are dealt out is arithmetic on their names and labels (`by_hash`, `dirichlet`, `by_quantity`,
+`by_field`); all texts of an image go with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from extract.sources.base import SOURCES, Pair, Skipped, Source
+from extract.sources.llava_json import LlavaJson
+from pipeline.config import Component, Name, Options, validate
+from pipeline.console import say, table
+from pipeline.errors import UserError
+from pipeline.manifest import fingerprint, locked, read_json, write_atomic, write_json
+from pipeline.records import Text
+from pipeline.store import is_url
+
+_DRAWS = 1000
+_PROBLEMS_SHOWN = 5
+
+
+class Partition(Options):
+    """How to deal out images.
+
+    The label of an image is one of: `field`, a key of its entry (dots go deeper); `component`, a part of
+    its path (0 is the first folder, -1 the file); `pattern`, the first group of a regular expression
+    searched in its path. `names` are the silos, or `silos` their number. Sizes of `quantity` are
+    `shares`, or a Dirichlet draw with `alpha`, or fall as k^-`power`; equal without any.
+    """
+
+    by: Literal["field", "dirichlet", "quantity", "hash"]
+    field: str | None = None
+    component: int | None = None
+    pattern: str | None = None
+    silos: int | None = Field(None, ge=1)
+    names: tuple[Name, ...] = ()
+    alpha: float | None = Field(None, gt=0)
+    shares: tuple[float, ...] = ()
+    power: float | None = Field(None, ge=0)
+    min_size: int = Field(1, ge=0)
+    seed: int = Field(0, ge=0)
+
+
+def by_hash(names: Sequence[str], silos: int) -> np.ndarray:
+    """Silo of each name by its SHA-256: images that join later move no other."""
+    digests = (hashlib.sha256(name.encode()).digest() for name in names)
+    return np.array([int.from_bytes(digest[:8], "big") % silos for digest in digests], np.int64)
+
+
+def by_quantity(number: int, shares: Sequence[float] | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Silo of each of `number` images in random order, in `shares` that are kept to within one image."""
+    return rng.permutation(np.repeat(np.arange(len(shares)), portions(number, shares)))
+
+
+def portions(number: int, shares: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Split a number into whole parts in proportion to shares, by largest remainder."""
+    exact = np.asarray(shares, np.float64) / np.sum(shares) * number
+    parts = np.floor(exact).astype(np.int64)
+    left = number - int(parts.sum())
+    parts[np.argsort(parts - exact, kind="stable")[:left]] += 1
+    return parts
+
+
+def dirichlet(labels: Sequence[str], silos: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
+    """Silo of each image, every label spread by its own draw from Dirichlet(alpha) (Hsu et al., 2019)."""
+    silo = np.empty(len(labels), np.int64)
+    members_of: dict[str, list[int]] = defaultdict(list)
+    for place, label in enumerate(labels):
+        members_of[label].append(place)
+    for _, members in sorted(members_of.items()):
+        silo[members] = by_quantity(len(members), _draw_shares(silos, alpha, rng), rng)
+    return silo
+
+
+def by_field(labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Silo of each image, and the silos' names: the labels with other characters than a name may have as `_`.
+
+    Raises:
+        UserError: Two labels become one name.
+    """
+    names: dict[str, str] = {}
+    for label in sorted(set(labels)):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", label).lstrip("._-") or "unnamed"
+        other = names.setdefault(name, label)
+        if other != label:
+            raise UserError(f"the labels '{other}' and '{label}' would both be silo '{name}'; rename one")
+    places = {label: place for place, label in enumerate(names.values())}
+    return np.array([places[label] for label in labels], np.int64), list(names)
+
+
+def _draw_shares(silos: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
+    shares = rng.dirichlet(np.full(silos, alpha))
+    # With a tiny alpha every coordinate can round to zero: the limit is all in one silo.
+    return shares if np.isfinite(shares).all() and shares.sum() > 0 else np.eye(silos)[rng.integers(silos)]
+
+
+def deal(options: Partition, names: Sequence[str], labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Silo of each image, and the silos' names.
+
+    Args:
+        options: How.
+        names: Relative path of each image.
+        labels: Label of each image; empty where no label is asked for.
+
+    Raises:
+        UserError: Options are missing or contradict each other, or a silo would be too small.
+    """
+    if options.by == "field":
+        silo, silos = by_field(labels)
+        _require_size(silo, silos, options.min_size)
+        return silo, silos
+    silos = _silo_names(options)
+    for draw in range(_DRAWS):
+        rng = np.random.default_rng([options.seed, draw])
+        if options.by == "hash":
+            silo = by_hash(names, len(silos))
+        elif options.by == "quantity":
+            silo = by_quantity(len(names), _shares(options, len(silos), rng), rng)
+        else:
+            if options.alpha is None:
+                raise UserError("--by dirichlet: --alpha is missing; 0.1 is very skewed, 100 nearly uniform")
+            silo = dirichlet(labels, len(silos), options.alpha, rng)
+        if np.bincount(silo, minlength=len(silos)).min() >= options.min_size:
+            return silo, silos
+        if options.alpha is None:
+            break
+    _require_size(silo, silos, options.min_size)
+    raise AssertionError("unreachable")
+
+
+def _silo_names(options: Partition) -> list[str]:
+    counts = {
+        "--silos": options.silos,
+        "--name": len(options.names) or None,
+        "--shares": (len(options.shares) or None) if options.by == "quantity" else None,
+    }
+    given = {option: count for option, count in counts.items() if count is not None}
+    if not given:
+        raise UserError(f"--by {options.by}: how many silos? Pass --silos or --name")
+    if len(set(given.values())) > 1:
+        said = ", ".join(f"{option} {count}" for option, count in given.items())
+        raise UserError(f"the number of silos is not one: {said}")
+    if len(set(options.names)) < len(options.names):
+        raise UserError(f"--name: {', '.join(options.names)}: a silo is named more than once")
+    number = next(iter(given.values()))
+    width = len(str(number - 1))
+    return list(options.names) or [f"silo_{place:0{width}d}" for place in range(number)]
+
+
+def _shares(options: Partition, silos: int, rng: np.random.Generator) -> Sequence[float] | np.ndarray:
+    ways = {"--shares": options.shares or None, "--alpha": options.alpha, "--power": options.power}
+    given = [way for way, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"--by quantity: {' and '.join(given)} both say the sizes; pass one")
+    if options.shares:
+        if not all(np.isfinite(options.shares)) or min(options.shares) < 0 or sum(options.shares) <= 0:
+            raise UserError(f"--shares {options.shares}: expected shares from 0 with a positive sum")
+        return options.shares
+    if options.alpha is not None:
+        return _draw_shares(silos, options.alpha, rng)
+    return np.arange(1, silos + 1, dtype=np.float64) ** -(options.power or 0.0)
+
+
+def _require_size(silo: np.ndarray, silos: Sequence[str], min_size: int) -> None:
+    sizes = np.bincount(silo, minlength=len(silos))
+    small = int(sizes.argmin())
+    if sizes[small] < min_size:
+        raise UserError(
+            f"silo '{silos[small]}' would get {sizes[small]} images, fewer than --min-size {min_size}; "
+            "take fewer silos, a larger --alpha, or a smaller --min-size"
+        )
+
+
+@dataclass(frozen=True)
+class Silo:
+    """What a silo got."""
+
+    name: str
+    lines: bytes
+    images: int
+    texts: int
+    labels: Counter[str]
+
+
+def partition(
+    source: str, out: Path, options: Partition, *, images: str | None = None, overwrite: bool = False
+) -> None:
+    """Write one JSON lines file a silo, say what each got, and print the configuration for it.
+
+    Args:
+        source: LLaVA JSON or JSON lines, or a `.toml` with a source's name and options.
+        out: Folder for the files; its manifest is written last.
+        options: How to split.
+        images: Folder that images are relative to, for the configuration; by default the source's own.
+        overwrite: Replace another partition.
+
+    Raises:
+        UserError: The source or an option is unusable, or another partition is there.
+    """
+    reader = _reader(source, images)
+    made_from = {
+        "format": {"name": "fedcmp-partition", "version": 1},
+        "options": options.model_dump(mode="json"),
+        "source": reader.identity(),
+    }
+    made = read_json(out / "manifest.json")
+    if made is not None and made.get("fingerprint") != fingerprint(made_from) and not overwrite:
+        raise UserError(f"{out}: another partition is there; give another folder, or pass --overwrite")
+    skipped: list[Skipped] = []
+    pairs = list(_pairs(reader, options, skipped))
+    silos = _split(options, pairs, skipped)
+    with locked(out / ".lock", str(out)):
+        state = _write(out, silos, made_from)
+    _report(source, out, silos, skipped, state)
+    say(_snippet(reader, source, out, silos, images))
+
+
+def _reader(source: str, images: str | None) -> Source:
+    if not source.endswith(".toml"):
+        folder = images or (source.rpartition("/")[0] if is_url(source) else str(Path(source).parent))
+        return validate(LlavaJson, {"path": source, "images": folder}, "", source)
+    try:
+        component = validate(Component, tomllib.loads(Path(source).read_text(encoding="utf-8")), "", source)
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror}; give LLaVA JSON or a source's options") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: not valid TOML: {error}") from None
+    return SOURCES.build(component, source)
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    image: str
+    label: str
+    line: bytes
+
+
+def _pairs(reader: Source, options: Partition, skipped: list[Skipped]) -> Iterator[_Labelled]:
+    label_of = _labeller(options, has_fields=isinstance(reader, LlavaJson))
+    for pair in _entries(reader):
+        if isinstance(pair, Skipped):
+            skipped.append(pair)
+            continue
+        try:
+            label = label_of(pair)
+        except ValueError as error:
+            skipped.append(Skipped(pair.place, str(error)))
+            continue
+        yield _Labelled(pair.image, label, json.dumps(pair.entry, ensure_ascii=False).encode() + b"\n")
+
+
+def _entries(reader: Source) -> Iterator[Pair | Skipped]:
+    if isinstance(reader, LlavaJson):
+        yield from reader.pairs()
+        return
+    for record in reader.records():
+        if isinstance(record, Skipped):
+            yield record
+        elif not record.texts:
+            yield Skipped(record.id, "no text is about it")
+        else:
+            for text in record.texts:
+                yield Pair(record.id, record.id, text, {"image": record.id, **_as_llava(text)})
+
+
+def _as_llava(text: Text) -> dict[str, Any]:
+    if text.kind == "caption":
+        return {"caption": text.turns[0].content}
+    speakers = {"user": "human", "assistant": "gpt"}
+    return {"conversations": [{"from": speakers[turn.role], "value": turn.content} for turn in text.turns]}
+
+
+def _labeller(options: Partition, *, has_fields: bool) -> Any:
+    ways = {"--field": options.field, "--component": options.component, "--pattern": options.pattern}
+    given = [way for way, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} both say the label; pass one")
+    if not given and options.by in ("field", "dirichlet"):
+        raise UserError(f"--by {options.by} needs a label: pass --field, --component or --pattern")
+    if options.field is not None:
+        if not has_fields:
+            raise UserError(
+                "--field: only LLaVA JSON has fields; take the label from the path with --pattern"
+            )
+        keys = options.field.split(".")
+        return lambda pair: _field(pair.entry, keys)
+    if options.component is not None:
+        return lambda pair: _component(pair.image, options.component or 0)
+    if options.pattern is not None:
+        try:
+            pattern = re.compile(options.pattern)
+        except re.error as error:
+            raise UserError(f"--pattern {options.pattern}: not a regular expression: {error}") from None
+        return lambda pair: _matched(pair.image, pattern)
+    return lambda pair: ""
+
+
+def _field(entry: Any, keys: Sequence[str]) -> str:
+    for key in keys:
+        if not isinstance(entry, dict) or key not in entry:
+            raise ValueError(f"it has no '{'.'.join(keys)}'")
+        entry = entry[key]
+    if not isinstance(entry, str | int | float) or not str(entry).strip():
+        raise ValueError(f"its '{'.'.join(keys)}' is no text or number")
+    return str(entry).strip()
+
+
+def _component(image: str, place: int) -> str:
+    parts = image.split("/")
+    if not -len(parts) <= place < len(parts):
+        raise ValueError(f"'{image}' has no part {place}")
+    return parts[place]
+
+
+def _matched(image: str, pattern: re.Pattern[str]) -> str:
+    match = pattern.search(image)
+    label = match[1 if pattern.groups else 0] if match else None
+    if not label:
+        raise ValueError(f"'{image}' does not match '{pattern.pattern}'")
+    return label
+
+
+def _split(options: Partition, pairs: Sequence[_Labelled], skipped: Sequence[Skipped]) -> list[Silo]:
+    if not pairs:
+        why = f"; first, {skipped[0].place}: {skipped[0].reason}" if skipped else ""
+        raise UserError(f"no text is left to split{why}")
+    labels: dict[str, str] = {}
+    for pair in pairs:
+        labels.setdefault(pair.image, pair.label)
+    several = len({pair.image for pair in pairs if pair.label != labels[pair.image]})
+    if several:
+        say(f"{several} images have texts of different labels; the first text's counts")
+    silo, names = deal(options, list(labels), list(labels.values()))
+    place = dict(zip(labels, silo.tolist(), strict=True))
+    texts_of: list[list[_Labelled]] = [[] for _ in names]
+    for pair in pairs:
+        texts_of[place[pair.image]].append(pair)
+    silos = []
+    for name, mine in zip(names, texts_of, strict=True):
+        histogram = Counter(labels[image] for image in dict.fromkeys(pair.image for pair in mine))
+        lines = b"".join(pair.line for pair in mine)
+        silos.append(Silo(name, lines, histogram.total(), len(mine), histogram))
+    if sum(each.images for each in silos) != len(labels) or sum(each.texts for each in silos) != len(pairs):
+        raise AssertionError("an image or text is in no silo or in several")
+    return silos
+
+
+def _write(out: Path, silos: Sequence[Silo], made_from: dict[str, Any]) -> str:
+    files = {f"{silo.name}.jsonl": hashlib.sha256(silo.lines).hexdigest() for silo in silos}
+    manifest = {
+        **made_from,
+        "fingerprint": fingerprint(made_from),
+        "silos": {
+            silo.name: {"images": silo.images, "texts": silo.texts, "labels": dict(silo.labels.most_common())}
+            for silo in silos
+        },
+        "files": files,
+    }
+    made = read_json(out / "manifest.json")
+    if made == manifest and all((out / name).is_file() for name in files):
+        return "unchanged"
+    (out / "manifest.json").unlink(missing_ok=True)
+    for name in (made or {}).get("files", {}):
+        if name not in files and Path(name).name == name and name.endswith(".jsonl"):
+            (out / name).unlink(missing_ok=True)
+    for silo in silos:
+        write_atomic(out / f"{silo.name}.jsonl", silo.lines)
+    write_json(out / "manifest.json", manifest)
+    return "written"
+
+
+def _report(source: str, out: Path, silos: Sequence[Silo], skipped: Sequence[Skipped], state: str) -> None:
+    labelled = any(label for silo in silos for label in silo.labels)
+    table(
+        f"{source} in {len(silos)} silos: {out} ({state})",
+        ["silo", "images", "texts", *(["most frequent labels"] if labelled else [])],
+        [
+            [silo.name, f"{silo.images:,}", f"{silo.texts:,}", *([_top(silo.labels)] if labelled else [])]
+            for silo in silos
+        ],
+    )
+    for item in skipped[:_PROBLEMS_SHOWN]:
+        say(f"skipped {item.place}: {item.reason}")
+    if len(skipped) > _PROBLEMS_SHOWN:
+        say(f"  and {len(skipped) - _PROBLEMS_SHOWN} more")
+
+
+def _top(labels: Counter[str]) -> str:
+    return ", ".join(f"{label} {count / labels.total():.0%}" for label, count in labels.most_common(3))
+
+
+def _snippet(reader: Source, source: str, out: Path, silos: Sequence[Silo], images: str | None) -> str:
+    folder = images
+    note = ""
+    if folder is None:
+        own = reader.images if isinstance(reader, LlavaJson) else getattr(reader, "path", None)
+        folder = str(own)
+        if not isinstance(reader, LlavaJson) and not (is_url(folder) or Path(folder).is_dir()):
+            folder = "IMAGES"
+            note = f"# Unpack the pictures of {source} into IMAGES (shards: tar -xf).\n"
+    split = "" if reader.split == "train" else f", split = {_quoted(reader.split)}"
+    lines = [
+        f'{_key(silo.name)} = {{ name = "llava_json", path = {_quoted(str(out / f"{silo.name}.jsonl"))}, '
+        f"images = {_quoted(folder)}{split} }}"
+        for silo in silos
+        if silo.images
+    ]
+    return "\n".join([f"\n{note}[extract.silos]", *lines])
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _quoted(name)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,176 @@
+"""An HDF5 file: a dataset of pictures, and beside it captions or conversations of the same length.
+
+Only what lies in the file itself is read: links to other files, virtual datasets and external storage
+could name any file of this machine, so they are refused.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from extract.sources.base import SOURCES, Skipped, Source, stat_files, texts_of
+from pipeline.errors import UserError, did_you_mean
+from pipeline.records import Record
+
+_ROWS_AT_ONCE = 32
+
+
+@SOURCES.register("hdf5")
+class Hdf5(Source):
+    """Pictures and texts row by row.
+
+    Args:
+        path: The HDF5 file.
+        images: Dataset of encoded files (variable-length uint8, fixed strings or opaque), or of pixels:
+            uint8 `(N, height, width, 3)`.
+        captions: Dataset `(N,)` of captions, or `(N, k)` of several an image, the empty ones ignored.
+        conversations: Dataset `(N,)` of JSON instead: LLaVA's list of turns, or a list of texts.
+        ids: Dataset `(N,)` of image names; by default they are row numbers.
+    """
+
+    path: Path
+    images: str = "images"
+    captions: str | None = None
+    conversations: str | None = None
+    ids: str | None = None
+
+    def records(self) -> Iterator[Record | Skipped]:
+        """Yield rows in order, a few of them in memory at a time."""
+        with self._open() as file:
+            images, others = self._datasets(file)
+            seen: set[str] = set()
+            for start in range(0, len(images), _ROWS_AT_ONCE):
+                rows = slice(start, start + _ROWS_AT_ONCE)
+                pictures = images[rows]
+                columns = {name: dataset[rows] for name, dataset in others.items()}
+                for offset, picture in enumerate(pictures):
+                    row = {name: column[offset] for name, column in columns.items()}
+                    yield self._record(start + offset, picture, row, seen)
+
+    def _record(self, number: int, picture: Any, row: dict[str, Any], seen: set[str]) -> Record | Skipped:
+        place = f"{self.path}[{number}]"
+        try:
+            name = _string(row["ids"]) if "ids" in row else f"{number:09d}"
+            if not name or name in seen:
+                return Skipped(place, "a row of this name came before" if name else "its name is empty")
+            seen.add(name)
+            if "conversations" in row:
+                texts = texts_of(json.loads(_string(row["conversations"])), self.split)
+            else:
+                several = np.atleast_1d(row.get("captions", np.array([], object)))
+                texts = texts_of([text for text in map(_string, several) if text.strip()], self.split)
+                if "captions" in row and not texts:
+                    raise ValueError("its caption is empty")
+        except (ValueError, RecursionError) as error:
+            return Skipped(place, f"its text cannot be read: {error}")
+        return Record(name, _encoded(picture), texts)
+
+    def identity(self) -> dict[str, Any]:
+        """Name, size and time of the file, and the datasets taken."""
+        datasets = [self.images, self.captions, self.conversations, self.ids]
+        return {
+            "name": "hdf5",
+            "split": self.split,
+            "datasets": datasets,
+            "file": stat_files([self.path]),
+        }
+
+    def size(self) -> int:
+        """Number of rows."""
+        with self._open() as file:
+            return len(self._datasets(file)[0])
+
+    def _open(self) -> Any:
+        try:
+            import h5py
+        except ImportError:
+            raise UserError(f"{self.path}: reading HDF5 needs h5py; pip install h5py") from None
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such file; set 'path' to the HDF5 file")
+        try:
+            return h5py.File(self.path, "r")
+        except OSError as error:
+            raise UserError(f"{self.path}: not a whole HDF5 file ({error})") from None
+
+    def _datasets(self, file: Any) -> tuple[Any, dict[str, Any]]:
+        images = self._dataset(file, self.images, "images")
+        if not _holds_pictures(images):
+            raise UserError(
+                f"{self.path}: images = '{self.images}' holds {images.dtype} {images.shape}; expected "
+                "encoded files as variable-length uint8 or fixed strings, or uint8 (N, height, width, 3)"
+            )
+        if self.captions and self.conversations:
+            raise UserError(f"{self.path}: set either 'captions' or 'conversations', not both")
+        named = {"captions": self.captions, "conversations": self.conversations, "ids": self.ids}
+        others = {option: self._dataset(file, name, option) for option, name in named.items() if name}
+        if not (self.captions or self.conversations) and "captions" in file:
+            others["captions"] = self._dataset(file, "captions", "captions")
+        for option, dataset in others.items():
+            if dataset.dtype.kind not in "OS" or dataset.ndim > (2 if option == "captions" else 1):
+                raise UserError(
+                    f"{self.path}: '{dataset.name}' holds {dataset.dtype} {dataset.shape}, not strings"
+                )
+            if len(dataset) != len(images):
+                raise UserError(
+                    f"{self.path}: '{dataset.name}' has {len(dataset)} rows, '{images.name}' {len(images)}; "
+                    "they must go together row by row"
+                )
+        return images, others
+
+    def _dataset(self, file: Any, name: str, option: str) -> Any:
+        import h5py
+
+        found: Any = file
+        for part in name.strip("/").split("/"):
+            link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
+            if link is None:
+                raise UserError(
+                    f"{self.path}: {option} = '{name}': no such dataset{did_you_mean(name, _names(file))}"
+                )
+            if not isinstance(link, h5py.HardLink):
+                raise UserError(f"{self.path}: '{part}' in '{name}' is a link; copy the data into the file")
+            found = found[part]
+        if not isinstance(found, h5py.Dataset) or not found.shape:
+            raise UserError(f"{self.path}: {option} = '{name}' is no dataset of rows")
+        if found.is_virtual or found.external:
+            raise UserError(f"{self.path}: '{name}' takes its data from other files; copy them into this one")
+        return found
+
+
+def _names(file: Any) -> list[str]:
+    import h5py
+
+    names: list[str] = []
+    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    return names
+
+
+def _holds_pictures(dataset: Any) -> bool:
+    import h5py
+
+    if dataset.ndim == 4:
+        return bool(dataset.dtype == np.uint8 and dataset.shape[3] == 3 and min(dataset.shape[1:]) > 0)
+    return dataset.ndim == 1 and (
+        dataset.dtype.kind in "SV" or h5py.check_vlen_dtype(dataset.dtype) == np.dtype(np.uint8)
+    )
+
+
+def _encoded(picture: Any) -> bytes:
+    """The bytes of a picture as Pillow reads them; pixels become PPM, which costs no compression."""
+    if isinstance(picture, np.ndarray) and picture.ndim == 3:
+        height, width, _ = picture.shape
+        buffer = io.BytesIO()
+        buffer.write(b"P6\n%d %d\n255\n" % (width, height))
+        buffer.write(np.ascontiguousarray(picture).tobytes())
+        return buffer.getvalue()
+    return bytes(picture) if isinstance(picture, bytes) else picture.tobytes()
+
+
+def _string(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
