@@ -16,7 +16,7 @@ from pipeline.config import Experiment
 from pipeline.console import progress, say, table
 from pipeline.device import pick_device
 from pipeline.errors import UserError, did_you_mean
-from pipeline.identity import run_identity
+from pipeline.identity import language_identity, language_options, run_identity
 from pipeline.manifest import fingerprint, locked, read_json, write_json
 
 FORMAT = {"name": "fedcmp-scores", "version": 1}
@@ -86,7 +86,7 @@ def key_of(experiment: Experiment, work: Work, manifest: dict[str, Any], project
     language = experiment.language
     return {
         "projector": manifest["projectors"][projector],
-        "language": {name: manifest["identity"]["language"][name] for name in ("files", "dtype")},
+        "language": language_identity(experiment),
         "template": language.template if work.benchmark.asks == "caption" else language.question_template,
         "max_length": language.max_length,
         "max_new_tokens": work.benchmark.max_new_tokens,
@@ -143,22 +143,20 @@ def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> None:
                 pending.append((work, projector, left, path))
     if pending:
         with locked(experiment.scores_path / ".lock", str(experiment.scores_path)):
-            _answer(experiment, pending, manifest["identity"]["language"])
+            _answer(experiment, pending)
     else:
         say(f"{experiment.run}: nothing to answer, every answer is saved")
     _score(experiment, manifest, works)
 
 
-def _answer(
-    experiment: Experiment, pending: list[tuple[Work, str, list[Item], Path]], model: dict[str, Any]
-) -> None:
+def _answer(experiment: Experiment, pending: list[tuple[Work, str, list[Item], Path]]) -> None:
     from evaluate.reader import Reader, answer
     from pipeline.language import load_language
     from pipeline.projector import load_projector
 
     options = experiment.language
     device = pick_device(experiment.device)
-    language = load_language(options.path, model["dtype"], device, fingerprint(model["files"]))
+    language = load_language(options.path, **language_options(experiment))
     total = sum(len(left) for _, _, left, _ in pending)
     with progress(f"{experiment.run}: answers", total, "answers") as task:
         for work, name, left, path in pending:

@@ -316,7 +316,7 @@ def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
     files = model_hashes(guide.language, LANGUAGE_FILES)
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
-    language = load_language(guide.language, dtype, device, fingerprint(files))
+    language = load_language(guide.language, content=fingerprint(files), dtype=dtype, device=device)
     projector, _ = projectors.load_projector(sources[0].path)
     first = next(iter(caches.values()))
     _refuse_another_width(sources[0].path, projector, first, language, guide.language)

@@ -13,7 +13,7 @@ from pipeline.config import Experiment, Federate
 from pipeline.console import progress, say, table
 from pipeline.device import pick_device
 from pipeline.errors import UserError
-from pipeline.identity import FORMAT, run_identity
+from pipeline.identity import FORMAT, language_options, run_identity
 from pipeline.manifest import fingerprint, locked, provenance, read_json, write_json
 
 if TYPE_CHECKING:
@@ -72,8 +72,12 @@ def _train(
     options, out = experiment.federate, experiment.run_path
     first = next(iter(caches.values()))
     device = pick_device(experiment.device)
-    model = wanted["language"]
-    language = load_language(experiment.language.path, model["dtype"], device, fingerprint(model["files"]))
+    language = load_language(
+        experiment.language.path,
+        **language_options(experiment),
+        checkpointing=options.checkpointing,
+        compiled=options.compile,
+    )
     projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
     visual_tokens = projector.tokens(first.patches)
     if options.initial is None:
@@ -184,6 +188,7 @@ def _memo(experiment: Experiment, wanted: dict[str, Any], device: str) -> Memo |
     context = {
         "options": {name: options[name] for name in shared},
         "language": wanted["language"],
+        "compile": experiment.federate.compile,
         "device": device,
         "threads": torch.get_num_threads(),
         "format": FORMAT,

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.config import Experiment
 from pipeline.device import pick_device, pick_dtype
-from pipeline.manifest import model_hashes
+from pipeline.manifest import fingerprint, model_hashes
 
 FORMAT = {"name": "fedcmp-run", "version": 1}
 LANGUAGE_FILES = (
@@ -27,15 +27,33 @@ LANGUAGE_FILES = (
 def language_identity(experiment: Experiment) -> dict[str, Any]:
     """The frozen LLM: SHA-256 of its files, and the dtype it computes in."""
     options = experiment.language
-    return {
+    identity: dict[str, Any] = {
         "files": model_hashes(options.path, LANGUAGE_FILES),
         "dtype": pick_dtype(options.dtype, pick_device(experiment.device)),
+    }
+    if options.quantize != "none":
+        identity["quantize"] = options.quantize
+    return identity
+
+
+def language_options(experiment: Experiment) -> dict[str, Any]:
+    """How the frozen LLM is loaded: arguments of `load_language` besides its path."""
+    identity = language_identity(experiment)
+    options = experiment.language
+    return {
+        "content": fingerprint(identity["files"]),
+        "dtype": identity["dtype"],
+        "device": pick_device(experiment.device),
+        "quantize": options.quantize,
+        "device_map": options.device_map,
     }
 
 
 def run_identity(experiment: Experiment) -> dict[str, Any]:
     """JSON value of every option that decides the trained projector."""
-    federate = experiment.federate.model_dump(mode="json", exclude={"initial"})
+    federate = experiment.federate.model_dump(mode="json", exclude={"initial", "checkpointing"})
+    if not experiment.federate.compile:
+        del federate["compile"]  # runs from before the option stay valid
     if experiment.federate.initial is not None:
         federate["initial"] = _initial_content(experiment.federate.initial)
     return {

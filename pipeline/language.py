@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import UserError, one_line
@@ -24,26 +27,53 @@ class FrozenLanguageModel:
         path: Directory of a saved model with its tokenizer.
         dtype: `bfloat16` or `float32`.
         device: Where it runs.
+        quantize: `8bit` or `4bit` (NF4) weights by bitsandbytes, or `none`.
+        device_map: `auto` spreads its layers over all GPUs, and main memory after them; `none`
+            keeps them together.
+        checkpointing: Keep only the layers' inputs for the backward pass and run them again in it.
+        compiled: Train through torch.compile.
 
     Raises:
-        UserError: The directory is missing or does not hold such a model.
+        UserError: The directory is missing or does not hold such a model, or a package is missing.
     """
 
-    def __init__(self, path: Path, *, dtype: str, device: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dtype: str,
+        device: str,
+        quantize: str = "none",
+        device_map: str = "none",
+        checkpointing: bool = False,
+        compiled: bool = False,
+    ) -> None:
         transformers_logging.disable_progress_bar()
+        placed = _placement(quantize, device_map, device)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                quantization_config=_quantization(quantize, dtype),
+                device_map=placed,
+            )
         except Exception as error:
             raise UserError(f"language.path = {path}: cannot be loaded: {one_line(error)}") from None
-        self.device = torch.device(device)
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.model = (model if placed else model.to(device)).eval().requires_grad_(False)
         self._ends = _end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         # Greedy means greedy: no penalty or sampling setting that the model ships with.
         self.model.generation_config = GenerationConfig()
         self.embeddings = self.model.get_input_embeddings()
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
+        self.device = self.embeddings.weight.device if placed else torch.device(device)
+        self._checkpointed = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if checkpointing:
+            # Before transformers 5.2x it had the second name.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            getattr(model, next(name for name in names if hasattr(model, name)))({"use_reentrant": False})
+        self._train_decoder = torch.compile(self.decoder) if compiled else self.decoder
         self.d_llm: int = self.embeddings.embedding_dim
 
     def embed(self, ids: Tensor, projected: Tensor) -> Tensor:
@@ -80,11 +110,23 @@ class FrozenLanguageModel:
             Losses `(supervised,)` float32 and the row of each `(supervised,)` int64.
         """
         embeds = self.embed(ids, projected)
-        hidden = self.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        with self._checkpointing():
+            hidden = self._train_decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         rows, places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-        logits = self.head(hidden[rows, places]).float()
-        return cross_entropy(logits, targets[rows, places], reduction="none"), rows
+        logits = self.head(hidden[rows.to(hidden.device), places.to(hidden.device)]).float()
+        return cross_entropy(logits.to(ids.device), targets[rows, places], reduction="none"), rows
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Layers checkpoint only while they think they train; their dropout stays off all the same."""
+        for layer in self._checkpointed:
+            layer.training = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            for layer in self._checkpointed:
+                layer.training = False
 
     @torch.inference_mode()
     def generate(
@@ -151,16 +193,42 @@ class FrozenLanguageModel:
 
 
 @lru_cache(maxsize=1)
-def load_language(path: Path, dtype: str, device: str, content: str) -> FrozenLanguageModel:
+def load_language(path: Path, content: str, **options: Any) -> FrozenLanguageModel:
     """The frozen LLM, kept for the next run of this process.
 
     Args:
         path: Directory of a saved model with its tokenizer.
-        dtype: `bfloat16` or `float32`.
-        device: Where it runs.
         content: Fingerprint of its files; another one loads it again.
+        **options: Of `FrozenLanguageModel`.
     """
-    return FrozenLanguageModel(path, dtype=dtype, device=device)
+    return FrozenLanguageModel(path, **options)
+
+
+def _placement(quantize: str, device_map: str, device: str) -> Any:
+    """What transformers is told about devices; None where the model is moved as a whole.
+
+    Raises:
+        UserError: A package is missing.
+    """
+    for package, key, value in (
+        ("bitsandbytes", "quantize", quantize),
+        ("accelerate", "device_map", device_map),
+    ):
+        if value != "none" and find_spec(package) is None:
+            raise UserError(f"language.{key} = '{value}': needs {package}; run: pip install 'fedcmp[large]'")
+    if device_map != "none":
+        return device_map
+    return {"": device} if quantize != "none" else None
+
+
+def _quantization(quantize: str, dtype: str) -> BitsAndBytesConfig | None:
+    if quantize == "none":
+        return None
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+    )
 
 
 def _end_tokens(*ids: int | list[int] | None) -> set[int]:

@@ -16,6 +16,7 @@ from PIL import Image
 from extract.encoders.transformers import Transformers
 from pipeline import projector as projectors
 from pipeline.config import Component
+from pipeline.errors import UserError
 from pipeline.language import FrozenLanguageModel
 from pipeline.prompts import CAPTION_PROMPT, IGNORE_INDEX, IMAGE_TOKEN_INDEX, question, tokenise
 from pipeline.records import Text, Turn, caption
@@ -226,3 +227,90 @@ def test_projectors_round_trip(tmp_path: Path, name: str) -> None:
     (tmp_path / "p.safetensors").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="not a safetensors file"):
         projectors.load_projector(tmp_path / "p.safetensors")
+
+
+@pytest.fixture(scope="module")
+def wider_llama(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for the blocks in which bitsandbytes quantises."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    out = tmp_path_factory.mktemp("wide")
+    shutil.copytree(llama_dir, out, dirs_exist_ok=True)
+    config = LlamaConfig.from_pretrained(llama_dir)
+    config.update({"hidden_size": 128, "intermediate_size": 256, "head_dim": 32})
+    LlamaForCausalLM(config).save_pretrained(out)
+    return out
+
+
+def losses_and_gradient(language: FrozenLanguageModel) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([[1, *[IMAGE_TOKEN_INDEX] * 5, 9, 8, 7, 6], [1, *[IMAGE_TOKEN_INDEX] * 5, 5, 9, 2, 2]])
+    labels = ids.clone()
+    labels[:, :6] = IGNORE_INDEX
+    generator = torch.Generator().manual_seed(6)
+    projected = torch.randn(2, 5, language.d_llm, generator=generator).requires_grad_()
+    losses, _ = language.token_losses(ids, labels, projected)
+    losses.sum().backward()
+    assert projected.grad is not None
+    return losses.detach(), projected.grad
+
+
+def off_by(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_checkpointing_changes_no_bit_and_keeps_less(llama_dir: Path) -> None:
+    """Also in generation, which comes after training in one process."""
+    kept = {}
+    results = {}
+    for checkpointing in (False, True):
+        model = FrozenLanguageModel(llama_dir, dtype="float32", device=CPU, checkpointing=checkpointing)
+        sizes: list[int] = []
+        pack = lambda t, sizes=sizes: sizes.append(t.nbytes) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            results[checkpointing] = losses_and_gradient(model)
+        kept[checkpointing] = sum(sizes)
+        prompt = torch.tensor([[1, IMAGE_TOKEN_INDEX, 9, 8]])
+        words = model.generate(
+            prompt, torch.ones_like(prompt), torch.ones(1, 1, 32), max_new_tokens=5, stop=None
+        )
+        results[checkpointing] += (words,)
+    assert kept[True] < kept[False] / 2
+    assert torch.equal(results[True][0], results[False][0])
+    assert torch.equal(results[True][1], results[False][1])
+    assert results[True][2] == results[False][2]
+
+
+@pytest.mark.filterwarnings("default")  # torch.compile looks at what warns
+def test_compiled_training_is_equal_up_to_rounding(llama_dir: Path) -> None:
+    plain = losses_and_gradient(FrozenLanguageModel(llama_dir, dtype="float32", device=CPU))
+    compiled = losses_and_gradient(FrozenLanguageModel(llama_dir, dtype="float32", device=CPU, compiled=True))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize(("quantize", "most"), [("8bit", 0.03), ("4bit", 0.25)])
+def test_quantised_llms_train_the_projector(wider_llama: Path, quantize: str, most: float) -> None:
+    plain = FrozenLanguageModel(wider_llama, dtype="float32", device=CPU)
+    ours = FrozenLanguageModel(wider_llama, dtype="float32", device=CPU, quantize=quantize)
+    assert any(parameter.dtype in (torch.int8, torch.uint8) for parameter in ours.model.parameters())
+    assert not any(parameter.requires_grad for parameter in ours.model.parameters())
+    for quantised, exact in zip(losses_and_gradient(ours), losses_and_gradient(plain), strict=True):
+        assert 0 < off_by(quantised, exact) < most
+
+
+def test_device_map_changes_nothing_where_there_is_one_device(llama_dir: Path) -> None:
+    plain = losses_and_gradient(FrozenLanguageModel(llama_dir, dtype="float32", device=CPU))
+    spread = FrozenLanguageModel(llama_dir, dtype="float32", device=CPU, device_map="auto")
+    for ours, theirs in zip(losses_and_gradient(spread), plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("key", "value"), [("quantize", "4bit"), ("device_map", "auto")])
+def test_a_missing_package_is_named(
+    llama_dir: Path, key: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.language.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"language\.{key} = '{value}'.*fedcmp\[large\]"):
+        FrozenLanguageModel(llama_dir, dtype="float32", device=CPU, **{key: value})
