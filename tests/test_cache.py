@@ -25,7 +25,7 @@ from pipeline.cache import (
     writing,
 )
 from pipeline.errors import UserError
-from pipeline.manifest import write_json
+from pipeline.manifest import write_atomic
 
 IDENTITY = Identity({"encoder": {"layer": -2}, "dtype": "bfloat16"}, {"files": "abc"})
 
@@ -191,9 +191,9 @@ def test_a_commit_killed_anywhere_is_made_good(
 ) -> None:
     whole = write(tmp_path / "whole" / "s.zarr", some(10))
     target = {
-        "after the arrays": "pipeline.cache.sha256_file",
-        "before the manifest": "pipeline.cache.write_json",
-        "after the manifest": "pipeline.cache.finish_commit",
+        "after the arrays": "pipeline.cache.writer.sha256_file",
+        "before the manifest": "pipeline.cache.writer.write_atomic",
+        "after the manifest": "pipeline.cache.writer.finish_commit",
     }[moment]
     path = tmp_path / "s.zarr"
 
@@ -211,13 +211,13 @@ def test_a_commit_killed_anywhere_is_made_good(
     def kill(*_: object) -> None:
         raise Killed
 
-    real_write_json = write_json
+    real_write_atomic = write_atomic
     if moment == "before the manifest":
 
-        def kill_at_manifest(file: Path, value: object) -> None:
+        def kill_at_manifest(file: Path, data: bytes) -> None:
             if file.name == "manifest.json":
                 raise Killed
-            real_write_json(file, value)
+            real_write_atomic(file, data)
 
         monkeypatch.setattr(target, kill_at_manifest)
     else:
