@@ -133,25 +133,37 @@ class StoredZip:
 
     def map(self, name: str, size: int) -> Mapped:
         """A file's bytes."""
-        return Mapped(self.path, self._start(name), size)
+        return Mapped(self.path, self.place(name)[0], size)
 
-    def _start(self, name: str) -> int:
+    def place(self, name: str) -> tuple[int, int]:
+        """Where in the zip a file's bytes start, and how many there are.
+
+        Raises:
+            CorruptCacheError: There is no file at all.
+        """
         info = self.members[name]
         with self.path.open("rb") as file:
             file.seek(info.header_offset)
             header = file.read(_LOCAL_HEADER)
         if len(header) != _LOCAL_HEADER or header[:4] != b"PK\3\4":
             raise CorruptCacheError(f"{self.path}: '{name}' is not where the zip says; have it sent again")
-        return (
-            info.header_offset
-            + _LOCAL_HEADER
-            + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        )
+        start = info.header_offset + _LOCAL_HEADER
+        start += sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        return start, info.file_size
 
 
 def opened(path: Path) -> Files:
-    """The files of a cache at a path."""
-    return StoredZip(path) if path.is_file() else Folder(path)
+    """The files of a cache at a path.
+
+    Raises:
+        UserError: It is a zip that cannot be read in place.
+    """
+    if not path.is_file():
+        return Folder(path)
+    archive = StoredZip(path)
+    if any(name.endswith(".zst") for name in archive.members):
+        raise UserError(f"{path}: compressed for transport; unpack it with 'fedcmp cache unpack'")
+    return archive
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:

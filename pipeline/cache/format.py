@@ -24,6 +24,7 @@ CRC_BYTES = 4
 INDEX_DTYPE = np.dtype("<u8")
 ABSENT = np.iinfo(np.uint64).max
 MANIFEST_LIMIT = 1 << 28
+_SHARD_LIMIT = 1 << 20
 
 PATCHES = "features/patch"
 SMALL_ARRAYS = {
@@ -179,6 +180,8 @@ def _problem(manifest: dict[str, Any]) -> str | None:
     for name in ("images", "texts", "patches", "d_vision", "shard_images"):
         if type(manifest.get(name)) is not int or manifest[name] < (name not in ("images", "texts")):
             return f"{name} = {_short(manifest.get(name))} is no count"
+    if manifest["shard_images"] > _SHARD_LIMIT:
+        return f"shard_images = {manifest['shard_images']} is more than {_SHARD_LIMIT}"
     dtype = manifest.get("dtype")
     if not isinstance(dtype, str) or STORAGE.get(dtype, "") != manifest.get("storage_dtype"):
         return f"dtype {_short(dtype)} is not stored as {_short(manifest.get('storage_dtype'))}"

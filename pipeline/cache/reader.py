@@ -221,6 +221,10 @@ class FeatureCache:
                 f"(image '{self.ids[row]}') fail their checksum; extract this silo with --overwrite"
             )
 
+    def index(self, shard: int) -> np.ndarray:
+        """`(shard_images, 2)` uint64: offset and length of every image in a shard's file."""
+        return self._shard(shard)[1]
+
     def will_need(self, rows: Sequence[int] | np.ndarray) -> None:
         """Have the system read features ahead that are asked for soon."""
         for row in rows:

@@ -58,7 +58,7 @@ def lock_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def try_lock(file: IO[str], kind: int) -> bool:
+def try_lock(file: IO[Any], kind: int) -> bool:
     """Lock an open file if nobody else has; False where somebody has."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
