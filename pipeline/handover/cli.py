@@ -215,7 +215,8 @@ def pack(
     texts = f", {packed.texts:,} texts" if packed.texts else ""
     say(
         f"It holds image names, hashes of the image files, where they came from{texts}, and features from "
-        "which pictures can be redrawn roughly: hand it only to whom you would show the pictures (docs/reveals.md)."
+        "which pictures can be redrawn roughly: hand it only to whom you would show the pictures "
+        "(docs/reveals.md)."
     )
 
 
@@ -352,4 +353,4 @@ def _readable(value: Any) -> str:
 
 def _plain(text: str) -> str:
     """Without control characters, which a stranger's names and texts may hold."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+    return "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))

@@ -45,7 +45,7 @@ def export(out: Path, cache: FeatureCache, content: Content, task: Task) -> None
     import h5py
 
     shape = (cache.images, cache.patches, cache.d_vision)
-    with h5py.File(out, "w", libver="latest", track_order=False) as file:
+    with h5py.File(out, "w", locking=False) as file:
         file.create_dataset("manifest", data=np.frombuffer(content.manifest, np.uint8))
         if content.signature is not None:
             file.create_dataset("signature", data=np.frombuffer(content.signature, np.uint8))
@@ -91,7 +91,7 @@ def opened(path: Path) -> tuple[bytes, bytes | None, Callable[[str, Path, int, s
     import h5py
 
     try:
-        file = h5py.File(path, "r")
+        file = h5py.File(path, "r", locking=False)
     except OSError as error:
         raise UserError(f"{path}: not a whole HDF5 file ({one_line(error)}); have it sent again") from None
     data = _bytes(_dataset(file, "manifest", path), MANIFEST_LIMIT, path)

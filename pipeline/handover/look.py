@@ -58,9 +58,12 @@ def encoder_name(key: dict[str, Any]) -> str:
     encoder = key.get("encoder")
     if not isinstance(encoder, dict):
         return "?"
-    name = encoder.get("model") or encoder.get("model_type") or encoder.get("name") or "?"
-    layer = encoder.get("layer")
-    return f"{name}" + (f", layer {layer}" if layer is not None else "")
+    files = encoder.get("files")
+    weights = (
+        [digest for name, digest in files.items() if name.endswith((".safetensors", ".bin"))] if files else []
+    )
+    parts = [str(encoder.get("name", "?")), *(f"weights {digest[:8]}" for digest in weights[:1])]
+    return ", ".join(parts + ([f"layer {encoder['layer']}"] if "layer" in encoder else []))
 
 
 def inspection(path: Path, *, sample: int, texts: int) -> dict[str, Any]:

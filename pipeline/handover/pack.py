@@ -80,6 +80,8 @@ def pack(
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a cache's folder")
     cache = FeatureCache(path)
+    if "sha256" not in cache.manifest:
+        raise UserError(f"{path}: its manifest is of an earlier version; extract the silo with --overwrite")
     with tempfile.TemporaryDirectory(prefix="fedcmp-") as folder:
         manifest = cache.manifest
         changed: set[str] = set()

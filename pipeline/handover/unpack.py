@@ -157,8 +157,8 @@ def _opened_zip(packed: Path) -> Archive:
             os.fsync(to.fileno())
         if found != digest:
             raise UserError(
-                f"{packed}: '{place}' (bytes {start} to {start + stored}) is not what its manifest says; have "
-                "it sent again"
+                f"{packed}: '{place}' (bytes {start} to {start + stored}) is not what its manifest "
+                "says; have it sent again"
             )
 
     return Archive(data, signature, restore)
@@ -204,11 +204,11 @@ class _Decompressed:
             raise UserError(f"{what} is not compressed by zstd ({error}); do not use it") from None
         if frame.content_size != size or frame.window_size > _WINDOW:
             raise UserError(
-                f"{what} would become {frame.content_size} bytes, its manifest says {size}; do not use it"
+                f"{what} would become {frame.content_size} bytes, not {size} as its manifest says; do not "
+                "use it"
             )
-        self._reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW).stream_reader(
-            _Joined(start, source)
-        )  # type: ignore[arg-type]
+        decompressor: Any = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
+        self._reader = decompressor.stream_reader(_Joined(start, source))
 
     def read(self, size: int) -> bytes:
         try:

@@ -83,8 +83,17 @@ def verify(path: Path, advance: Callable[[int], None] = lambda files: None) -> l
         manifest = checked_manifest(data, "manifest.json")
     except CorruptCacheError as error:
         return [Problem("manifest.json", str(error).removeprefix("manifest.json: "), 0, len(data))]
-    if "sha256" not in manifest or rendered(manifest) != data:
-        return [Problem("manifest.json", "not written as it should be", 0, len(data))]
+    if "sha256" not in manifest:
+        return [
+            Problem(
+                "manifest.json",
+                "damaged, or of an earlier version: it has no SHA-256 of its own",
+                0,
+                len(data),
+            )
+        ]
+    if rendered(manifest) != data:
+        return [Problem("manifest.json", "changed after it was written", 0, len(data))]
     problems = list(_listing(files, set(manifest["files"])))
     good = []
     for name, (size, digest) in manifest["files"].items():
@@ -161,7 +170,7 @@ def _sha256(files: Files, name: str, size: int) -> str:
 def _hashed(mapped: Mapped) -> str:
     digest = hashlib.sha256()
     for start, end in _blocks(0, len(mapped.data)):
-        digest.update(memoryview(mapped.data[start:end]))
+        digest.update(mapped.data[start:end].data)
         mapped.release(start, end)
     return digest.hexdigest()
 
