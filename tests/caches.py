@@ -20,16 +20,14 @@ def features(images: int, patches: int = 4, width: int = 6, seed: int = 0) -> np
 
 def rows(images: int, failed: tuple[int, ...] = (), prefix: str = "é") -> list[Row]:
     """Image `i` has `i % 3` texts: a caption for training, then a conversation for testing."""
-    talk = '[["user", "was?\\n<image>"], ["assistant", "ein Bild {}"]]'
+    talk = '[["user", "was?\\n<image>"], ["assistant", "ein Bild %d"]]'
     return [
         Row(
             f"{prefix}{i}.png",
             "" if i in failed else f"{i + 1:064x}",
             1 if i in failed else 0,
             "gone" if i in failed else "",
-            (("caption", "train", f"Bild {i}"), ("conversation", "test", talk.replace("{}", str(i))))[
-                : i % 3
-            ],
+            (("caption", "train", f"Bild {i}"), ("conversation", "test", talk % i))[: i % 3],
         )
         for i in range(images)
     ]

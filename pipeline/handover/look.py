@@ -59,9 +59,8 @@ def encoder_name(key: dict[str, Any]) -> str:
     if not isinstance(encoder, dict):
         return "?"
     files = encoder.get("files")
-    weights = (
-        [digest for name, digest in files.items() if name.endswith((".safetensors", ".bin"))] if files else []
-    )
+    files = files if isinstance(files, dict) else {}
+    weights = [digest for name, digest in files.items() if name.endswith((".safetensors", ".bin"))]
     parts = [str(encoder.get("name", "?")), *(f"weights {digest[:8]}" for digest in weights[:1])]
     return ", ".join(parts + ([f"layer {encoder['layer']}"] if "layer" in encoder else []))
 

@@ -84,14 +84,8 @@ def verify(path: Path, advance: Callable[[int], None] = lambda files: None) -> l
     except CorruptCacheError as error:
         return [Problem("manifest.json", str(error).removeprefix("manifest.json: "), 0, len(data))]
     if "sha256" not in manifest:
-        return [
-            Problem(
-                "manifest.json",
-                "damaged, or of an earlier version: it has no SHA-256 of its own",
-                0,
-                len(data),
-            )
-        ]
+        old = "damaged, or of an earlier version: it has no SHA-256 of its own"
+        return [Problem("manifest.json", old, 0, len(data))]
     if rendered(manifest) != data:
         return [Problem("manifest.json", "changed after it was written", 0, len(data))]
     problems = list(_listing(files, set(manifest["files"])))
