@@ -23,7 +23,7 @@ STORAGE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32", "in
 CRC_BYTES = 4
 INDEX_DTYPE = np.dtype("<u8")
 ABSENT = np.iinfo(np.uint64).max
-MANIFEST_LIMIT = 1 << 28
+MANIFEST_LIMIT = 1 << 26
 _SHARD_LIMIT = 1 << 20
 
 PATCHES = "features/patch"
