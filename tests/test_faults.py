@@ -22,12 +22,8 @@ from pipeline.handover.verify import verify
 
 
 def test_kills_at_any_moment() -> None:
-    result = subprocess.run(
-        [sys.executable, ROOT / "tests/soak_kills.py", "--kills", "64"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    command = [sys.executable, ROOT / "tests/soak_kills.py", "--kills", "64"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
     counts = [int(line.split("killed ")[1].split()[0]) for line in result.stdout.splitlines()]
     assert len(counts) == 8
@@ -46,12 +42,12 @@ def used(path: Path) -> list[object]:
 
 
 def same(ours: list[object], theirs: list[object]) -> bool:
-    return len(ours) == len(theirs) and all(
-        torch.equal(one, two)
-        if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)
-        else one == two
-        for one, two in zip(ours, theirs, strict=True)
-    )
+    def equal(one: object, two: object) -> bool:
+        if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
+            return torch.equal(one, two)
+        return one == two
+
+    return len(ours) == len(theirs) and all(map(equal, ours, theirs))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

@@ -259,6 +259,7 @@ def array_metadata(data: bytes, place: str) -> dict[str, Any]:
             type(n) is int and n > 0 for n in chunk
         )
         codecs = [{"name": codec["name"], **_configured(codec)} for codec in found["codecs"]]
+        dtype, attributes = found["data_type"], found.get("attributes", {})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCacheError(f"{place}: not a zarr array ({error}); do not use this cache") from None
     if not plain:
@@ -268,9 +269,9 @@ def array_metadata(data: bytes, place: str) -> dict[str, Any]:
     return {
         "shape": shape,
         "chunk": chunk,
-        "dtype": found["data_type"],
+        "dtype": dtype,
         "codecs": codecs,
-        "attributes": found.get("attributes", {}),
+        "attributes": attributes,
     }
 
 
