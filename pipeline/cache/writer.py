@@ -193,7 +193,7 @@ class CacheWriter:
         if sorted(self._rows) != list(range(len(self._rows))):
             raise ValueError(f"{self.path}: only the shards {sorted(self._rows)} are finished")
         rows = self.rows
-        self._remove_torn()
+        self._keep_only_shards()
         self._write_arrays(rows)
         body = {
             "format": FORMAT,
@@ -236,6 +236,13 @@ class CacheWriter:
         for torn in self._partial.rglob(".tmp-*"):
             torn.unlink()
 
+    def _keep_only_shards(self) -> None:
+        """Remove what a commit that was killed left: torn files of ours and of zarr's."""
+        for file in self._partial.rglob("*"):
+            name = str(file.relative_to(self._partial))
+            if file.is_file() and not name.startswith("_done/") and name not in self._digests:
+                file.unlink()
+
     def _keep(self, shard: int, rows: list[Row], digest: str, measured: Sequence[float] | None) -> None:
         self._rows[shard] = rows
         if measured is not None:
@@ -249,8 +256,6 @@ class CacheWriter:
         import zarr
         from zarr.codecs import Crc32cCodec
 
-        # A commit that was killed left the array's metadata; overwriting it would delete the shards.
-        (self._partial / "features/patch/zarr.json").unlink(missing_ok=True)
         group = zarr.open_group(self._partial, mode="a", zarr_format=3, attributes=FORMAT)
         group.create_array(
             "features/patch",
