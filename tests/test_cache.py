@@ -279,3 +279,16 @@ def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     assert on_disk == set(cache.manifest["files"]) | {"manifest.json"}
     json.dumps(cache.manifest)
     shutil.rmtree(cache.path)
+
+
+def test_what_zarr_left_when_it_was_killed_is_not_taken_in(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole" / "s.zarr", some(10))
+    path = tmp_path / "s.zarr"
+    writer = CacheWriter(path, IDENTITY, patches=3, d_vision=5, dtype="bfloat16", shard_images=4)
+    for name in ("zarr.json.0b1c.partial", "texts/bytes/c/0.77aa.partial", "texts/bytes/c/9"):
+        (partial_path(path) / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial_path(path) / name).write_bytes(b"half")
+    for shard, start in enumerate(range(0, 10, 4)):
+        part = some(10)[start : start + 4]
+        writer.write(shard, part, rows(start, len(part)))
+    assert writer.commit({"silo": "test"}).manifest == whole.manifest

@@ -1,0 +1,99 @@
+"""Batches of features in any order, read ahead by a thread into a ring of buffers used again and again.
+
+A fresh buffer a batch costs three times the copy, as every page of it is first cleared by the system.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Sequence
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.reader import FeatureCache
+
+_AHEAD = 3
+
+
+def stored_batches(
+    caches: Sequence[FeatureCache], samples: np.ndarray, batch_size: int, *, pin: bool = False
+) -> Generator[Tensor, None, None]:
+    """Features in their storage dtype, in the order of `samples`: nothing here is left to chance.
+
+    Args:
+        caches: Of one key.
+        samples: `(samples, 2)` of (index into `caches`, row).
+        batch_size: Samples a batch; the last one may be smaller.
+        pin: Keep the buffers where a GPU can copy from them itself.
+
+    Yields:
+        `(batch, patches, d_vision)`; overwritten once the next batch is asked for.
+
+    Raises:
+        CorruptCacheError: A chunk fails its crc32c.
+    """
+    first = caches[0]
+    shape = (min(batch_size, max(len(samples), 1)), first.patches, first.d_vision)
+    size = int(np.prod(shape)) * first.dtype.itemsize
+    free: SimpleQueue[np.ndarray | None] = SimpleQueue()
+    ready: SimpleQueue[np.ndarray | BaseException] = SimpleQueue()
+    for _ in range(_AHEAD):
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        free.put(memory.numpy().view(first.dtype).reshape(shape))
+    starts = range(0, len(samples), batch_size)
+
+    def fill() -> None:
+        try:
+            for start in starts:
+                buffer = free.get()
+                if buffer is None:
+                    return
+                _will_need(caches, samples[start + batch_size : start + 2 * batch_size])
+                for place, (silo, row) in enumerate(samples[start : start + batch_size].tolist()):
+                    caches[silo].read([row], buffer[place : place + 1])
+                ready.put(buffer)
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=fill, name="features", daemon=True)
+    thread.start()
+    try:
+        for start in starts:
+            buffer = ready.get()
+            if isinstance(buffer, BaseException):
+                raise buffer
+            yield torch.from_numpy(buffer[: len(samples) - start])
+            free.put(buffer)
+    finally:
+        # Whoever stops early finds the thread waiting for a buffer, or lets it fill those that are free.
+        free.put(None)
+        thread.join()
+
+
+def _will_need(caches: Sequence[FeatureCache], samples: np.ndarray) -> None:
+    for silo, row in samples.tolist():
+        caches[silo].will_need([row])
+
+
+def float_batches(
+    caches: Sequence[FeatureCache], samples: np.ndarray, batch_size: int, device: torch.device
+) -> Generator[Tensor, None, None]:
+    """The same as float32 on a device, each batch in memory of its own."""
+    batches = stored_batches(caches, samples, batch_size, pin=device.type == "cuda")
+    for number, stored in enumerate(batches):
+        moved = stored.to(device)
+        if caches[0].quantiser is None:
+            features = caches[0].decoded(moved)
+            # What is float32 already would share the buffer.
+            yield features.clone() if features is stored else features.float()
+            continue
+        silos = torch.from_numpy(samples[number * batch_size :][: len(stored), 0].copy())
+        decoded = torch.empty(moved.shape, dtype=torch.float32, device=device)
+        for silo in silos.unique().tolist():
+            # Every silo has steps of its own.
+            mine = (silos == silo).to(device)
+            decoded[mine] = caches[silo].decoded(moved[mine])
+        yield decoded
