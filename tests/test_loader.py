@@ -70,7 +70,7 @@ def test_few_buffers_are_used_again(tmp_path: Path) -> None:
     cache = caches.write(tmp_path / "s.zarr", caches.features(40))
     samples = np.stack([np.zeros(40, int), np.arange(40)], 1)
     places = {batch.data_ptr() for batch in stored_batches([cache], samples, 2)}
-    assert len(places) <= 3
+    assert len(places) <= 2
 
 
 def test_stopping_early_ends_the_thread(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from pipeline.cache.format import CorruptCacheError
 from pipeline.errors import UserError
 
 _LOCAL_HEADER = 30
+# Linux maps more than the page that is read: as much around it as it keeps in one piece.
+_AROUND = 1 << 21
 _DIRECTORY_LIMIT = 1 << 24
 
 
@@ -43,11 +45,11 @@ class Mapped:
 
     def release(self, start: int, end: int) -> None:
         """Take a range out of this process's memory; it stays in the system's."""
-        self._advise(mmap.MADV_DONTNEED, start, end)
+        self._advise(mmap.MADV_DONTNEED, max(start - _AROUND, 0), end + _AROUND)
 
     def _advise(self, advice: int, start: int, end: int) -> None:
         first = (start + self._shift) & -mmap.PAGESIZE
-        self._mmap.madvise(advice, first, max(end + self._shift - first, 1))
+        self._mmap.madvise(advice, first, max(min(end + self._shift, len(self._mmap)) - first, 1))
 
 
 class Files(Protocol):

@@ -199,10 +199,11 @@ class FeatureCache:
             raise ValueError(f"out is {out.dtype} {out.shape}")
         targets = out.reshape(len(rows), -1).view(np.uint8)
         for target, row in zip(targets, rows, strict=True):
-            self._copy(int(row), target, check)
+            self.copy(int(row), target, check=check)
         return out
 
-    def _copy(self, row: int, target: np.ndarray, check: bool) -> None:
+    def copy(self, row: int, target: np.ndarray, *, check: bool = True) -> None:
+        """Features of one image into `(bytes,)` uint8; see `read`."""
         if not 0 <= row < self.images:
             raise IndexError(f"row {row} of {self.images}")
         shard, position = divmod(row, self._shard_images)

@@ -8,12 +8,14 @@ import os
 import re
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -40,7 +42,10 @@ from pipeline.errors import UserError
 from pipeline.manifest import canonical, read_json, sha256_file, sync_directory, write_atomic, write_json
 from pipeline.records import KINDS, SPLITS
 
-_BLOCK = 1 << 20
+# Blocks are hashed by a second thread, at most so many after they were written.
+_BLOCK = 1 << 22
+_BEHIND = 4
+_PIECES = 512
 _RECORD = re.compile(r"[0-9]{5,}\.json")
 
 
@@ -301,26 +306,40 @@ def stream_shard(path: Path, images: Iterable[np.ndarray], shard_images: int) ->
         for piece in pieces:
             digest.update(piece)
 
-    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
-        hashing, block, held = pool.submit(add, []), list[Any](), 0
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        hashing = deque([pool.submit(add, [])])
+        block, held = list[Any](), 0
+
+        def put() -> None:
+            hashing.append(pool.submit(add, block))
+            if len(hashing) > _BEHIND:
+                hashing.popleft().result()
+            write_all(file, block)
+
         for position, image in enumerate(images):
             data = np.ascontiguousarray(image).reshape(-1).view(np.uint8)
             block += [data, crc_bytes(crc(data))]
             index[position] = offset + held, data.size + CRC_BYTES
             held += data.size + CRC_BYTES
             if held >= _BLOCK:
-                # One block is hashed while the next is made and written: never more than two in memory.
-                hashing.result()
-                hashing = pool.submit(add, block)
-                file.writelines(block)
+                put()
                 offset, block, held = offset + held, [], 0
         block += [index.tobytes(), crc_bytes(crc(index.tobytes()))]
-        hashing.result()
-        file.writelines(block)
-        file.flush()
-        add(block)
+        put()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def write_all(file: IO[bytes], pieces: Sequence[Any]) -> None:
+    """Write pieces to an unbuffered file, many in one call of the system."""
+    left = deque(memoryview(piece) for piece in pieces)
+    while left:
+        written = os.writev(file.fileno(), list(islice(left, _PIECES)))
+        while written:
+            if written < len(left[0]):
+                left[0] = left[0][written:]
+                break
+            written -= len(left.popleft())
 
 
 def text_arrays(texts: Sequence[Sequence[tuple[str, str, str]]]) -> dict[str, np.ndarray]:
