@@ -24,6 +24,7 @@ class Mapped:
     """A file's bytes through mmap, without keeping more than what is being read in this process.
 
     Attributes:
+        size: Bytes of the file.
         data: `(size,)` uint8, read-only.
     """
 
@@ -37,6 +38,7 @@ class Mapped:
             self._shift = start % mmap.ALLOCATIONGRANULARITY
             length = size + self._shift
             self._mmap = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start - self._shift)
+        self.size = size
         self.data = np.frombuffer(self._mmap, np.uint8, size, self._shift)
 
     def will_need(self, start: int, end: int) -> None:

@@ -40,29 +40,28 @@ def stored_batches(
     first = caches[0]
     shape = (min(batch_size, max(len(samples), 1)), first.patches, first.d_vision)
     size = int(np.prod(shape)) * first.dtype.itemsize
+    parts = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     free: SimpleQueue[np.ndarray | None] = SimpleQueue()
     ready: SimpleQueue[np.ndarray | BaseException] = SimpleQueue()
     for _ in range(_BUFFERS):
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
         free.put(memory.numpy().view(first.dtype).reshape(shape))
-    starts = range(0, len(samples), batch_size)
 
     def fill() -> None:
         try:
             cold = True
-            for start in starts:
+            for part in parts:
+                if cold:
+                    _will_need(caches, part)
                 buffer = free.get()
                 if buffer is None:
                     return
-                if cold:
-                    _will_need(caches, samples[start + batch_size : start + 2 * batch_size])
                 began = time.monotonic()
-                wanted = samples[start : start + batch_size].tolist()
-                targets = buffer.reshape(shape[0], -1).view(np.uint8)[: len(wanted)]
-                for target, (silo, row) in zip(targets, wanted, strict=True):
+                targets = buffer.reshape(shape[0], -1).view(np.uint8)[: len(part)]
+                for target, (silo, row) in zip(targets, part.tolist(), strict=True):
                     caches[silo].copy(row, target)
                 # To ask the system for what it has already costs a fifth of the copy.
-                cold = (time.monotonic() - began) * _WARM > size
+                cold = (time.monotonic() - began) * _WARM > targets.nbytes
                 ready.put(buffer)
         except BaseException as error:
             ready.put(error)
@@ -70,11 +69,11 @@ def stored_batches(
     thread = threading.Thread(target=fill, name="features", daemon=True)
     thread.start()
     try:
-        for start in starts:
+        for part in parts:
             buffer = ready.get()
             if isinstance(buffer, BaseException):
                 raise buffer
-            yield torch.from_numpy(buffer[: len(samples) - start])
+            yield torch.from_numpy(buffer[: len(part)])
             free.put(buffer)
     finally:
         # Whoever stops early finds the thread waiting for a buffer, or lets it fill those that are free.

@@ -71,7 +71,7 @@ class FeatureCache:
         self.cache_key: str = self.manifest["cache_key"]
         self.dtype = np.dtype(self.manifest["storage_dtype"])
         self._shard_images: int = self.manifest["shard_images"]
-        self._shards: dict[int, tuple[Mapped, np.ndarray]] = {}
+        self._shards: dict[int, tuple[Mapped, list[list[int]]]] = {}
 
     @cached_property
     def content(self) -> str:
@@ -207,13 +207,14 @@ class FeatureCache:
         if not 0 <= row < self.images:
             raise IndexError(f"row {row} of {self.images}")
         shard, position = divmod(row, self._shard_images)
-        mapped, index = self._shard(shard)
-        offset, length = (int(number) for number in index[position])
+        mapped, places = self._shard(shard)
+        offset, length = places[position]
         end, size = offset + length, len(target)
-        whole = length == size + CRC_BYTES and end <= len(mapped.data)
+        whole, stored = length == size + CRC_BYTES and end <= mapped.size, b""
         if whole:
             target[:] = mapped.data[offset : offset + size]
-            stored = mapped.data[offset + size : end].tobytes()
+            if check:
+                stored = mapped.data[offset + size : end].tobytes()
             mapped.release(offset, end)
         # Of the copy, as the file may change at any time.
         if not whole or (check and crc_bytes(crc(target)) != stored):
@@ -222,17 +223,17 @@ class FeatureCache:
                 f"(image '{self.ids[row]}') fail their checksum; extract this silo with --overwrite"
             )
 
-    def index(self, shard: int) -> np.ndarray:
-        """`(shard_images, 2)` uint64: offset and length of every image in a shard's file."""
+    def places(self, shard: int) -> list[list[int]]:
+        """Offset and length of every image in a shard's file."""
         return self._shard(shard)[1]
 
     def will_need(self, rows: Sequence[int] | np.ndarray) -> None:
         """Have the system read features ahead that are asked for soon."""
         for row in rows:
             shard, position = divmod(int(row), self._shard_images)
-            mapped, index = self._shard(shard)
-            offset, length = (int(number) for number in index[position])
-            if offset + length <= len(mapped.data):
+            mapped, places = self._shard(shard)
+            offset, length = places[position]
+            if offset + length <= mapped.size:
                 mapped.will_need(offset, offset + length)
 
     def decoded(self, stored: torch.Tensor) -> torch.Tensor:
@@ -249,7 +250,7 @@ class FeatureCache:
 
         return self.decoded(torch.from_numpy(self.read(rows)))
 
-    def _shard(self, shard: int) -> tuple[Mapped, np.ndarray]:
+    def _shard(self, shard: int) -> tuple[Mapped, list[list[int]]]:
         if shard not in self._shards:
             name = shard_name(shard)
             mapped = self._files.map(name, self._sizes[name])
@@ -261,7 +262,7 @@ class FeatureCache:
                     f"{self.path / name}: bytes {max(start, 0)} to {end + CRC_BYTES} (its index) fail their "
                     "checksum; extract this silo with --overwrite"
                 )
-            self._shards[shard] = mapped, index.view(INDEX_DTYPE).reshape(-1, 2)
+            self._shards[shard] = mapped, index.view(INDEX_DTYPE).reshape(-1, 2).tolist()
         return self._shards[shard]
 
 

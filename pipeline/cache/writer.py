@@ -10,10 +10,9 @@ import shutil
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,10 +41,9 @@ from pipeline.errors import UserError
 from pipeline.manifest import canonical, read_json, sha256_file, sync_directory, write_atomic, write_json
 from pipeline.records import KINDS, SPLITS
 
-# Blocks are hashed by a second thread, at most so many after they were written.
-_BLOCK = 1 << 22
-_BEHIND = 4
-_PIECES = 512
+# Blocks are hashed by a thread of its own, at most so many after they were written.
+_BLOCK = 1 << 24
+_BEHIND = 2
 _RECORD = re.compile(r"[0-9]{5,}\.json")
 
 
@@ -306,40 +304,43 @@ def stream_shard(path: Path, images: Iterable[np.ndarray], shard_images: int) ->
         for piece in pieces:
             digest.update(piece)
 
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        hashing = deque([pool.submit(add, [])])
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        hashing: deque[Future[None]] = deque()
         block, held = list[Any](), 0
 
-        def put() -> None:
-            hashing.append(pool.submit(add, block))
+        def put(*pieces: Any) -> None:
+            nonlocal block, held
+            write_all(file, pieces)
+            block += pieces
+            held += sum(len(piece) for piece in pieces)
+            if held >= _BLOCK:
+                hashing.append(hasher.submit(add, block))
+                block, held = [], 0
             if len(hashing) > _BEHIND:
+                # The disk can work while this thread has to wait.
+                os.fdatasync(file.fileno())
                 hashing.popleft().result()
-            write_all(file, block)
 
         for position, image in enumerate(images):
             data = np.ascontiguousarray(image).reshape(-1).view(np.uint8)
-            block += [data, crc_bytes(crc(data))]
-            index[position] = offset + held, data.size + CRC_BYTES
-            held += data.size + CRC_BYTES
-            if held >= _BLOCK:
-                put()
-                offset, block, held = offset + held, [], 0
-        block += [index.tobytes(), crc_bytes(crc(index.tobytes()))]
-        put()
+            put(data, crc_bytes(crc(data)))
+            index[position] = offset, len(data) + CRC_BYTES
+            offset += len(data) + CRC_BYTES
+        put(index.tobytes(), crc_bytes(crc(index.tobytes())))
+        hasher.submit(add, block)
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
 def write_all(file: IO[bytes], pieces: Sequence[Any]) -> None:
-    """Write pieces to an unbuffered file, many in one call of the system."""
-    left = deque(memoryview(piece) for piece in pieces)
+    """Write pieces to an unbuffered file in one call of the system, mostly."""
+    left = [memoryview(piece).cast("B") for piece in pieces]
     while left:
-        written = os.writev(file.fileno(), list(islice(left, _PIECES)))
-        while written:
-            if written < len(left[0]):
-                left[0] = left[0][written:]
-                break
-            written -= len(left.popleft())
+        written = os.writev(file.fileno(), left)
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if left:
+            left[0] = left[0][written:]
 
 
 def text_arrays(texts: Sequence[Sequence[tuple[str, str, str]]]) -> dict[str, np.ndarray]:

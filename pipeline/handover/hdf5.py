@@ -72,13 +72,9 @@ def export(out: Path, cache: FeatureCache, content: Content, task: Task) -> None
 
 
 def _require_plain_shard(cache: FeatureCache, shard: int) -> None:
-    index, count = (
-        cache.index(shard),
-        min(cache.images - shard * cache.manifest["shard_images"], cache.manifest["shard_images"]),
-    )
-    length = chunk_bytes(cache.manifest) + CRC_BYTES
-    plain = np.arange(count, dtype=np.uint64) * length
-    if not ((index[:count, 0] == plain).all() and (index[:count, 1] == length).all()):
+    step = cache.manifest["shard_images"]
+    count, length = min(cache.images - shard * step, step), chunk_bytes(cache.manifest) + CRC_BYTES
+    if cache.places(shard)[:count] != [[place * length, length] for place in range(count)]:
         raise UserError(f"{cache.path}: another program wrote its shards in another order; pack it as a zip")
 
 
