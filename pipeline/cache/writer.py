@@ -287,7 +287,7 @@ class CacheWriter:
 
 
 def stream_shard(path: Path, images: Iterable[np.ndarray], shard_images: int) -> str:
-    """Write a shard durably while a second thread hashes it.
+    """Write a shard durably while other threads compute its checksums and its hash.
 
     Args:
         path: The file.
@@ -304,7 +304,11 @@ def stream_shard(path: Path, images: Iterable[np.ndarray], shard_images: int) ->
         for piece in pieces:
             digest.update(piece)
 
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+    with (
+        path.open("wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as hasher,
+        ThreadPoolExecutor(1) as summer,
+    ):
         hashing: deque[Future[None]] = deque()
         block, held = list[Any](), 0
 
@@ -321,15 +325,27 @@ def stream_shard(path: Path, images: Iterable[np.ndarray], shard_images: int) ->
                 os.fdatasync(file.fileno())
                 hashing.popleft().result()
 
-        for position, image in enumerate(images):
-            data = np.ascontiguousarray(image).reshape(-1).view(np.uint8)
-            put(data, crc_bytes(crc(data)))
+        for position, (data, checksum) in enumerate(_summed(images, summer)):
+            put(data, crc_bytes(checksum.result()))
             index[position] = offset, len(data) + CRC_BYTES
             offset += len(data) + CRC_BYTES
         put(index.tobytes(), crc_bytes(crc(index.tobytes())))
         hasher.submit(add, block)
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def _summed(
+    images: Iterable[np.ndarray], summer: ThreadPoolExecutor
+) -> Iterator[tuple[np.ndarray, Future[int]]]:
+    """Bytes of every image with their crc32c, which is computed while the image before is written."""
+    waiting: list[tuple[np.ndarray, Future[int]]] = []
+    for image in images:
+        data = np.ascontiguousarray(image).reshape(-1).view(np.uint8)
+        waiting.append((data, summer.submit(crc, data)))
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def write_all(file: IO[bytes], pieces: Sequence[Any]) -> None:
