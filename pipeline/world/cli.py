@@ -95,7 +95,7 @@ def train(out: Path, seed: int, language_steps: int | None, vision_steps: int | 
 @click.option("--out", type=click.Path(path_type=Path), default="redrawn.png", show_default=True)
 @click.option("--pictures", default=4000, show_default=True, help="Pictures a decoder is trained on.")
 @click.option("--held-out", default=600, show_default=True, help="Other pictures, which are redrawn.")
-@click.option("--steps", default=800, show_default=True, help="Steps a decoder is trained for.")
+@click.option("--steps", default=1500, show_default=True, help="Steps a decoder is trained for.")
 @click.option("--seed", default=0, show_default=True)
 def redraw(out: Path, pictures: int, held_out: int, steps: int, seed: int) -> None:
     """Redraw pictures from their cached features, to see what handing a cache over reveals.

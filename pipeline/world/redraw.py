@@ -86,7 +86,9 @@ def redraw(
 def _features(weights: Path, pictures: np.ndarray) -> torch.Tensor:
     import torch
     from transformers import AutoImageProcessor, CLIPVisionModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = CLIPVisionModel.from_pretrained(weights).eval()
     processor = AutoImageProcessor.from_pretrained(weights, backend="pil")
     with torch.no_grad():
@@ -115,20 +117,25 @@ def _decoder(
     seen = grid[: len(target)]
     grid = (grid - seen.mean((0, 2, 3), keepdim=True)) / seen.std((0, 2, 3), keepdim=True)
     scale = SIZE // side
+    last = torch.nn.Conv2d(_WIDTH, 3 * scale**2, 1)
     decoder = torch.nn.Sequential(
         torch.nn.Conv2d(grid.shape[1], _WIDTH, 3, padding=1),
         torch.nn.GELU(),
         torch.nn.Conv2d(_WIDTH, _WIDTH, 3, padding=1),
         torch.nn.GELU(),
-        torch.nn.Conv2d(_WIDTH, 3 * scale**2, 1),
+        last,
         torch.nn.PixelShuffle(scale),
     )
     generator = torch.Generator().manual_seed(seed)
+    assert last.bias is not None
     for parameter in decoder.parameters():
         if parameter.ndim > 1:
             torch.nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
         else:
             torch.nn.init.zeros_(parameter)
+    # The mean of what was seen is where it starts, not noise.
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.constant_(last.bias, float(target.mean()))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, cycle_momentum=False)
     for _ in range(steps):
