@@ -77,7 +77,7 @@ def bench_read(root: Path, images: int, rounds: int) -> dict[str, list[float]]:
             pass
 
     # Enough that making the buffers, once a pass, is as small a part of it as in a real one.
-    longer = np.concatenate([np.random.default_rng(seed).permutation(images) for seed in range(4)])
+    longer = np.concatenate([np.random.default_rng(seed).permutation(images) for seed in range(12)])
     few = random[: max(images // 8, 4)]
     ways: dict[str, tuple[Callable[[], None], int]] = {
         "memmap, sequential": (lambda: memmap(sequential), images),
