@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,7 @@ from pipeline.cache import (
     CorruptCacheError,
     FeatureCache,
     Identity,
+    Quantiser,
     Row,
     differences,
     finish_commit,
@@ -34,11 +35,15 @@ from pipeline.cache import (
     started_key,
     to_storage,
 )
+from pipeline.cache.int8 import SAMPLE_IMAGES
 from pipeline.config import Extract
 from pipeline.console import Task, say
 from pipeline.errors import UserError
 from pipeline.manifest import fingerprint, provenance
 from pipeline.records import Record
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
@@ -112,6 +117,9 @@ def extract_silo(
     ):
         if writer is None:
             return Outcome(path, FeatureCache(path), _BY_OTHERS, 0.0)
+        quantiser = None
+        if options.dtype == "int8":
+            quantiser = writer.calibrate(lambda: _calibrate(source, encoder, options, pool))
         for number, chunk in enumerate(chunks(_only_records(source, skipped), options.shard_images)):
             shards.append(fingerprint([record.id for record in chunk]))
             if worker is None or worker.owns(number):
@@ -119,7 +127,7 @@ def extract_silo(
                     if mine and _is_finished(writer, number, shards[number]):
                         resumed += 1
                     elif mine:
-                        writer.write(number, *_encode_shard(chunk, encoder, options, pool))
+                        writer.write(number, *_encode_shard(chunk, encoder, options, pool, quantiser))
             task.advance(len(chunk))
         with settling(path):
             recorded = writer.recorded()
@@ -215,42 +223,76 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _calibrate(
+    source: Source, encoder: LoadedEncoder, options: Extract, pool: ThreadPoolExecutor
+) -> Quantiser:
+    """Channels of the first readable images."""
+    sample: list[np.ndarray] = []
+    for records in chunks(_only_records(source, []), options.batch_size):
+        decoded = list(pool.map(lambda record: _decode(record, encoder.preprocess), records))
+        features = _encode(decoded, encoder).numpy()
+        readable = [item.pixels is not None for item in decoded]
+        sample += [each for each in features[readable] if np.isfinite(each).all()]
+        if len(sample) >= SAMPLE_IMAGES:
+            break
+    return Quantiser.fit(np.stack(sample[:SAMPLE_IMAGES]) if sample else np.zeros((0, 1, 1), np.float32))
+
+
 def _encode_shard(
-    records: Sequence[Record], encoder: LoadedEncoder, options: Extract, pool: ThreadPoolExecutor
-) -> tuple[np.ndarray, list[Row]]:
+    records: Sequence[Record],
+    encoder: LoadedEncoder,
+    options: Extract,
+    pool: ThreadPoolExecutor,
+    quantiser: Quantiser | None,
+) -> tuple[np.ndarray, list[Row], list[float] | None]:
     def decode(batch: Sequence[Record]) -> list[Future[_Decoded]]:
         return [pool.submit(_decode, record, encoder.preprocess) for record in batch]
 
     features: list[np.ndarray] = []
     rows: list[Row] = []
+    measured = [0.0] * 4 if quantiser else None
     batches = list(chunks(records, options.batch_size))
     ahead = decode(batches[0])
     for following in [*batches[1:], []]:
         decoded, ahead = [future.result() for future in ahead], decode(following)
-        encoded = _encode_batch(decoded, encoder, options.dtype)
-        features.append(encoded[0])
-        rows += encoded[1]
-    return np.concatenate(features), rows
+        encoded = _encode(decoded, encoder)
+        known = _rows(decoded, encoded, options.dtype)
+        stored = (
+            to_storage(encoded, options.dtype) if quantiser is None else quantiser.encode(encoded.numpy())
+        )
+        unusable = [place for place, row in enumerate(known) if row.status]
+        stored[unusable] = 0
+        if quantiser is not None and measured is not None:
+            usable = [place for place, row in enumerate(known) if not row.status]
+            costs = quantiser.error(encoded.numpy()[usable], stored[usable])
+            measured = [old + new for old, new in zip(measured, costs, strict=True)]
+        features.append(stored)
+        rows += known
+    return np.concatenate(features), rows, measured
 
 
-def _encode_batch(
-    decoded: Sequence[_Decoded], encoder: LoadedEncoder, dtype: str
-) -> tuple[np.ndarray, list[Row]]:
+def _encode(decoded: Sequence[_Decoded], encoder: LoadedEncoder) -> torch.Tensor:
+    """Features `(images, patches, d_vision)` float32 on the CPU; zero where there is no picture."""
     import torch
 
-    rows = [item.row for item in decoded]
     features = torch.zeros(len(decoded), encoder.patches, encoder.d_vision)
     usable = [place for place, item in enumerate(decoded) if item.pixels is not None]
     if usable:
         pixels = torch.from_numpy(np.stack([item.pixels for item in decoded if item.pixels is not None]))
         features[usable] = encoder.encode(pixels).cpu()
-    stored = to_storage(features, dtype)
-    finite = torch.isfinite(features.to(getattr(torch, dtype))).flatten(1).all(1)
-    for place in (~finite).nonzero().flatten().tolist():
-        stored[place] = 0
+    return features
+
+
+def _rows(decoded: Sequence[_Decoded], features: torch.Tensor, dtype: str) -> list[Row]:
+    """What is known of every image, now also whether its features are finite as they are stored."""
+    import torch
+
+    rows = [item.row for item in decoded]
+    kept = features if dtype == "int8" else features.to(getattr(torch, dtype))
+    for place in (~torch.isfinite(kept).flatten(1).all(1)).nonzero().flatten().tolist():
         old = rows[place]
         rows[place] = Row(old.id, old.sha256, STATUS.index("not finite"), "features overflow", old.texts)
-    return stored, rows
+    return rows
 
 
 def _probe(encoder: LoadedEncoder, dtype: str) -> str:
@@ -260,4 +302,6 @@ def _probe(encoder: LoadedEncoder, dtype: str) -> str:
     import torch
 
     features = encoder.encode(torch.from_numpy(encoder.preprocess(picture))[None])
-    return hashlib.sha256(to_storage(features, dtype).tobytes()).hexdigest()
+    # A byte holds too little of one picture to tell encoders apart.
+    exact = "bfloat16" if dtype == "int8" else dtype
+    return hashlib.sha256(to_storage(features, exact).tobytes()).hexdigest()

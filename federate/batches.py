@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cache import FeatureCache
+from pipeline.cache.loader import float_batches
 from pipeline.errors import UserError
 from pipeline.language import FrozenLanguageModel
 from pipeline.manifest import fingerprint
@@ -110,11 +112,17 @@ class Stream:
     def batches(self, turn: int) -> Iterator[Batch]:
         """Batches of a turn, the last one perhaps smaller."""
         samples = self.samples(turn)
+        rows = [[silo, self._caches[silo].text_image[index]] for silo, index in samples]
+        features = float_batches(
+            self._caches, np.array(rows).reshape(-1, 2), self._batch_size, torch.device(self._language.device)
+        )
         ahead = self._batch_size * max(_TOKENISED_AHEAD // self._batch_size, 1)
-        for start in range(0, len(samples), ahead):
-            yield from self._block(samples[start : start + ahead])
+        with closing(features):
+            for start in range(0, len(samples), ahead):
+                for ids, labels in self._tokens(samples[start : start + ahead]):
+                    yield Batch(next(features), ids, labels)
 
-    def _block(self, samples: np.ndarray) -> Iterator[Batch]:
+    def _tokens(self, samples: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         tokens = tokenise_all(
             [self._caches[silo].text(index) for silo, index in samples],
             self._template,
@@ -123,10 +131,4 @@ class Stream:
             max_length=self._max_length,
         )
         for start in range(0, len(samples), self._batch_size):
-            batch = slice(start, start + self._batch_size)
-            features = [
-                self._caches[silo].tensor([self._caches[silo].text_image[index]])
-                for silo, index in samples[batch]
-            ]
-            ids, labels = self._language.collate(tokens[batch])
-            yield Batch(torch.cat(features).float().to(ids.device), ids, labels)
+            yield self._language.collate(tokens[start : start + self._batch_size])

@@ -19,6 +19,7 @@ COMMANDS = {
     "score": ("evaluate.cli:score", "Score saved answers again; no model is needed."),
     "report": ("evaluate.cli:report", "Compare the runs of an experiment on one page."),
     "export": ("pipeline.export.cli:export", "Write a projector as Hugging Face or LLaVA reads it."),
+    "cache": ("pipeline.handover.cli:cache", "Look at feature caches, check them, hand them over."),
     "ablate": ("pipeline.ablate:ablate", "Compare strategies over scenarios and seeds."),
     "world": ("pipeline.world.cli:world", "Write the embedded default's data, or train its models."),
 }

@@ -42,12 +42,12 @@ class Extract(Options):
     """Stage one.
 
     `dtype` is what is stored, `compute_dtype` what the encoder computes in; `auto` is bfloat16 on
-    CUDA and float32 on the CPU.
+    CUDA and float32 on the CPU. `int8` halves a cache; its manifest says what that costs.
     """
 
     encoder: Component
     silos: dict[Name, Component] = Field(min_length=1)
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     shard_images: int = Field(256, ge=1)
     batch_size: int = Field(64, ge=1)

@@ -25,7 +25,7 @@ from pipeline.cache import (
     writing,
 )
 from pipeline.errors import UserError
-from pipeline.manifest import write_json
+from pipeline.manifest import write_atomic
 
 IDENTITY = Identity({"encoder": {"layer": -2}, "dtype": "bfloat16"}, {"files": "abc"})
 
@@ -191,9 +191,9 @@ def test_a_commit_killed_anywhere_is_made_good(
 ) -> None:
     whole = write(tmp_path / "whole" / "s.zarr", some(10))
     target = {
-        "after the arrays": "pipeline.cache.sha256_file",
-        "before the manifest": "pipeline.cache.write_json",
-        "after the manifest": "pipeline.cache.finish_commit",
+        "after the arrays": "pipeline.cache.writer.sha256_file",
+        "before the manifest": "pipeline.cache.writer.write_atomic",
+        "after the manifest": "pipeline.cache.writer.finish_commit",
     }[moment]
     path = tmp_path / "s.zarr"
 
@@ -211,13 +211,13 @@ def test_a_commit_killed_anywhere_is_made_good(
     def kill(*_: object) -> None:
         raise Killed
 
-    real_write_json = write_json
+    real_write_atomic = write_atomic
     if moment == "before the manifest":
 
-        def kill_at_manifest(file: Path, value: object) -> None:
+        def kill_at_manifest(file: Path, data: bytes) -> None:
             if file.name == "manifest.json":
                 raise Killed
-            real_write_json(file, value)
+            real_write_atomic(file, data)
 
         monkeypatch.setattr(target, kill_at_manifest)
     else:
@@ -279,3 +279,16 @@ def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     assert on_disk == set(cache.manifest["files"]) | {"manifest.json"}
     json.dumps(cache.manifest)
     shutil.rmtree(cache.path)
+
+
+def test_what_zarr_left_when_it_was_killed_is_not_taken_in(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole" / "s.zarr", some(10))
+    path = tmp_path / "s.zarr"
+    writer = CacheWriter(path, IDENTITY, patches=3, d_vision=5, dtype="bfloat16", shard_images=4)
+    for name in ("zarr.json.0b1c.partial", "texts/bytes/c/0.77aa.partial", "texts/bytes/c/9"):
+        (partial_path(path) / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial_path(path) / name).write_bytes(b"half")
+    for shard, start in enumerate(range(0, 10, 4)):
+        part = some(10)[start : start + 4]
+        writer.write(shard, part, rows(start, len(part)))
+    assert writer.commit({"silo": "test"}).manifest == whole.manifest

@@ -288,3 +288,30 @@ def test_killed_and_rerun_gives_the_same_bytes(tmp_path: Path, clip_dir: Path, l
     assert result.exit_code == 0, result.output
     assert "resumed at shard" in result.output
     assert digest(tmp_path / "a/features") == digest(tmp_path / "b/features")
+
+
+def test_int8_features_are_near_and_say_how_near(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
+    write_llava(tmp_path, 12)
+    (tmp_path / "scans/004.png").write_bytes(b"no picture")
+    source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
+    exact = config(tmp_path, clip_dir, llama_dir, source, 'dtype = "float32"')
+    assert run(exact).exit_code == 0
+    reference = FeatureCache(tmp_path / "features/one.zarr")
+    refused = run(config(tmp_path, clip_dir, llama_dir, source, 'dtype = "int8"'))
+    assert 'dtype: "int8" here, "float32" there' in refused.output
+    path = config(tmp_path, clip_dir, llama_dir, source, 'dtype = "int8"')
+    path.write_text(path.read_text().replace("/features", "/small"))
+    assert run(path).exit_code == 0, run(path).output
+    cache = FeatureCache(tmp_path / "small/one.zarr")
+    usable = [row for row in range(12) if row != 4]
+    ours, theirs = cache.tensor(usable), reference.tensor(usable)
+    measured = float((ours - theirs).norm() / theirs.norm())
+    assert measured == pytest.approx(cache.manifest["int8"]["relative_error"], rel=1e-2)
+    assert measured < 0.02
+    assert not cache.read([4]).any()
+    assert cache.manifest["dtype"] == cache.manifest["key"]["dtype"] == "int8"
+    whole = digest(tmp_path / "small/one.zarr")
+    shutil.rmtree(tmp_path / "small")
+    for worker in ("1/2", "0/2"):
+        assert run(path, "--worker", worker).exit_code == 0
+    assert digest(tmp_path / "small/one.zarr") == whole

@@ -42,10 +42,10 @@ def test_data_flows_one_way(file: Path) -> None:
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("zarr", ["pipeline/cache.py"]),
+        ("zarr", ["pipeline/cache/"]),
         ("open_clip", ["extract/encoders/"]),
         ("fsspec", ["pipeline/store.py"]),
-        ("h5py", ["extract/sources/hdf5.py"]),
+        ("h5py", ["extract/sources/hdf5.py", "pipeline/handover/hdf5.py"]),
         ("flwr", ["federate/engines/flower.py"]),
         ("webdataset", ["extract/sources/webdataset.py", "pipeline/world/write.py"]),
     ],

@@ -159,3 +159,16 @@ def test_both_recipes_learn_and_repeat() -> None:
     )
     assert seen[-1] < 0.9 * seen[0]
     assert set(accuracy) == {"colour", "shape", "size", "cell", "domain"}
+
+
+def test_pictures_can_be_redrawn_from_features(tmp_path: Path) -> None:
+    from pipeline.world.cli import WEIGHTS
+    from pipeline.world.redraw import redraw, save
+
+    originals, results = redraw(WEIGHTS / "clip", pictures=200, held_out=50, steps=30, seed=1)
+    assert originals.shape == results[0].pictures.shape == (50, 48, 48, 3)
+    assert [result.bytes for result in results] == [36 * 96 * 2, 36 * 96, 9 * 96 * 2, 9 * 96]
+    assert all(result.variance > 0.6 for result in results)
+    assert results[0].found > 5 / 50
+    save(tmp_path / "redrawn.png", originals, results)
+    assert (tmp_path / "redrawn.png").stat().st_size > 1000

@@ -89,3 +89,40 @@ def train(out: Path, seed: int, language_steps: int | None, vision_steps: int | 
     for name, value in accuracy.items():
         say(f"{name}: {value}")
     say(f"Saved {out / 'clip'} and {out / 'llama'}")
+
+
+@world.command()
+@click.option("--out", type=click.Path(path_type=Path), default="redrawn.png", show_default=True)
+@click.option("--pictures", default=4000, show_default=True, help="Pictures a decoder is trained on.")
+@click.option("--held-out", default=600, show_default=True, help="Other pictures, which are redrawn.")
+@click.option("--steps", default=1500, show_default=True, help="Steps a decoder is trained for.")
+@click.option("--seed", default=0, show_default=True)
+def redraw(out: Path, pictures: int, held_out: int, steps: int, seed: int) -> None:
+    """Redraw pictures from their cached features, to see what handing a cache over reveals.
+
+    \b
+    Example:
+      fedcmp world redraw --out redrawn.png
+    """
+    from pipeline.console import progress, say, table
+    from pipeline.world import redraw as inversion
+
+    with progress("redraw", 4 * steps, "steps") as task:
+        originals, results = inversion.redraw(
+            WEIGHTS / "clip",
+            pictures=pictures,
+            held_out=held_out,
+            steps=steps,
+            seed=seed,
+            report=task.advance,
+        )
+    inversion.save(out, originals, results)
+    table(
+        f"{held_out} held-out pictures redrawn from their features",
+        ["stored as", "bytes", "variance explained", "PSNR", "original found"],
+        [
+            [each.way, f"{each.bytes:,}", f"{each.variance:.1%}", f"{each.psnr:.1f} dB", f"{each.found:.1%}"]
+            for each in results
+        ],
+    )
+    say(f"{out}: originals, then what was redrawn, a row each in the table's order")

@@ -1,0 +1,199 @@
+"""Where a cache's files lie: in its folder, or stored uncompressed in a zip and read in place."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import zipfile
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.cache.format import CorruptCacheError
+from pipeline.errors import UserError
+
+_LOCAL_HEADER = 30
+# Linux maps more than the page that is read: as much around it as it keeps in one piece.
+_AROUND = 1 << 21
+_DIRECTORY_LIMIT = 1 << 24
+
+
+class Mapped:
+    """A file's bytes through mmap, without keeping more than what is being read in this process.
+
+    Attributes:
+        size: Bytes of the file.
+        data: `(size,)` uint8, read-only.
+    """
+
+    def __init__(self, path: Path, start: int, size: int) -> None:
+        with path.open("rb") as file:
+            # Beyond the end of a file that shrank, an mmap kills the process.
+            if os.fstat(file.fileno()).st_size < start + size:
+                raise CorruptCacheError(
+                    f"{path}: shorter than its manifest says; have it sent or extract it again"
+                )
+            self._shift = start % mmap.ALLOCATIONGRANULARITY
+            length = size + self._shift
+            self._mmap = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start - self._shift)
+        self.size = size
+        self.data = np.frombuffer(self._mmap, np.uint8, size, self._shift)
+
+    def will_need(self, start: int, end: int) -> None:
+        """Have the system read a range ahead."""
+        self._advise(mmap.MADV_WILLNEED, start, end)
+
+    def release(self, start: int, end: int) -> None:
+        """Take a range out of this process's memory; it stays in the system's."""
+        self._advise(mmap.MADV_DONTNEED, max(start - _AROUND, 0), end + _AROUND)
+
+    def _advise(self, advice: int, start: int, end: int) -> None:
+        first = (start + self._shift) & -mmap.PAGESIZE
+        self._mmap.madvise(advice, first, max(min(end + self._shift, len(self._mmap)) - first, 1))
+
+
+class Files(Protocol):
+    """The files of one cache."""
+
+    path: Path
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a regular file, None where there is none."""
+
+    def read(self, name: str, limit: int) -> bytes:
+        """A whole file of at most `limit` bytes."""
+
+    def map(self, name: str, size: int) -> Mapped:
+        """A file of which the manifest says `size`."""
+
+
+class Folder:
+    """Files as they are extracted."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a regular file; links, also among its folders, lead nowhere."""
+        place = self.path
+        try:
+            for part in name.split("/")[:-1]:
+                place = place / part
+                if not stat.S_ISDIR(place.lstat().st_mode):
+                    return None
+            found = (self.path / name).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def read(self, name: str, limit: int) -> bytes:
+        """A whole file."""
+        with (self.path / name).open("rb") as file:
+            return _limited(file.read(limit + 1), limit, self.path / name)
+
+    def map(self, name: str, size: int) -> Mapped:
+        """A file's bytes."""
+        return Mapped(self.path / name, 0, size)
+
+
+class StoredZip:
+    """Files inside a zip that compresses nothing.
+
+    Raises:
+        UserError: It is no zip, or some file in it is compressed, encrypted, a link or there twice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.members: dict[str, zipfile.ZipInfo] = {}
+        with open_zip(path) as archive:
+            for info in archive.infolist():
+                name = info.filename
+                if name in self.members:
+                    raise UserError(f"{path}: '{name}' is in it twice; do not use it")
+                mode = info.external_attr >> 16
+                if mode and not stat.S_ISREG(mode) and stat.S_IFMT(mode):
+                    raise UserError(f"{path}: '{name}' is a link or no regular file; do not use it")
+                if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+                    raise UserError(
+                        f"{path}: '{name}' is compressed or encrypted; pack it with 'fedcmp cache pack'"
+                    )
+                if info.compress_size != info.file_size:
+                    raise UserError(f"{path}: '{name}' has two sizes; do not use it")
+                self.members[name] = info
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file."""
+        return self.members[name].file_size if name in self.members else None
+
+    def read(self, name: str, limit: int) -> bytes:
+        """A whole file."""
+        size = self.members[name].file_size
+        if size > limit:
+            raise CorruptCacheError(f"{self.path}: '{name}' has {size} bytes; do not use it")
+        return self.map(name, size).data.tobytes() if size else b""
+
+    def map(self, name: str, size: int) -> Mapped:
+        """A file's bytes."""
+        return Mapped(self.path, self.place(name)[0], size)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Where in the zip a file's bytes start, and how many there are.
+
+        Raises:
+            CorruptCacheError: There is no file at all.
+        """
+        info = self.members[name]
+        with self.path.open("rb") as file:
+            file.seek(info.header_offset)
+            header = file.read(_LOCAL_HEADER)
+        if len(header) != _LOCAL_HEADER or header[:4] != b"PK\3\4":
+            raise CorruptCacheError(f"{self.path}: '{name}' is not where the zip says; have it sent again")
+        start = info.header_offset + _LOCAL_HEADER
+        start += sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        return start, info.file_size
+
+
+def opened(path: Path) -> Files:
+    """The files of a cache at a path.
+
+    Raises:
+        UserError: It is a zip that cannot be read in place.
+    """
+    if not path.is_file():
+        return Folder(path)
+    archive = StoredZip(path)
+    if any(name.endswith(".zst") for name in archive.members):
+        raise UserError(f"{path}: compressed for transport; unpack it with 'fedcmp cache unpack'")
+    return archive
+
+
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip whose directory is of a size that fits into memory.
+
+    Raises:
+        UserError: It is no whole zip.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 98))
+            tail = file.read().rjust(98, b"\0")
+            if tail[-22:-18] != b"PK\5\6" or (tail[-42:-38] == b"PK\6\7" and tail[:4] != b"PK\6\6"):
+                raise zipfile.BadZipFile("it does not end as a zip does; was it sent as a whole?")
+            listed = int.from_bytes(tail[-10:-6], "little")
+            if tail[:4] == b"PK\6\6":
+                listed = int.from_bytes(tail[40:48], "little")
+        if listed > _DIRECTORY_LIMIT:
+            raise zipfile.BadZipFile("its directory is larger than any cache's")
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise UserError(f"{path}: not a whole stored zip ({error}); have it sent again") from None
+
+
+def _limited(data: bytes, limit: int, place: Path) -> bytes:
+    if len(data) > limit:
+        raise CorruptCacheError(f"{place}: longer than {limit} bytes; do not use this cache")
+    return data

@@ -1,0 +1,107 @@
+"""Batches of features in any order, read ahead by a thread into a ring of buffers used again and again.
+
+A fresh buffer a batch costs three times the copy, as every page of it is first cleared by the system.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Sequence
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache.reader import FeatureCache
+
+_BUFFERS = 2
+_WARM = 1e9
+
+
+def stored_batches(
+    caches: Sequence[FeatureCache], samples: np.ndarray, batch_size: int, *, pin: bool = False
+) -> Generator[Tensor, None, None]:
+    """Features in their storage dtype, in the order of `samples`: nothing here is left to chance.
+
+    Args:
+        caches: Of one key.
+        samples: `(samples, 2)` of (index into `caches`, row).
+        batch_size: Samples a batch; the last one may be smaller.
+        pin: Keep the buffers where a GPU can copy from them itself.
+
+    Yields:
+        `(batch, patches, d_vision)`; overwritten once the next batch is asked for.
+
+    Raises:
+        CorruptCacheError: A chunk fails its crc32c.
+    """
+    first = caches[0]
+    shape = (min(batch_size, max(len(samples), 1)), first.patches, first.d_vision)
+    size = int(np.prod(shape)) * first.dtype.itemsize
+    parts = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    free: SimpleQueue[np.ndarray | None] = SimpleQueue()
+    ready: SimpleQueue[np.ndarray | BaseException] = SimpleQueue()
+    for _ in range(_BUFFERS):
+        memory = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        free.put(memory.numpy().view(first.dtype).reshape(shape))
+
+    def fill() -> None:
+        try:
+            cold = True
+            for part in parts:
+                if cold:
+                    _will_need(caches, part)
+                buffer = free.get()
+                if buffer is None:
+                    return
+                began = time.monotonic()
+                targets = buffer.reshape(shape[0], -1).view(np.uint8)[: len(part)]
+                for target, (silo, row) in zip(targets, part.tolist(), strict=True):
+                    caches[silo].copy(row, target)
+                # To ask the system for what it has already costs a fifth of the copy.
+                cold = (time.monotonic() - began) * _WARM > targets.nbytes
+                ready.put(buffer)
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=fill, name="features", daemon=True)
+    thread.start()
+    try:
+        for part in parts:
+            buffer = ready.get()
+            if isinstance(buffer, BaseException):
+                raise buffer
+            yield torch.from_numpy(buffer[: len(part)])
+            free.put(buffer)
+    finally:
+        # Whoever stops early finds the thread waiting for a buffer, or lets it fill those that are free.
+        free.put(None)
+        thread.join()
+
+
+def _will_need(caches: Sequence[FeatureCache], samples: np.ndarray) -> None:
+    for silo, row in samples.tolist():
+        caches[silo].will_need([row])
+
+
+def float_batches(
+    caches: Sequence[FeatureCache], samples: np.ndarray, batch_size: int, device: torch.device
+) -> Generator[Tensor, None, None]:
+    """The same as float32 on a device, each batch in memory of its own."""
+    batches = stored_batches(caches, samples, batch_size, pin=device.type == "cuda")
+    for number, stored in enumerate(batches):
+        moved = stored.to(device)
+        if caches[0].quantiser is None:
+            features = caches[0].decoded(moved)
+            # What is float32 already would share the buffer.
+            yield features.clone() if features is stored else features.float()
+            continue
+        silos = torch.from_numpy(samples[number * batch_size :][: len(stored), 0].copy())
+        decoded = torch.empty(moved.shape, dtype=torch.float32, device=device)
+        for silo in silos.unique().tolist():
+            # Every silo has steps of its own.
+            mine = (silos == silo).to(device)
+            decoded[mine] = caches[silo].decoded(moved[mine])
+        yield decoded

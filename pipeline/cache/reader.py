@@ -1,0 +1,300 @@
+"""Reading a committed cache: features through mmap, everything checked by its crc32c."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise, product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.cache.files import Mapped, opened
+from pipeline.cache.format import (
+    CRC_BYTES,
+    INDEX_DTYPE,
+    MANIFEST_LIMIT,
+    QUANT_ARRAYS,
+    SMALL_ARRAYS,
+    CorruptCacheError,
+    array_bytes,
+    array_metadata,
+    checked_manifest,
+    crc,
+    crc_bytes,
+    differences,
+    grid,
+    require_plain,
+    shard_name,
+)
+from pipeline.cache.int8 import Quantiser
+from pipeline.cache.turns import partial_path
+from pipeline.config import Experiment
+from pipeline.errors import UserError, did_you_mean
+from pipeline.manifest import fingerprint
+from pipeline.mirror import pull
+from pipeline.records import KINDS, SPLITS, Text
+from pipeline.store import Remote
+
+if TYPE_CHECKING:
+    import torch
+
+
+class FeatureCache:
+    """Read a committed cache; features come through mmap, checked by crc32c.
+
+    Args:
+        path: The cache's directory, or a zip of it that compresses nothing.
+
+    Raises:
+        UserError: There is no manifest, its format is unknown, or a file is missing or has another
+            size than the manifest says (which also keeps a truncated mmap from crashing).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = opened(path)
+        if self._files.size("manifest.json") is None:
+            state = "is unfinished" if partial_path(path).exists() else "does not exist"
+            raise UserError(f"{path}: this feature cache {state}; run 'fedcmp extract' first")
+        data = self._files.read("manifest.json", MANIFEST_LIMIT)
+        self.manifest = checked_manifest(data, str(path / "manifest.json"))
+        self._sizes: dict[str, int] = {name: size for name, (size, _) in self.manifest["files"].items()}
+        for name, size in self._sizes.items():
+            if self._files.size(name) != size:
+                raise CorruptCacheError(f"{path / name}: missing or not {size} bytes long; extract it again")
+        self.images: int = self.manifest["images"]
+        self.texts: int = self.manifest["texts"]
+        self.patches: int = self.manifest["patches"]
+        self.d_vision: int = self.manifest["d_vision"]
+        self.cache_key: str = self.manifest["cache_key"]
+        self.dtype = np.dtype(self.manifest["storage_dtype"])
+        self._shard_images: int = self.manifest["shard_images"]
+        self._shards: dict[int, tuple[Mapped, list[list[int]]]] = {}
+
+    @cached_property
+    def content(self) -> str:
+        """SHA-256 of the table of files: equal content, equal training."""
+        return fingerprint(self.manifest["files"])
+
+    def array(self, name: str) -> np.ndarray:
+        """One of the small arrays, whole.
+
+        Raises:
+            CorruptCacheError: A chunk fails its crc32c, or shape, dtype or codecs are not what the
+                manifest implies.
+        """
+        place = str(self.path / name)
+        dtype = (SMALL_ARRAYS | QUANT_ARRAYS)[name]
+        if f"{name}/zarr.json" not in self._sizes:
+            raise CorruptCacheError(f"{place}: there is no such array; do not use this cache")
+        metadata = array_metadata(self._files.read(f"{name}/zarr.json", 1 << 16), f"{place}/zarr.json")
+        require_plain(metadata, dtype, f"{place}/zarr.json")
+        shape, chunk = metadata["shape"], metadata["chunk"]
+        held = sum(size for file, size in self._sizes.items() if file.startswith(f"{name}/c/"))
+        wanted = self._shape(name)
+        fits = shape == wanted if wanted else len(shape) == 1 and array_bytes(shape, dtype) <= held
+        if not fits:
+            raise CorruptCacheError(
+                f"{place}: shape {shape} instead of {wanted or [held]}; do not use this cache"
+            )
+        out = np.zeros(shape, dtype)
+        for place_in_grid in product(*map(range, grid(shape, chunk))):
+            file = f"{name}/c/{'/'.join(map(str, place_in_grid))}"
+            # zarr leaves chunks out that hold nothing but zeros.
+            if file in self._sizes:
+                inside = tuple(slice(i * c, (i + 1) * c) for i, c in zip(place_in_grid, chunk, strict=True))
+                part = self._chunk(file, array_bytes(chunk, dtype)).view(dtype).reshape(chunk)
+                target = out[inside]
+                target[...] = part[tuple(slice(0, n) for n in target.shape)]
+        return out
+
+    def _shape(self, name: str) -> list[int] | None:
+        """What the manifest implies; None for the bytes of strings, of which it knows no number."""
+        images, texts = self.images, self.texts
+        return {
+            "images/sha256": [images, 32],
+            "images/status": [images],
+            "images/id_offsets": [images + 1],
+            "texts/offsets": [texts + 1],
+            "texts/image_index": [texts],
+            "texts/kind": [texts],
+            "texts/split": [texts],
+            "quant/channel_mean": [self.d_vision],
+            "quant/channel_step": [self.d_vision],
+        }.get(name)
+
+    def _chunk(self, file: str, size: int) -> np.ndarray:
+        if self._sizes[file] != size + CRC_BYTES:
+            raise CorruptCacheError(
+                f"{self.path / file}: not {size + CRC_BYTES} bytes long; do not use this cache"
+            )
+        data = np.frombuffer(self._files.read(file, size + CRC_BYTES), np.uint8)
+        if crc_bytes(crc(data[:size])) != data[size:].tobytes():
+            raise CorruptCacheError(
+                f"{self.path / file}: bytes 0 to {len(data)} fail their checksum; extract this silo "
+                "with --overwrite"
+            )
+        return data[:size]
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Image ids in row order."""
+        offsets, data = self.array("images/id_offsets"), self.array("images/id_bytes").tobytes()
+        return [data[start:end].decode() for start, end in pairwise(offsets)]
+
+    @cached_property
+    def status(self) -> np.ndarray:
+        """`(images,)` uint8: index into `STATUS`; only rows with 0 have features."""
+        return self.array("images/status")
+
+    @cached_property
+    def text_image(self) -> np.ndarray:
+        """`(texts,)` int64: the image row of each text."""
+        return self.array("texts/image_index")
+
+    @cached_property
+    def text_arrays(self) -> tuple[np.ndarray, bytes, np.ndarray, np.ndarray]:
+        """`(texts + 1,)` offsets into the bytes of all texts, these bytes, kinds and splits."""
+        data = self.array("texts/bytes").tobytes()
+        return self.array("texts/offsets"), data, self.array("texts/kind"), self.array("texts/split")
+
+    def text(self, index: int) -> Text:
+        """One text."""
+        offsets, data, kinds, splits = self.text_arrays
+        content = data[offsets[index] : offsets[index + 1]]
+        return Text.decode(content, KINDS[kinds[index]], SPLITS[splits[index]])
+
+    def usable_texts(self, split: str) -> np.ndarray:
+        """Indices of the texts of a split whose image has features, ascending int64."""
+        *_, splits = self.text_arrays
+        wanted = splits == SPLITS.index(split)
+        return np.flatnonzero(wanted & (self.status[self.text_image] == 0))
+
+    @cached_property
+    def quantiser(self) -> Quantiser | None:
+        """What int8 features mean; None for floating-point features."""
+        if self.manifest["dtype"] != "int8":
+            return None
+        return Quantiser(self.array("quant/channel_mean"), self.array("quant/channel_step"))
+
+    def read(
+        self, rows: Sequence[int] | np.ndarray, out: np.ndarray | None = None, *, check: bool = True
+    ) -> np.ndarray:
+        """Features of images, copied: `(len(rows), patches, d_vision)` in the storage dtype.
+
+        Args:
+            rows: Rows in any order.
+            out: C-contiguous array to fill instead of a new one.
+            check: Verify the crc32c of what was copied; False only right after `fedcmp cache verify`.
+
+        Raises:
+            CorruptCacheError: A chunk or shard index fails its crc32c.
+            IndexError: There is no such row.
+        """
+        if out is None:
+            out = np.empty((len(rows), self.patches, self.d_vision), self.dtype)
+        if out.shape != (len(rows), self.patches, self.d_vision) or out.dtype != self.dtype:
+            raise ValueError(f"out is {out.dtype} {out.shape}")
+        targets = out.reshape(len(rows), -1).view(np.uint8)
+        for target, row in zip(targets, rows, strict=True):
+            self.copy(int(row), target, check=check)
+        return out
+
+    def copy(self, row: int, target: np.ndarray, *, check: bool = True) -> None:
+        """Features of one image into `(bytes,)` uint8; see `read`."""
+        if not 0 <= row < self.images:
+            raise IndexError(f"row {row} of {self.images}")
+        shard, position = divmod(row, self._shard_images)
+        mapped, places = self._shard(shard)
+        offset, length = places[position]
+        end, size = offset + length, len(target)
+        whole, stored = length == size + CRC_BYTES and end <= mapped.size, b""
+        if whole:
+            target[:] = mapped.data[offset : offset + size]
+            if check:
+                stored = mapped.data[offset + size : end].tobytes()
+            mapped.release(offset, end)
+        # Of the copy, as the file may change at any time.
+        if not whole or (check and crc_bytes(crc(target)) != stored):
+            raise CorruptCacheError(
+                f"{self.path / shard_name(shard)}: bytes {offset} to {end} "
+                f"(image '{self.ids[row]}') fail their checksum; extract this silo with --overwrite"
+            )
+
+    def places(self, shard: int) -> list[list[int]]:
+        """Offset and length of every image in a shard's file."""
+        return self._shard(shard)[1]
+
+    def will_need(self, rows: Sequence[int] | np.ndarray) -> None:
+        """Have the system read features ahead that are asked for soon."""
+        for row in rows:
+            shard, position = divmod(int(row), self._shard_images)
+            mapped, places = self._shard(shard)
+            offset, length = places[position]
+            if offset + length <= mapped.size:
+                mapped.will_need(offset, offset + length)
+
+    def decoded(self, stored: torch.Tensor) -> torch.Tensor:
+        """Features as stored to the logical dtype: bfloat16 shares its memory, int8 becomes float32."""
+        import torch
+
+        if self.quantiser is not None:
+            return self.quantiser.decode(stored)
+        return stored.view(torch.bfloat16) if self.manifest["dtype"] == "bfloat16" else stored
+
+    def tensor(self, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
+        """Features of images as a tensor `(len(rows), patches, d_vision)` in the logical dtype."""
+        import torch
+
+        return self.decoded(torch.from_numpy(self.read(rows)))
+
+    def _shard(self, shard: int) -> tuple[Mapped, list[list[int]]]:
+        if shard not in self._shards:
+            name = shard_name(shard)
+            mapped = self._files.map(name, self._sizes[name])
+            end = len(mapped.data) - CRC_BYTES
+            start = end - self._shard_images * 2 * INDEX_DTYPE.itemsize
+            index = mapped.data[max(start, 0) : end].copy()
+            if start < 0 or crc_bytes(crc(index)) != mapped.data[end:].tobytes():
+                raise CorruptCacheError(
+                    f"{self.path / name}: bytes {max(start, 0)} to {end + CRC_BYTES} (its index) fail their "
+                    "checksum; extract this silo with --overwrite"
+                )
+            self._shards[shard] = mapped, index.view(INDEX_DTYPE).reshape(-1, 2).tolist()
+        return self._shards[shard]
+
+
+def open_cache(experiment: Experiment, silo: str) -> FeatureCache:
+    """The cache of a silo of an experiment, or one that a partner site put beside them.
+
+    Raises:
+        UserError: There is none, with the nearest name where the silo is not configured either.
+    """
+    path = experiment.cache_path(silo)
+    if experiment.store is not None:
+        pull(Remote(experiment.store) / path.name, path)
+    packed = path.with_name(f"{path.name}.zip")
+    if not path.exists() and packed.is_file():
+        return FeatureCache(packed)
+    if silo not in experiment.extract.silos and not path.exists():
+        hint = did_you_mean(silo, experiment.extract.silos)
+        raise UserError(f"no silo '{silo}' in extract.silos, and no cache {path}{hint}")
+    return FeatureCache(path)
+
+
+def same_key(caches: dict[str, FeatureCache]) -> None:
+    """Require that caches were made by one encoder in one way.
+
+    Raises:
+        UserError: Naming two silos and the fields in which they differ.
+    """
+    (first, reference), *others = caches.items()
+    for name, cache in others:
+        found = differences(reference.manifest["key"], cache.manifest["key"])
+        if found:
+            raise UserError(
+                f"silos '{first}' and '{name}' were encoded differently ({'; '.join(found)}); "
+                f"extract one of them again"
+            )

@@ -1,0 +1,433 @@
+"""Writing a cache: shards are streamed, the manifest comes last, nothing half-written is taken for whole."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from pipeline.cache.format import (
+    ABSENT,
+    CRC_BYTES,
+    FORMAT,
+    INDEX_DTYPE,
+    STATUS,
+    STORAGE,
+    Identity,
+    Row,
+    crc,
+    crc_bytes,
+    packed,
+    rendered,
+    sealed,
+    shard_name,
+)
+from pipeline.cache.int8 import Quantiser
+from pipeline.cache.reader import FeatureCache
+from pipeline.cache.turns import finish_commit, lock_path, partial_path, settling, try_lock, writing
+from pipeline.errors import UserError
+from pipeline.manifest import canonical, read_json, sha256_file, sync_directory, write_atomic, write_json
+from pipeline.records import KINDS, SPLITS
+
+# Blocks are hashed by a thread of its own, at most so many after they were written.
+_BLOCK = 1 << 24
+_BEHIND = 2
+_RECORD = re.compile(r"[0-9]{5,}\.json")
+
+
+class CacheWriter:
+    """Writes a cache shard by shard; a killed writer loses at most its unfinished shard.
+
+    One process at a time, or several that agree on who writes which shard: `open_writer` sees to it.
+
+    Args:
+        path: Final directory of the cache.
+        identity: What the cache is made of; an unfinished cache of another identity is discarded.
+        patches: Tokens an image.
+        d_vision: Width of a token.
+        dtype: Logical dtype: `bfloat16` (stored as its bits in uint16), `float16` or `float32`.
+        shard_images: Images a shard.
+        alone: No other process is at work on the cache, so what dead ones left can be removed.
+
+    Raises:
+        UserError: Others are at work on a cache of another identity.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        identity: Identity,
+        *,
+        patches: int,
+        d_vision: int,
+        dtype: str,
+        shard_images: int,
+        alone: bool = True,
+    ) -> None:
+        self.path, self.identity, self.shard_images = path, identity, shard_images
+        self._shape = (patches, d_vision)
+        self._dtype = dtype
+        self._partial = partial_path(path)
+        self._rows: dict[int, list[Row]] = {}
+        self._digests: dict[str, str] = {}
+        self._measured: dict[int, Sequence[float]] = {}
+        self._quantiser: Quantiser | None = None
+        started = {**asdict(identity), "layout": [patches, d_vision, dtype, shard_images]}
+        same = read_json(self._partial / "_done" / "identity.json") == started
+        if not alone:
+            if not same:
+                raise UserError(
+                    f"{path}: other processes are making it from other images or with other options; let "
+                    "them finish, then run again"
+                )
+            return
+        if not same:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            write_json(self._partial / "_done" / "identity.json", started)
+        self._remove_torn()
+
+    @property
+    def rows(self) -> list[Row]:
+        """Rows of all shards that were written or found finished, in their order."""
+        return [row for shard in sorted(self._rows) for row in self._rows[shard]]
+
+    @property
+    def held(self) -> set[int]:
+        """Shards that this process wrote or found finished."""
+        return set(self._rows)
+
+    def recorded(self) -> set[int] | None:
+        """Shards with a record, by whichever process; None once the cache is committed."""
+        try:
+            # A listing, because network file systems remember for a while that a single file was missing.
+            names = os.listdir(self._partial / "_done")
+        except FileNotFoundError:
+            return None
+        return {int(name.removesuffix(".json")) for name in names if _RECORD.fullmatch(name)}
+
+    @contextmanager
+    def claim(self, shard: int) -> Iterator[bool]:
+        """Keep other processes from a shard; False where one is at it or the cache is committed."""
+        try:
+            file = (self._partial / "_done" / f"{shard:05d}.lock").open("w")
+        except FileNotFoundError:
+            yield False
+            return
+        with file:
+            mine = try_lock(file, fcntl.LOCK_EX)
+            yield mine and (self._partial / "_done" / "identity.json").is_file()
+
+    def finished(self, shard: int) -> list[Row] | None:
+        """Rows of a shard that an earlier run finished and whose file is whole, else None."""
+        record = read_json(self._record_path(shard))
+        file = self._partial / shard_name(shard)
+        if record is None or not file.is_file() or sha256_file(file) != record["sha256"]:
+            return None
+        rows = [
+            Row(row["id"], row["sha256"], row["status"], row["reason"], tuple(map(tuple, row["texts"])))
+            for row in record["rows"]
+        ]
+        self._keep(shard, rows, record["sha256"], record.get("measured"))
+        return rows
+
+    def calibrate(self, fit: Callable[[], Quantiser]) -> Quantiser:
+        """How int8 features are stored: as whoever comes first among the cache's processes measures it."""
+        path = self._partial / "_done" / "quantiser.npy"
+        if not path.exists():
+            mine = fit()
+            temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:12]}.npy")
+            with temporary.open("wb") as file:
+                np.save(file, np.stack([mine.mean, mine.step]))
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileExistsError):
+                os.link(temporary, path)
+            temporary.unlink()
+        self._quantiser = Quantiser(*np.load(path, allow_pickle=False))
+        return self._quantiser
+
+    def write(
+        self, shard: int, features: np.ndarray, rows: Sequence[Row], measured: Sequence[float] | None = None
+    ) -> None:
+        """Write one shard durably: file, then its record.
+
+        Args:
+            shard: Index of the shard.
+            features: `(images, patches, d_vision)` in the storage dtype; zero where status is not 0.
+            rows: As many rows; every shard but the last has `shard_images` of them.
+            measured: What `Quantiser.error` says of int8 features.
+        """
+        storage = STORAGE[self._dtype]
+        if features.shape != (len(rows), *self._shape) or features.dtype != storage:
+            raise ValueError(
+                f"shard {shard}: expected {storage} {(len(rows), *self._shape)}, "
+                f"got {features.dtype} {features.shape}"
+            )
+        path = self._partial / shard_name(shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(".tmp-0")
+        digest = stream_shard(temporary, features, self.shard_images)
+        temporary.replace(path)
+        sync_directory(path.parent)
+        record: dict[str, Any] = {"sha256": digest, "rows": [asdict(row) for row in rows]}
+        if measured is not None:
+            record["measured"] = measured
+        write_atomic(self._record_path(shard), canonical(record))
+        self._keep(shard, list(rows), digest, measured)
+
+    def commit(self, manifest: dict[str, Any]) -> FeatureCache:
+        """Write images, texts and the manifest, then give the cache its final name.
+
+        Raises:
+            ValueError: A shard was neither written nor found finished.
+        """
+        if sorted(self._rows) != list(range(len(self._rows))):
+            raise ValueError(f"{self.path}: only the shards {sorted(self._rows)} are finished")
+        rows = self.rows
+        self._keep_only_shards()
+        self._write_arrays(rows)
+        body = {
+            "format": FORMAT,
+            "images": len(rows),
+            "texts": sum(len(row.texts) for row in rows),
+            "patches": self._shape[0],
+            "d_vision": self._shape[1],
+            "shard_images": self.shard_images,
+            "dtype": self._dtype,
+            "storage_dtype": STORAGE[self._dtype],
+            "cache_key": self.identity.cache_key,
+            "key": self.identity.key,
+            "source": self.identity.source,
+            "failures": [
+                {"id": row.id, "status": STATUS[row.status], "reason": row.reason}
+                for row in rows
+                if row.status
+            ],
+            **self._loss(),
+            **manifest,
+            "files": file_table(self._partial, self._digests),
+        }
+        write_atomic(self._partial / "manifest.json", rendered(sealed(body)))
+        finish_commit(self.path)
+        return FeatureCache(self.path)
+
+    def _loss(self) -> dict[str, Any]:
+        """What int8 costs, measured on every image that this or an earlier run wrote."""
+        if not self._measured:
+            return {}
+        wrong, size, ends, number = map(sum, zip(*self._measured.values(), strict=True))
+        return {
+            "int8": {
+                "relative_error": float(f"{(wrong / max(size, 1e-300)) ** 0.5:.4g}"),
+                "at_range_end": float(f"{ends / number:.4g}"),
+            }
+        }
+
+    def _remove_torn(self) -> None:
+        for torn in self._partial.rglob(".tmp-*"):
+            torn.unlink()
+
+    def _keep_only_shards(self) -> None:
+        """Remove what a commit that was killed left: torn files of ours and of zarr's."""
+        for file in self._partial.rglob("*"):
+            name = str(file.relative_to(self._partial))
+            if file.is_file() and not name.startswith("_done/") and name not in self._digests:
+                file.unlink()
+
+    def _keep(self, shard: int, rows: list[Row], digest: str, measured: Sequence[float] | None) -> None:
+        self._rows[shard] = rows
+        if measured is not None:
+            self._measured[shard] = measured
+        self._digests[shard_name(shard)] = digest
+
+    def _record_path(self, shard: int) -> Path:
+        return self._partial / "_done" / f"{shard:05d}.json"
+
+    def _write_arrays(self, rows: Sequence[Row]) -> None:
+        import zarr
+        from zarr.codecs import Crc32cCodec
+
+        group = zarr.open_group(self._partial, mode="a", zarr_format=3, attributes=FORMAT)
+        group.create_array(
+            "features/patch",
+            shape=(len(rows), *self._shape),
+            dtype=STORAGE[self._dtype],
+            shards=(self.shard_images, *self._shape),
+            chunks=(1, *self._shape),
+            compressors=[Crc32cCodec()],
+            filters=None,
+            attributes={"logical_dtype": self._dtype},
+            overwrite=False,
+        )
+        digests = b"".join(bytes.fromhex(row.sha256) if row.sha256 else bytes(32) for row in rows)
+        id_offsets, id_bytes = packed([row.id.encode() for row in rows])
+        arrays = {
+            "images/sha256": np.frombuffer(digests, np.uint8).reshape(-1, 32),
+            "images/status": np.array([row.status for row in rows], np.uint8),
+            "images/id_offsets": id_offsets,
+            "images/id_bytes": id_bytes,
+            **text_arrays([row.texts for row in rows]),
+        }
+        if self._quantiser is not None:
+            arrays["quant/channel_mean"] = self._quantiser.mean
+            arrays["quant/channel_step"] = self._quantiser.step
+        put_arrays(self._partial, arrays)
+
+
+def stream_shard(path: Path, images: Iterable[np.ndarray], shard_images: int) -> str:
+    """Write a shard durably while other threads compute its checksums and its hash.
+
+    Args:
+        path: The file.
+        images: Features of each image; at most `shard_images`, and none changed afterwards.
+        shard_images: Places in the shard's index.
+
+    Returns:
+        The file's SHA-256.
+    """
+    index = np.full((shard_images, 2), ABSENT, INDEX_DTYPE)
+    digest, offset = hashlib.sha256(), 0
+
+    def add(pieces: list[Any]) -> None:
+        for piece in pieces:
+            digest.update(piece)
+
+    with (
+        path.open("wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as hasher,
+        ThreadPoolExecutor(1) as summer,
+    ):
+        hashing: deque[Future[None]] = deque()
+        block, held = list[Any](), 0
+
+        def put(*pieces: Any) -> None:
+            nonlocal block, held
+            write_all(file, pieces)
+            block += pieces
+            held += sum(len(piece) for piece in pieces)
+            if held >= _BLOCK:
+                hashing.append(hasher.submit(add, block))
+                block, held = [], 0
+            if len(hashing) > _BEHIND:
+                # The disk can work while this thread has to wait.
+                os.fdatasync(file.fileno())
+                hashing.popleft().result()
+
+        for position, (data, checksum) in enumerate(_summed(images, summer)):
+            put(data, crc_bytes(checksum.result()))
+            index[position] = offset, len(data) + CRC_BYTES
+            offset += len(data) + CRC_BYTES
+        put(index.tobytes(), crc_bytes(crc(index.tobytes())))
+        hasher.submit(add, block)
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _summed(
+    images: Iterable[np.ndarray], summer: ThreadPoolExecutor
+) -> Iterator[tuple[np.ndarray, Future[int]]]:
+    """Bytes of every image with their crc32c, which is computed while the image before is written."""
+    waiting: list[tuple[np.ndarray, Future[int]]] = []
+    for image in images:
+        data = np.ascontiguousarray(image).reshape(-1).view(np.uint8)
+        waiting.append((data, summer.submit(crc, data)))
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def write_all(file: IO[bytes], pieces: Sequence[Any]) -> None:
+    """Write pieces to an unbuffered file in one call of the system, mostly."""
+    left = [memoryview(piece).cast("B") for piece in pieces]
+    while left:
+        written = os.writev(file.fileno(), left)
+        while left and written >= len(left[0]):
+            written -= len(left.pop(0))
+        if left:
+            left[0] = left[0][written:]
+
+
+def text_arrays(texts: Sequence[Sequence[tuple[str, str, str]]]) -> dict[str, np.ndarray]:
+    """Texts of every image, as (kind, split, text), to the arrays that hold them."""
+    flat = [(index, text) for index, several in enumerate(texts) for text in several]
+    offsets, data = packed([content.encode() for _, (_, _, content) in flat])
+    return {
+        "texts/offsets": offsets,
+        "texts/bytes": data,
+        "texts/image_index": np.array([index for index, _ in flat], np.int64),
+        "texts/kind": np.array([KINDS.index(kind) for _, (kind, _, _) in flat], np.uint8),
+        "texts/split": np.array([SPLITS.index(split) for _, (_, split, _) in flat], np.uint8),
+    }
+
+
+def put_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write small arrays into a cache's folder."""
+    import zarr
+    from zarr.codecs import Crc32cCodec
+
+    group = zarr.open_group(folder, mode="a", zarr_format=3, attributes=FORMAT)
+    for name, array in arrays.items():
+        group.create_array(name, data=array, compressors=[Crc32cCodec()], filters=None, overwrite=True)
+
+
+def file_table(folder: Path, known: Mapping[str, str]) -> dict[str, list[Any]]:
+    """Size and SHA-256 of every file of an unfinished cache; hashes that are known are taken over."""
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if file.is_file() and name != "manifest.json" and not name.startswith("_done/"):
+            files[name] = [file.stat().st_size, known.get(name) or sha256_file(file)]
+    return files
+
+
+@contextmanager
+def open_writer(
+    path: Path, identity: Identity, *, together: bool, **layout: Any
+) -> Iterator[CacheWriter | None]:
+    """A writer for one process, or one of several that write together; None if there is nothing to do.
+
+    Processes that write together hold the cache's lock as readers do, so that no lone process comes
+    between them. Whoever is the only one at the start clears up after those that were killed.
+
+    Args:
+        path: Final directory of the cache.
+        identity: What the cache is made of.
+        together: Let other processes write other shards of it at the same time.
+        **layout: `patches`, `d_vision`, `dtype` and `shard_images` of `CacheWriter`.
+
+    Yields:
+        The writer; None where the others committed the very cache in the meantime.
+
+    Raises:
+        UserError: A process is at work that shares with nobody, or others make another cache.
+    """
+    if not together:
+        with writing(path):
+            yield CacheWriter(path, identity, **layout)
+        return
+    with ExitStack() as held:
+        with settling(path):
+            lock = held.enter_context(lock_path(path).open("w"))
+            alone = try_lock(lock, fcntl.LOCK_EX)
+            if not alone and not try_lock(lock, fcntl.LOCK_SH):
+                raise UserError(f"{path}: another process is at work on it alone; let it finish")
+            finish_commit(path)
+            made = read_json(path / "manifest.json") or {}
+            if (made.get("key"), made.get("source")) == (identity.key, identity.source):
+                writer = None
+            else:
+                writer = CacheWriter(path, identity, alone=alone, **layout)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        yield writer
