@@ -16,17 +16,16 @@ from hypothesis import strategies as st
 from evaluate.benchmarks.base import Item, Metric, averaged, mean
 from evaluate.benchmarks.pope import Pope
 from evaluate.compare import interval, pooled
+from evaluate.captioning import caption_tokens, cider_d, object_matches
 from evaluate.metrics import (
-    caption_tokens,
-    cider_d,
     evalai_normalise,
-    object_matches,
     pope_label,
     vqa_accuracy,
     vqa_normalise,
 )
 from pipeline.prompts import question
 
+LLAVA = "llava_pipeline_accuracy_percent (EvalAIAnswerProcessor on the prediction, then the official code)"
 CASES = json.loads((ROOT / "tests/golden.json").read_text())["cases"]
 
 
@@ -87,7 +86,7 @@ def test_vqa(case: Mapping[str, Any]) -> None:
     assert vqa_normalise(given_["prediction"]) == expected["normalised_prediction_if_normalised"]
     for normalise_first, key in (
         (False, "accuracy_percent"),
-        (True, "llava_accuracy_percent"),
+        (True, LLAVA),
     ):
         accuracy = vqa_accuracy(
             given_["prediction"],
