@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluate.benchmarks.base import field, read_json_file, string
+from evaluate.benchmarks.base import Problem, field, read_json_file, string
 from pipeline.errors import UserError
 
 
-def captioned_images(path: Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every image that has captions, as `{"id", "image", "captions"}` with its place.
+@dataclass(frozen=True)
+class Captioned:
+    """An image's id, its file's name, and its captions."""
+
+    id: str
+    image: str
+    captions: list[str]
+
+
+def captioned_images(path: Path, split: str) -> Iterator[tuple[str, Captioned | Problem]]:
+    """Every image that has captions with its place; an entry out of form comes as a `Problem`.
 
     Args:
         path: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`, or
@@ -29,18 +39,33 @@ def captioned_images(path: Path, split: str) -> Iterator[tuple[str, dict[str, An
     if "annotations" not in content:
         for number, entry in enumerate(images):
             where = f"{path}: image {number}"
-            if field(entry, "split", where) == split:
-                captions = [string(each, "raw", where) for each in field(entry, "sentences", where)]
-                name = string(entry, "filename", where)
-                image = "/".join(filter(None, [entry.get("filepath"), name]))
-                identity = entry.get("cocoid", entry.get("imgid", name))
-                yield where, {"id": identity, "image": image, "captions": captions}
+            try:
+                if field(entry, "split", where) == split:
+                    yield where, _karpathy(entry, where)
+            except UserError as error:
+                yield where, Problem(str(error))
         return
     references = defaultdict(list)
-    for number, entry in enumerate(content["annotations"]):
+    for number, entry in enumerate(field(content, "annotations", place)):
         where = f"{path}: annotation {number}"
-        references[field(entry, "image_id", where)].append(string(entry, "caption", where))
+        try:
+            references[field(entry, "image_id", where)].append(string(entry, "caption", where))
+        except UserError as error:
+            yield where, Problem(str(error))
     for number, entry in enumerate(images):
         where = f"{path}: image {number}"
-        if about := references.get(field(entry, "id", where)):
-            yield where, {"id": entry["id"], "image": string(entry, "file_name", where), "captions": about}
+        try:
+            captions = references.get(field(entry, "id", where), [])
+            if captions:
+                yield where, Captioned(str(entry["id"]), string(entry, "file_name", where), captions)
+        except UserError as error:
+            yield where, Problem(str(error))
+
+
+def _karpathy(entry: Any, where: str) -> Captioned:
+    name = string(entry, "filename", where)
+    image = "/".join(filter(None, [entry.get("filepath"), name]))
+    captions = [string(each, "raw", where) for each in field(entry, "sentences", where)]
+    if not captions:
+        raise UserError(f"{where}: it has no caption")
+    return Captioned(str(entry.get("cocoid", entry.get("imgid", name))), image, captions)

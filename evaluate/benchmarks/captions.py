@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import field_validator
@@ -24,7 +23,7 @@ from evaluate.benchmarks.base import (
     ratio,
     to_json,
 )
-from evaluate.caption_files import captioned_images
+from evaluate.caption_files import Captioned, captioned_images
 from evaluate.captioning import bleu, bleu_score, caption_tokens, cider_d, object_matches, rouge_l
 from pipeline.cache import FeatureCache
 from pipeline.prompts import CAPTION_PROMPT, question
@@ -60,9 +59,8 @@ class Captions(Benchmark):
     def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """One item an image that has references."""
 
-        def make(entry: Any, place: str) -> Item:
-            references = json.dumps(entry["captions"])
-            return Item(str(entry["id"]), entry["image"], question(CAPTION_PROMPT), references)
+        def make(entry: Captioned, place: str) -> Item:
+            return Item(entry.id, entry.image, question(CAPTION_PROMPT), json.dumps(entry.captions))
 
         return collect(captioned_images(self.annotations, self.split), make)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from evaluate.benchmarks.base import (
     collect,
     mean,
 )
-from evaluate.caption_files import captioned_images
+from evaluate.caption_files import Captioned, captioned_images
 from pipeline.cache import FeatureCache
 from pipeline.prompts import CAPTION_PROMPT, question
 
@@ -55,9 +54,8 @@ class Retrieval(Benchmark):
     def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """One item an image, its captions as the reference."""
 
-        def make(entry: Any, place: str) -> Item:
-            references = json.dumps(entry["captions"])
-            return Item(str(entry["id"]), entry["image"], question(CAPTION_PROMPT), references)
+        def make(entry: Captioned, place: str) -> Item:
+            return Item(entry.id, entry.image, question(CAPTION_PROMPT), json.dumps(entry.captions))
 
         return collect(captioned_images(self.annotations, self.split), make)
 
