@@ -53,7 +53,7 @@ help:
 	@echo "make evaluate   answer and score the benchmarks, write build/report"
 	@echo "make ablate     compare strategies over scenarios and seeds: ABLATION=$(ABLATION)"
 	@echo "make results    every ablation of configs/ablations into docs/results.md"
-	@echo "make bench      speed and memory of aggregation at the size of LLaVA-1.5-7B"
+	@echo "make bench      aggregation at the size of LLaVA-1.5-7B; answers from caches against pixels"
 	@echo "make test       lint, types and tests: exactly what CI runs"
 	@echo "make world      train the embedded default's two small models again"
 	@echo "make clean      remove build/"
@@ -106,6 +106,7 @@ results: $(WORLDS) | $(READY)
 
 bench: $(READY)
 	$(PYTHON) tests/bench_aggregation.py
+	$(PYTHON) tests/bench_generation.py
 
 world: $(READY)
 	$(FEDCMP) world train
