@@ -1,4 +1,4 @@
-"""Answers from cached features against Hugging Face on pixels, and re-scoring: python tests/bench_generation.py
+"""Answers from cached features against Hugging Face on pixels: python tests/bench_generation.py [--small]
 
 Both sides have the same random models in LLaVA's proportions (576 visual tokens, CLIP 384 x 6, Llama
 256 x 6, float32) and the same questions, three an image. The naive side is the usual loop: open the
@@ -12,7 +12,6 @@ Re-scoring is `fedcmp score` as a process of its own on 10,000 saved answers abo
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,11 +20,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from conftest import picture
 
 from evaluate.answers import answers_path, begin_answers, read_answers
@@ -40,6 +39,7 @@ from pipeline.language import FrozenLanguageModel
 from pipeline.manifest import canonical
 from pipeline.projector import load_projector
 
+HERE = Path(__file__).parent
 WORDS = ("dog", "red square", "large star", "blue ring", "small green heart", "cat")
 WORLD = HERE.parent / "pipeline/world/weights"
 
@@ -202,13 +202,10 @@ def generation(root: Path, small: bool) -> tuple[float, bool]:
         same = same and mine == theirs
     plain, cached = median(seconds["naive"]), median(seconds["ours"])
     print(f"\n{len(rows)} questions about {number} pictures, {torch.get_num_threads()} threads")
-    print(
-        f"Hugging Face on pixels, one at a time: {plain:.1f} s, {1000 * plain / len(rows):.0f} ms a question"
-    )
-    print(f"from cached features: {cached:.1f} s, {1000 * cached / len(rows):.0f} ms a question")
-    print(
-        f"extraction, once: {extraction:.1f} s; ratio with it counted in full {plain / (cached + extraction):.1f}x"
-    )
+    for what, spent in (("Hugging Face on pixels, one at a time", plain), ("from cached features", cached)):
+        print(f"{what}: {spent:.1f} s, {1000 * spent / len(rows):.0f} ms a question")
+    whole = plain / (cached + extraction)
+    print(f"extraction, once: {extraction:.1f} s; with all of it counted the ratio is {whole:.1f}x")
     print(f"{len(set(theirs.values()))} different answers; all the same on both sides: {same}")
     return plain / cached, same
 
