@@ -90,24 +90,32 @@ def answer(
             return
         fitting, failed = _fitting(reader, items, template)
         save(list(failed), "failed", list(failed.values()))
-        # Prompts of like length share a batch, so that little of it is padding.
-        fitting.sort(key=lambda pair: len(pair[0].ids))
-        for batch in _batches(fitting, reader.batch_size):
+        for batch in _batches(_ordered(fitting), reader.batch_size):
             asked = [tokens for tokens, _ in batch]
             done = [item for _, item in batch]
-            projected = reader.project([rows[item.image] for item in done])
+            images = list(dict.fromkeys(item.image for item in done))
+            owners = [images.index(item.image) for item in done]
+            projected = reader.project([rows[image] for image in images])
             answers: Sequence[Answer]
             if benchmark.mode == "likelihood":
-                answers = _likelihoods(reader.language, asked, projected)
+                answers = _likelihoods(reader.language, asked, projected[owners])
             elif benchmark.mode == "rank":
-                answers = list(_ranked(reader, done, projected, template))
+                answers = list(_ranked(reader, done, projected[owners], template))
             else:
-                ids, attention = reader.language.collate_prompts(asked)
                 length, stop = benchmark.max_new_tokens, stop_string(template)
-                answers = reader.language.generate(
-                    ids, attention, projected, max_new_tokens=length, stop=stop
-                )
+                answers = reader.language.generate(asked, projected, owners, max_new_tokens=length, stop=stop)
             save(done, "answer", answers)
+
+
+def _ordered(fitting: Sequence[tuple[Tokens, Item]]) -> list[tuple[Tokens, Item]]:
+    """Questions about one image together, and images in the order of their longest question.
+
+    So an image's tokens are computed once, and little of a batch is padding.
+    """
+    longest: dict[str, int] = {}
+    for tokens, item in fitting:
+        longest[item.image] = max(longest.get(item.image, 0), len(tokens.ids))
+    return sorted(fitting, key=lambda pair: (longest[pair[1].image], pair[1].image, len(pair[0].ids)))
 
 
 def _batches(sequence: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -97,9 +97,8 @@ def test_greedy_answers_equal_llava(language, llava, clip_dir, pixels) -> None: 
     samples = [
         tokenise(question(text), "chat", language.tokenizer, patches=16, max_length=99) for text in questions
     ]
-    ids, attention = language.collate_prompts(samples)
     with torch.no_grad():
-        ours = language.generate(ids, attention, projector(features), max_new_tokens=12, stop=None)
+        ours = language.generate(samples, projector(features), range(3), max_new_tokens=12, stop=None)
     for row, sample in enumerate(samples):
         alone = torch.tensor([sample.ids])
         output = model.generate(
@@ -122,10 +121,9 @@ def test_greedy_is_greedy_and_every_end_token_ends(llama_dir: Path, tmp_path: Pa
     plain = FrozenLanguageModel(tmp_path / "m", dtype="float32", device=CPU)
     samples = [tokenise(question("what color?"), "chat", plain.tokenizer, patches=2, max_length=99)]
     projected = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
-    ids, attention = plain.collate_prompts(samples)
 
     def said(language: FrozenLanguageModel) -> list[str]:
-        answer = language.generate(ids, attention, projected, max_new_tokens=8, stop=None)
+        answer = language.generate(samples, projected, [0], max_new_tokens=8, stop=None)
         return answer[0].split()
 
     words = said(plain)
