@@ -25,6 +25,11 @@ def benchmark_images(experiment: Experiment, name: str, folder: Path | None) -> 
         UserError: There is no such benchmark, its files cannot be read, or nothing says where images are.
     """
     benchmark = benchmarks_of(experiment, (name,))[name]
+    if benchmark.silo is not None:
+        raise UserError(
+            f"--benchmark {name}: its images are those of silo '{benchmark.silo}'; extract that silo, or "
+            f"remove evaluate.benchmarks.{name}.silo"
+        )
     folder = folder or benchmark.images or experiment.evaluate.images
     if folder is None:
         raise UserError(f"--benchmark {name}: give the folder of its images with --images")

@@ -379,7 +379,7 @@ def test_from_official_files_to_scores(name: str, answered: Path) -> None:
         assert list(submitted.glob(f"{name}.*"))
 
 
-def test_ranking_answers_with_an_option_and_agrees_with_the_likelihoods(answered: Path) -> None:
+def test_ranking_answers_with_an_option_and_says_so(answered: Path) -> None:
     for name in ("pope", "mmbench"):
         option = f"evaluate.benchmarks.{name}.rank=true"
         result = call("evaluate", answered / "one.toml", "--benchmark", name, "--set", option)
@@ -392,6 +392,40 @@ def test_ranking_answers_with_an_option_and_agrees_with_the_likelihoods(answered
         content = json.loads((answered / f"build/scores/study/one/{name}.json").read_text())
         assert content["settings"] == {"answers": "likeliest option"}
         assert call("score", answered / "one.toml", "--benchmark", name).exit_code == 0
+
+
+def test_the_likeliest_option_is_that_of_the_llms_own_losses(answered: Path, llama_dir: Path) -> None:
+    import torch
+
+    from evaluate.answers import read_answers
+    from pipeline.cache import FeatureCache
+    from pipeline.language import FrozenLanguageModel
+    from pipeline.projector import load_projector
+    from pipeline.prompts import tokenise
+    from pipeline.records import Text, Turn
+
+    option = "evaluate.benchmarks.seed_bench.rank=true"
+    assert (
+        call("evaluate", answered / "one.toml", "--benchmark", "seed_bench", "--set", option).exit_code == 0
+    )
+    paths = (answered / "build/scores/study/one/answers").glob("seed_bench.projector.*.jsonl")
+    said = read_answers(max(paths, key=lambda path: path.stat().st_mtime_ns)).answers
+    language = FrozenLanguageModel(llama_dir, dtype="float32", device="cpu")
+    projector, _ = load_projector(answered / "build/runs/study/one/projector.safetensors")
+    cache = FeatureCache(answered / "features/seed_bench.zarr")
+    benchmark = BENCHMARKS.build(load(answered / "one.toml").evaluate.benchmarks["seed_bench"], "s")
+    for each in items_of(benchmark):
+        losses = {}
+        for letter in each.options:
+            text = Text((*each.text.turns, Turn("assistant", letter)))
+            sample = tokenise(text, "chat", language.tokenizer, patches=4, max_length=999)
+            with torch.no_grad():
+                projected = projector(cache.tensor([cache.ids.index(each.image)]).float())
+                found, _ = language.token_losses(*language.collate([sample]), projected)
+            losses[letter] = float(found.sum())
+        best = min(losses.values())
+        assert losses[str(said[each.id])] == pytest.approx(best, abs=1e-4)
+    assert call("score", answered / "one.toml", "--benchmark", "seed_bench").exit_code == 0
 
 
 def test_compare_prints_differences_with_their_tests(answered: Path) -> None:
