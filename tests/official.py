@@ -14,6 +14,8 @@ from typing import Any
 
 from conftest import picture
 
+from evaluate.benchmarks.mme import COGNITION, PERCEPTION
+
 IMAGES = 6
 Options = dict[str, Any]
 
@@ -53,7 +55,8 @@ def pope(root: Path) -> Options:
 
 
 def mme(root: Path) -> Options:
-    for category, nested in (("artwork", True), ("color", False), ("OCR", False), ("code_reasoning", False)):
+    for category in (*PERCEPTION, *COGNITION):
+        nested = category in ("artwork", "celebrity", "landmark", "posters", "scene")
         texts = root / category / "questions_answers_YN" if nested else root / category
         images = root / category / "images" if nested else root / category
         texts.mkdir(parents=True)

@@ -20,6 +20,7 @@ from evaluate.benchmarks.base import BENCHMARKS, LETTER, SHORT_ANSWER, Benchmark
 from evaluate.compare import interval, value_of
 from pipeline.cli import main
 from pipeline.config import Component, load
+from pipeline.errors import UserError
 
 FILES = sorted(WRITERS)
 LONG = "word " * 1000
@@ -149,6 +150,40 @@ def broken(name: str, root: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("encoding", "readable"), [("utf-8-sig", True), ("utf-16", False), ("latin-1", False)]
+)
+def test_other_encodings_are_read_or_refused_by_name(tmp_path: Path, encoding: str, readable: bool) -> None:
+    for name, file in (("vqav2", "questions.json"), ("mmbench", "mmbench_dev.tsv")):
+        (tmp_path / name).mkdir()
+        benchmark = build(name, tmp_path / name)
+        before, path = benchmark.items(None), tmp_path / name / file
+        text = path.read_text().replace("red", "r\u00e9d")
+        path.write_bytes(text.encode(encoding))
+        if readable:
+            assert len(benchmark.items(None)) == len(before)
+        else:
+            with pytest.raises(UserError, match=f"{file}: .* is not UTF-8"):
+                benchmark.items(None)
+
+
+def test_extra_and_missing_lines_are_reported(tmp_path: Path) -> None:
+    benchmark = build("mme", tmp_path)
+    number = len(items_of(benchmark))
+    (tmp_path / "color/0000.txt").write_text("Is this a dog?\tYes\n")
+    (tmp_path / "color/0001.txt").write_text("Is it?\tYes\r\nIs it not?\tNo\r\nIs it so?\tNo\r\n\r\n")
+    found = benchmark.items(None)
+    problems = [each.reason for each in found if isinstance(each, Problem)]
+    assert [reason.rpartition("/")[2] for reason in problems] == [
+        "0000.txt: 1 questions about an image, not 2",
+        "0001.txt: 3 questions about an image, not 2",
+    ]
+    items = [each for each in found if isinstance(each, Item)]
+    assert len(items) == number - 1
+    metrics = benchmark.score(items, {each.id: each.reference for each in items})
+    assert value_of(metrics["color"]) == 150  # one question alone is not both
+
+
 PROMPTS = {
     "pope": "Is there a dog in the image?" + SHORT_ANSWER,
     "mme": "Is this a dog?" + SHORT_ANSWER,
@@ -253,7 +288,11 @@ def test_circular_passes_are_one_question_and_strata_keep_categories(tmp_path: P
     items = items_of(mme)
     best = mme.score(items, {each.id: mme.show_reference(each) for each in items})
     score = interval(best["total"], np.random.default_rng(0), 500)
-    assert (score.value, score.low, score.high) == (800.0, 800.0, 800.0)
+    assert (score.value, score.low, score.high) == (2800.0, 2800.0, 2800.0)
+    seen = [each for each in items if not each.id.startswith("OCR")]
+    part = mme.score(seen, {each.id: mme.show_reference(each) for each in seen})
+    assert {"perception", "total"}.isdisjoint(part)
+    assert value_of(part["cognition"]) == 800
 
 
 @settings(max_examples=200, deadline=None)
@@ -477,6 +516,11 @@ def test_what_does_not_fit_or_is_damaged_is_counted(answered: Path) -> None:
     result = call("score", config, "--benchmark", "vizwiz")
     assert result.exit_code == 2
     assert "1 answers are missing" in result.output
+    rows = [json.loads(line) for line in whole.splitlines()]
+    empty = [row | {"answer": ""} if "id" in row else row for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in empty))
+    result = call("score", config, "--benchmark", "vizwiz")
+    assert f"{len(rows) - 1} empty answers, scored by the rule as they are" in result.output
     path.write_bytes(whole)
 
     hints = "--benchmark", "textvqa", "--set"

@@ -47,7 +47,8 @@ _SUFFIXES = (".jpg", ".png", ".jpeg")
 class Mme(Choice):
     """Perception (2000 at most), cognition (800), their total, and every category (200).
 
-    A category is 100 x accuracy + 100 x the share of images with both questions right.
+    A category is 100 x accuracy + 100 x the share of images with both questions right. Sums are
+    given where all of their categories are there.
 
     Args:
         path: The folder of categories, `MME_Benchmark_release_version`; images are in it, too.
@@ -100,7 +101,7 @@ class Mme(Choice):
         by_image: dict[tuple[str, str], list[float]] = {}
         for category, item, point in zip(categories, items, right, strict=True):
             by_image.setdefault((category, item.image), []).append(point)
-        rows = np.array([[sum(p), len(p), float(min(p)), 1.0] for p in by_image.values()]).reshape(-1, 4)
+        rows = np.array([[sum(p), len(p), float(sum(p) == 2), 1.0] for p in by_image.values()]).reshape(-1, 4)
         strata = [category for category, _ in by_image]
         images = [f"{category}/{image}" for category, image in by_image]
 
@@ -113,11 +114,9 @@ class Mme(Choice):
 
             return Metric(images, blocks, value, strata)
 
-        metrics = {
-            "perception": total(PERCEPTION),
-            "cognition": total(COGNITION),
-            "total": total((*PERCEPTION, *COGNITION)),
-        }
+        sums = {"perception": PERCEPTION, "cognition": COGNITION, "total": (*PERCEPTION, *COGNITION)}
+        # A category without any answer would count as 0 in a sum, so there is no such sum.
+        metrics = {name: total(parts) for name, parts in sums.items() if {*parts} <= {*strata}}
         for name in dict.fromkeys(strata):
             inside = [place for place, stratum in enumerate(strata) if stratum == name]
             metrics[name] = Metric([images[i] for i in inside], rows[inside], _category)
