@@ -106,9 +106,8 @@ class FrozenLanguageModel:
         Returns:
             The answers, stripped.
         """
-        ends = torch.tensor(
-            sorted(self._ends | (self._newlines if stop == "\n" else set())), device=self.device
-        )
+        ends = self._ends | (self._newlines if stop == "\n" else set())
+        ending = torch.tensor(sorted(ends), dtype=torch.int64, device=self.device)
         shared = self._shared(samples)
         rest, attention = self._collate_left([sample.ids[shared:] for sample in samples])
         cache = None
@@ -132,25 +131,24 @@ class FrozenLanguageModel:
                 use_cache=True,
             )
             said.append(self.head(output.last_hidden_state[:, -1]).argmax(-1))
-            finished |= torch.isin(said[-1], ends)
+            finished |= torch.isin(said[-1], ending)
             if bool(finished.all()):
                 break
             cache, embeds = output.past_key_values, self.embeddings(said[-1][:, None])
             attention = torch.cat([attention, attention.new_ones(len(samples), 1)], 1)
             positions = positions[:, -1:] + 1
-        answers = [_until(row, set(ends.tolist())) for row in torch.stack(said, 1).tolist()]
+        answers = [_until(row, ends) for row in torch.stack(said, 1).tolist()]
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [(text.split(stop)[0] if stop else text).strip() for text in texts]
 
     def _shared(self, samples: Sequence[Tokens]) -> int:
         """Tokens up to the end of the image if all prompts begin with the same ones and go on, else 0.
 
-        A sliding window counts padding between image and question, which would change answers.
+        Only with full attention: a sliding window would count the padding between image and question.
         """
         config = self.model.config.get_text_config()
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
-            getattr(config, "sliding_window", None) is not None and not hasattr(config, "layer_types")
-        ):
+        window = None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
+        if window is not None or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
             return 0
         first = samples[0].ids
         end = len(first) - first[::-1].index(IMAGE_TOKEN_INDEX)

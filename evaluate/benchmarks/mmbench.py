@@ -125,9 +125,12 @@ class MmBench(Choice):
         ]
         metrics = {
             "accuracy": averaged(asked, passed, [str(group) for group in groups]),
-            "vanilla accuracy": averaged([items[i] for i in originals], [points[i] for i in originals]),
             "undecided": averaged(items, undecided, [str(int(item.id) % _ROTATION) for item in items]),
         }
+        if originals:
+            metrics["vanilla accuracy"] = averaged(
+                [items[i] for i in originals], [points[i] for i in originals]
+            )
         for level in ("l2-category", "category"):
             metrics |= averaged_by(level, asked, passed, [truths[place][level] for place in firsts])
         return metrics
