@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluate.benchmarks.base import Problem, field, read_json_file, string
+from evaluate.benchmarks.base import Problem, attempt, field, read_json_file, string
 from pipeline.errors import UserError
 
 
@@ -38,28 +38,25 @@ def captioned_images(path: Path, split: str) -> Iterator[tuple[str, Captioned | 
         raise UserError(f"{path}: 'images' is no list; is this the official file?")
     if "annotations" not in content:
         for number, entry in enumerate(images):
-            where = f"{path}: image {number}"
-            try:
-                if field(entry, "split", where) == split:
-                    yield where, _karpathy(entry, where)
-            except UserError as error:
-                yield where, Problem(str(error))
+            if not isinstance(entry, dict) or entry.get("split") == split:
+                where = f"{path}: image {number}"
+                yield where, attempt(_karpathy, entry, where)
         return
-    references = defaultdict(list)
+    captions: dict[str, list[str]] = defaultdict(list)
     for number, entry in enumerate(field(content, "annotations", place)):
         where = f"{path}: annotation {number}"
-        try:
-            references[field(entry, "image_id", where)].append(string(entry, "caption", where))
-        except UserError as error:
-            yield where, Problem(str(error))
+        about = attempt(_annotation, entry, where)
+        if isinstance(about, Problem):
+            yield where, about
+        else:
+            captions[about[0]].append(about[1])
     for number, entry in enumerate(images):
         where = f"{path}: image {number}"
-        try:
-            captions = references.get(field(entry, "id", where), [])
-            if captions:
-                yield where, Captioned(str(entry["id"]), string(entry, "file_name", where), captions)
-        except UserError as error:
-            yield where, Problem(str(error))
+        image = attempt(_image, entry, where)
+        if isinstance(image, Problem):
+            yield where, image
+        elif image[0] in captions:
+            yield where, Captioned(*image, captions[image[0]])
 
 
 def _karpathy(entry: Any, where: str) -> Captioned:
@@ -69,3 +66,11 @@ def _karpathy(entry: Any, where: str) -> Captioned:
     if not captions:
         raise UserError(f"{where}: it has no caption")
     return Captioned(str(entry.get("cocoid", entry.get("imgid", name))), image, captions)
+
+
+def _annotation(entry: Any, where: str) -> tuple[str, str]:
+    return str(field(entry, "image_id", where)), string(entry, "caption", where)
+
+
+def _image(entry: Any, where: str) -> tuple[str, str]:
+    return str(field(entry, "id", where)), string(entry, "file_name", where)

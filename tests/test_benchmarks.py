@@ -6,6 +6,7 @@ import io
 import json
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,61 @@ class TestContract:
         assert len(problems) == 1
         assert str(path) in problems[0].reason or name in problems[0].reason
         assert 0 < len(found) - len(problems) < number + 1
+
+    @pytest.mark.parametrize(
+        "content", ["[]", "{}", "null", "3", '"x"', "[null]", '{"a": null}', "[[1]]", ""]
+    )
+    def test_a_file_of_another_form_is_one_clear_error(self, name: str, content: str, tmp_path: Path) -> None:
+        """Whichever file it is: a `UserError` or problems, never another exception."""
+        benchmark = build(name, tmp_path)
+        whole = len(items_of(benchmark))
+        for path in sorted([*tmp_path.glob("*.json"), *tmp_path.glob("*.tsv"), *tmp_path.glob("*/*.txt")]):
+            before = path.read_bytes()
+            path.write_text(content)
+            with suppress(UserError):
+                found = benchmark.items(None)
+                assert len([each for each in found if isinstance(each, Item)]) <= whole
+            path.write_bytes(before)
+        assert len(items_of(benchmark)) == whole
+
+    @pytest.mark.parametrize("value", [None, 3, [], {}, "\udcff"])
+    def test_a_field_of_another_type_stops_no_other_entry(
+        self, name: str, value: Any, tmp_path: Path
+    ) -> None:
+        """Every field of the first entry of every list, in turn."""
+        benchmark = build(name, tmp_path)
+        whole = len(items_of(benchmark))
+        for path in sorted(tmp_path.glob("*.json")):
+            before = path.read_text()
+            if name == "pope":
+                first, _, rest = before.partition("\n")
+                changed = [json.dumps(each) + "\n" + rest for each in spoilt(json.loads(first), value)]
+            else:
+                changed = [json.dumps(each) for each in spoilt_first(json.loads(before), value)]
+            for text in changed:
+                path.write_text(text)
+                items = [each for each in benchmark.items(None) if isinstance(each, Item)]
+                assert len(items) >= whole - 4
+                values(benchmark, items, "x")
+            path.write_text(before)
+
+
+def spoilt(entry: dict[str, Any], value: Any) -> list[dict[str, Any]]:
+    return [entry | {key: value} for key in entry]
+
+
+def spoilt_first(content: Any, value: Any) -> list[Any]:
+    """Copies of a file in which one field of the first entry of one list or table has another value."""
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        return [[each, *content[1:]] for each in spoilt(content[0], value)]
+    found = []
+    for key, inner in content.items() if isinstance(content, dict) else ():
+        if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            found += [content | {key: each} for each in spoilt_first(inner, value)]
+    if isinstance(content, dict) and content and all(isinstance(each, dict) for each in content.values()):
+        first = next(iter(content))
+        found += [content | {first: each} for each in spoilt(content[first], value)]
+    return found
 
 
 def broken(name: str, root: Path) -> Path:

@@ -7,16 +7,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
 
 from pipeline.cache import FeatureCache
 from pipeline.config import Options
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.records import Text
 from pipeline.registry import Registry
+
+T = TypeVar("T")
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -217,6 +219,18 @@ def entries(path: Path, what: str, *keys: str) -> Iterator[tuple[str, Any]]:
         yield f"{path}[{number}]", entry
 
 
+def attempt(make: Callable[[Any, str], T], entry: Any, place: str) -> T | Problem:
+    """What is made of an entry, or the problem with it."""
+    if isinstance(entry, Problem):
+        return entry
+    try:
+        return make(entry, place)
+    except UserError as error:
+        return Problem(str(error))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        return Problem(f"{place}: not as in the official file ({type(error).__name__}: {one_line(error)})")
+
+
 def collect(
     listed: Iterable[tuple[str, Any]], make: Callable[[Any, str], Item | None]
 ) -> list[Item | Problem]:
@@ -226,21 +240,16 @@ def collect(
         listed: Entries with their places.
         make: Makes the item of an entry and its place; None leaves it out; raises what it finds wrong.
     """
-    found: list[Item | Problem] = []
-    for place, entry in listed:
-        if isinstance(entry, Problem):
-            found.append(entry)
-            continue
-        try:
-            item = make(entry, place)
-            if item is not None:
-                item.text.encode()
-                found.append(item)
-        except UserError as error:
-            found.append(Problem(str(error)))
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            found.append(Problem(f"{place}: not as in the official file ({type(error).__name__}: {error})"))
-    return found
+
+    def encodable(entry: Any, place: str) -> Item | None:
+        item = make(entry, place)
+        if item is not None:
+            f"{item.id}{item.image}{item.reference}".encode()
+            item.text.encode()
+        return item
+
+    made = (attempt(encodable, entry, place) for place, entry in listed)
+    return [each for each in made if each is not None]
 
 
 def field(entry: Any, name: str, place: str) -> Any:
@@ -264,6 +273,18 @@ def string(entry: Any, name: str, place: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{place}: '{name}' is {value!r}, not text")
     return value
+
+
+def strings(entry: Any, name: str, place: str) -> list[str]:
+    """A field of an entry that must be a list of texts, not empty.
+
+    Raises:
+        UserError: It is missing, or something else.
+    """
+    values = field(entry, name, place)
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise UserError(f"{place}: '{name}' is no list of texts")
+    return values
 
 
 def mean(sums: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from evaluate.benchmarks.base import (
     field,
     read_json_file,
     string,
+    strings,
     to_json,
 )
 from pipeline.cache import FeatureCache
@@ -55,7 +56,10 @@ class MmVet(Benchmark):
             raise UserError(f"{self.path}: expected an object of questions by id")
 
         def make(entry: Any, place: str) -> Item:
-            truth = {"answer": string(entry, "answer", place), "capability": sorted(entry["capability"])}
+            truth = {
+                "answer": string(entry, "answer", place),
+                "capability": sorted(strings(entry, "capability", place)),
+            }
             text = question(string(entry, "question", place))
             name = place.removeprefix(f"{self.path}: ")
             return Item(name, string(entry, "imagename", place), text, json.dumps(truth))

@@ -22,9 +22,11 @@ from evaluate.benchmarks.base import (
     field,
     read_json_file,
     string,
+    strings,
 )
 from evaluate.metrics import scienceqa_letter
 from pipeline.cache import FeatureCache
+from pipeline.errors import UserError
 from pipeline.prompts import question
 from pipeline.records import IMAGE_PLACEHOLDER
 
@@ -53,7 +55,8 @@ class ScienceQa(Choice):
     def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """LLaVA's conversations of the split, without those that have no image."""
         problems = read_json_file(self.problems, "ScienceQA problems")
-        split = set(field(read_json_file(self.splits, "ScienceQA splits"), self.split, str(self.splits)))
+        splits = read_json_file(self.splits, "ScienceQA splits")
+        split = set(strings(splits, self.split, str(self.splits)))
 
         def make(entry: Any, place: str) -> Item | None:
             name = str(field(entry, "id", place))
@@ -61,8 +64,10 @@ class ScienceQa(Choice):
                 return None
             problem = field(problems, name, str(self.problems))
             number = len(field(problem, "choices", f"{self.problems}: {name}"))
-            truth = {"answer": int(problem["answer"]), "choices": number}
-            truth["subject"] = problem.get("subject", "unknown")
+            truth: dict[str, Any] = {"answer": int(problem["answer"]), "choices": number}
+            if not 0 <= truth["answer"] < number <= len(_LETTERS):
+                raise UserError(f"{self.problems}: {name}: answer {truth['answer']} of {number} choices")
+            truth["subject"] = str(problem.get("subject", "unknown"))
             asked = string(entry["conversations"][0], "value", place)
             text = question(asked.replace(IMAGE_PLACEHOLDER, "").strip() + LETTER)
             return Item(

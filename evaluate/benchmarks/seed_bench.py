@@ -49,7 +49,8 @@ class SeedBench(Choice):
     def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """Questions of types 1 to 9; those about videos are left out."""
         content = read_json_file(self.path, "SEED-Bench questions")
-        names = {str(number): name for name, number in dict(content.get("question_type", {})).items()}
+        types = content.get("question_type") if isinstance(content, dict) else None
+        names = {str(number): name for name, number in types.items()} if isinstance(types, dict) else {}
 
         def make(entry: Any, place: str) -> Item | None:
             kind = field(entry, "question_type_id", place)

@@ -15,12 +15,14 @@ from evaluate.benchmarks.base import (
     Item,
     Metric,
     Problem,
+    attempt,
     averaged,
     collect,
     entries,
     field,
     json_lines,
     string,
+    strings,
 )
 from evaluate.metrics import textvqa_accuracy
 from pipeline.cache import FeatureCache
@@ -61,19 +63,18 @@ class TextVqa(Benchmark):
 
     def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """One item an annotation; LLaVA's prompts are joined by image and lower-cased question."""
-        problems: list[Item | Problem] = []
         prompts: dict[tuple[str, str], str] = {}
         words: dict[str, list[str]] = {}
+        found: list[Any] = []
         if self.questions is not None:
-            for place, entry in json_lines(self.questions, "TextVQA questions"):
-                if isinstance(entry, Problem):
-                    problems.append(entry)
-                    continue
-                text = string(entry, "text", place)
-                prompts[str(field(entry, "question_id", place)), _asked(text, place)] = text
+            lines = json_lines(self.questions, "TextVQA questions")
+            found = [attempt(_prompt, entry, place) for place, entry in lines]
+            prompts = dict(each for each in found if not isinstance(each, Problem))
         elif self.ocr is not None:
-            for place, entry in entries(self.ocr, "TextVQA OCR", "data"):
-                words[str(field(entry, "image_id", place))] = list(field(entry, "ocr_tokens", place))
+            lines = entries(self.ocr, "TextVQA OCR", "data")
+            found = [attempt(_words, entry, place) for place, entry in lines]
+            words = dict(each for each in found if not isinstance(each, Problem))
+        problems: list[Item | Problem] = [each for each in found if isinstance(each, Problem)]
 
         def make(entry: Any, place: str) -> Item:
             image, asked = str(field(entry, "image_id", place)), string(entry, "question", place)
@@ -88,7 +89,7 @@ class TextVqa(Benchmark):
                 str(field(entry, "question_id", place)),
                 self.image_name.format(image_id=image),
                 question(prompt),
-                json.dumps(list(field(entry, "answers", place))),
+                json.dumps(strings(entry, "answers", place)),
             )
 
         return problems + collect(entries(self.annotations, "TextVQA annotations", "data"), make)
@@ -105,6 +106,16 @@ class TextVqa(Benchmark):
         """The annotators' most frequent answer."""
         answers = json.loads(item.reference)
         return str(max(answers, key=answers.count))
+
+
+def _prompt(entry: Any, place: str) -> tuple[tuple[str, str], str]:
+    text = string(entry, "text", place)
+    return (str(field(entry, "question_id", place)), _asked(text, place)), text
+
+
+def _words(entry: Any, place: str) -> tuple[str, list[str]]:
+    found = field(entry, "ocr_tokens", place)
+    return str(field(entry, "image_id", place)), [str(word) for word in found]
 
 
 def _asked(prompt: str, place: str) -> str:

@@ -51,7 +51,7 @@ class VizWiz(Benchmark):
             truth = None
             if "answers" in entry:
                 given = [string(each, "answer", place) for each in entry["answers"]]
-                truth = {"answers": given, "type": entry.get("answer_type", "other")}
+                truth = {"answers": given, "type": str(entry.get("answer_type", "other"))}
             text = question(string(entry, "question", place) + _HINT + SHORT_ANSWER)
             return Item(image, image, text, json.dumps(truth))
 

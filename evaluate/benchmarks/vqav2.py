@@ -15,6 +15,7 @@ from evaluate.benchmarks.base import (
     Item,
     Metric,
     Problem,
+    attempt,
     averaged,
     averaged_by,
     collect,
@@ -55,13 +56,18 @@ class VqaV2(Benchmark):
 
     def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """Questions joined to their annotations by id."""
-        truths = {}
+        problems: list[Item | Problem] = []
+        truths: dict[str, Any] = {}
         if self.annotations is not None:
             for place, entry in entries(self.annotations, "VQAv2 annotations", "annotations"):
-                truths[field(entry, "question_id", place)] = entry
+                truth = attempt(_truth, entry, place)
+                if isinstance(truth, Problem):
+                    problems.append(truth)
+                else:
+                    truths[str(field(entry, "question_id", place))] = truth
 
         def make(entry: Any, place: str) -> Item:
-            number = field(entry, "question_id", place)
+            number = str(field(entry, "question_id", place))
             if self.annotations is not None and number not in truths:
                 raise UserError(f"{self.annotations}: no annotation for question_id {number}")
             try:
@@ -69,17 +75,9 @@ class VqaV2(Benchmark):
             except (ValueError, KeyError, IndexError) as error:
                 raise UserError(f"image_name = {self.image_name!r} does not fit the ids: {error}") from None
             text = question(string(entry, "question", place) + SHORT_ANSWER)
-            truth = truths.get(number)
-            if truth is not None:
-                annotators = field(truth, "answers", f"{self.annotations}: {number}")
-                truth = {
-                    "answers": [string(each, "answer", place) for each in annotators],
-                    "numbered": all("answer_id" in each for each in annotators),
-                    "type": truth.get("answer_type", "other"),
-                }
-            return Item(str(number), image, text, json.dumps(truth))
+            return Item(number, image, text, json.dumps(truths.get(number)))
 
-        return collect(entries(self.questions, "VQAv2 questions", "questions"), make)
+        return problems + collect(entries(self.questions, "VQAv2 questions", "questions"), make)
 
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """By the official leave-one-out rule."""
@@ -109,7 +107,11 @@ class VqaV2(Benchmark):
     def submissions(self, items: Sequence[Item], answers: Answers) -> dict[str, bytes]:
         """The results file of the evaluation server, normalised as LLaVA submits it."""
         rows = [
-            {"question_id": int(item.id), "answer": evalai_normalise(str(answers[item.id]))} for item in items
+            {
+                "question_id": int(item.id) if item.id.isdecimal() else item.id,
+                "answer": evalai_normalise(str(answers[item.id])),
+            }
+            for item in items
         ]
         return {"vqav2.json": to_json(rows)}
 
@@ -117,3 +119,13 @@ class VqaV2(Benchmark):
         """The annotators' most frequent answer."""
         truth = json.loads(item.reference) or {"answers": [""]}
         return str(max(truth["answers"], key=truth["answers"].count))
+
+
+def _truth(entry: Any, place: str) -> dict[str, Any]:
+    """What the score needs of an annotation."""
+    annotators = field(entry, "answers", place)
+    return {
+        "answers": [string(each, "answer", place) for each in annotators],
+        "numbered": all("answer_id" in each for each in annotators),
+        "type": str(entry.get("answer_type", "other")),
+    }
