@@ -94,18 +94,27 @@ class Gap:
     p: float
 
 
-def gap(ours: Metric, theirs: Metric, generator: np.random.Generator, resamples: int) -> Gap:
-    """Compare two metrics of the same items.
+def gap(
+    ours: Sequence[Metric], theirs: Sequence[Metric], generator: np.random.Generator, resamples: int
+) -> Gap:
+    """Compare two methods on the same items, each by the mean over its seeds.
 
     P is twice the smaller share of resampled differences on one side of 0, never less than
-    1 / (resamples + 1).
+    2 / (resamples + 1).
+
+    Args:
+        ours: A metric a seed.
+        theirs: The same metric.
+        generator: Source of the resamples.
+        resamples: Number of resamples of the images, the same ones for all metrics.
     """
-    one, other = bootstrap([ours, theirs], generator, resamples)
-    differences = one - other
+    values = bootstrap([*ours, *theirs], generator, resamples)
+    differences = values[: len(ours)].mean(0) - values[len(ours) :].mean(0)
     low, high = np.quantile(differences, [0.025, 0.975])
     side = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     p = min(1.0, 2 * (side + 1) / (resamples + 1))
-    return Gap(value_of(ours) - value_of(theirs), float(low), float(high), p)
+    value = float(np.mean([value_of(m) for m in ours]) - np.mean([value_of(m) for m in theirs]))
+    return Gap(value, float(low), float(high), p)
 
 
 def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import stdev
+from statistics import fmean, stdev
 
 import numpy as np
 
-from evaluate.benchmarks.base import Item, Metric
+from evaluate.benchmarks.base import Answers, Benchmark, Item, Metric
 from evaluate.compare import Gap, gap, holm, mcnemar, pooled, value_of
 from evaluate.run import answered, benchmarks_of, prepare, read_manifest, saved_answers
 from pipeline.config import Experiment
@@ -28,7 +28,7 @@ class Row:
         theirs: Value of the second.
         gap: Their difference, its interval over images alone.
         spread: Standard deviation of the difference over seeds, where there are several.
-        mcnemar: P value of the exact test, where answers are right or wrong and there is one seed.
+        mcnemar: P value of the exact test, where the metric is the share of right answers of one seed.
         n: Questions both answered.
     """
 
@@ -107,21 +107,36 @@ def _benchmark(name: str, pairs: Sequence[tuple[Experiment, Experiment]]) -> lis
     by_run: list[list[dict[str, Metric]]] = [
         [benchmark.score(items, each.answers) for each in answers] for answers in saved
     ]
-    headlines = [metric for metric in by_run[0][0] if metric in benchmark.headlines]
-    exact = None
-    if len(pairs) == 1 and len(saved[0]) == len(saved[1]) == 1:
-        points = [benchmark.points(items, answers[0].answers) for answers in saved]
-        if points[0] and points[1] and {*points[0], *points[1]} <= {0.0, 1.0}:
-            exact = mcnemar(points[0], points[1])
     rows = []
-    for metric in headlines:
-        each = [pooled([scores[metric] for scores in run]) for run in by_run]
-        ours, theirs_ = each[::2], each[1::2]
-        generator = np.random.default_rng(pairs[0][0].seed)
-        found = gap(pooled(ours), pooled(theirs_), generator, pairs[0][0].evaluate.bootstrap)
-        differences = [value_of(a) - value_of(b) for a, b in zip(ours, theirs_, strict=True)]
-        spread = stdev(differences) if len(differences) > 1 else None
-        label = f"{name}: {metric}"
-        our_value, their_value = value_of(pooled(ours)), value_of(pooled(theirs_))
-        rows.append(Row(label, our_value, their_value, found, spread, exact, len(items)))
+    for metric in (each for each in by_run[0][0] if each in benchmark.headlines):
+        by_seed = [pooled([scores[metric] for scores in run]) for run in by_run]
+        values = [value_of(each) for each in by_seed]
+        generator = np.random.default_rng(runs[0].seed)
+        found = gap(by_seed[::2], by_seed[1::2], generator, runs[0].evaluate.bootstrap)
+        differences = np.subtract(values[::2], values[1::2]).tolist()
+        rows.append(
+            Row(
+                f"{name}: {metric}",
+                fmean(values[::2]),
+                fmean(values[1::2]),
+                found,
+                stdev(differences) if len(differences) > 1 else None,
+                _exact(benchmark, items, [each.answers for run in saved for each in run], values),
+                len(items),
+            )
+        )
     return rows
+
+
+def _exact(
+    benchmark: Benchmark, items: Sequence[Item], answers: Sequence[Answers], values: Sequence[float]
+) -> float | None:
+    """McNemar's p of two projectors if the metric is the share of right answers."""
+    if len(answers) != 2:
+        return None
+    points = [benchmark.points(items, each) for each in answers]
+    for worth, value in zip(points, values, strict=True):
+        if worth is None or not {*worth} <= {0.0, 1.0} or not np.isclose(fmean(worth), value):
+            return None
+    ours, theirs = (worth or [] for worth in points)
+    return mcnemar(ours, theirs)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from evaluate.benchmarks.base import Item, Metric, averaged, mean
 from evaluate.benchmarks.pope import Pope
 from evaluate.captioning import caption_tokens, object_matches
-from evaluate.compare import interval, pooled
+from evaluate.compare import gap, interval, pooled
 from evaluate.metrics import (
     pope_label,
     vqa_accuracy,
@@ -103,3 +103,50 @@ def test_pooling_averages_projectors(values: list[list[float]]) -> None:
     together = pooled(metrics)
     expected = np.mean(values)
     assert float(together.value(together.statistics.sum(0))) == pytest.approx(float(expected))
+
+
+def paired_scores(rng: np.random.Generator, better: float) -> tuple[Metric, Metric]:
+    """Two runs on the same 120 images, two questions each; they mostly agree."""
+    easy = rng.random(120).repeat(2)
+    images = [str(n) for n in range(120) for _ in range(2)]
+    noise = rng.normal(0, 0.15, (2, 240))
+    one, other = (easy + noise[0] + better > 0.5).astype(float), (easy + noise[1] > 0.5).astype(float)
+    return averaged([], one.tolist(), images), averaged([], other.tolist(), images)
+
+
+def test_the_paired_bootstrap_keeps_its_level_and_finds_differences() -> None:
+    rng = np.random.default_rng(0)
+    level, power, narrower = 0, 0, 0
+    for trial in range(150):
+        generator = np.random.default_rng(trial)
+        one, other = paired_scores(rng, 0.0)
+        same = gap([one], [other], generator, 300)
+        level += same.p < 0.05
+        alone = interval(one, generator, 300)
+        narrower += same.high - same.low < alone.high - alone.low
+        power += gap(*[[each] for each in paired_scores(rng, 0.2)], generator, 300).p < 0.05
+    assert level / 150 < 0.1
+    assert power / 150 > 0.9
+    assert narrower / 150 > 0.95
+
+
+def test_several_seeds_are_averaged_by_score_not_by_count() -> None:
+    def f1_like(sums: np.ndarray) -> np.ndarray:
+        return sums[..., 0] ** 2 / 16
+
+    metrics = [Metric(["a", "b"], np.array([[value], [value]]), f1_like) for value in (1.0, 2.0)]
+    nothing = Metric(["a", "b"], np.zeros((2, 1)), f1_like)
+    found = gap(metrics, [nothing, nothing], np.random.default_rng(0), 100)
+    assert found.value == pytest.approx((0.25 + 1.0) / 2)
+
+
+def test_images_are_resampled_within_their_stratum() -> None:
+    def first(sums: np.ndarray) -> np.ndarray:
+        return sums[..., 0]
+
+    statistics = np.array([[1.0]] * 5 + [[0.0]] * 5)
+    images, strata = [str(n) for n in range(10)], ["a"] * 5 + ["b"] * 5
+    free = interval(Metric(images, statistics, first), np.random.default_rng(0), 300)
+    held = interval(Metric(images, statistics, first, strata), np.random.default_rng(0), 300)
+    assert free.low < 5 < free.high
+    assert (held.low, held.high) == (5, 5)
