@@ -29,6 +29,7 @@ def test_vqa_normalise_contractions(word: str, normal: str) -> None:
     assert vqa_normalise(word) == normal
 
 
+@settings(deadline=None)  # the first example imports nltk
 @given(st.text(max_size=60))
 def test_parsers_take_any_text(text: str) -> None:
     assert pope_label(text) in ("yes", "no")
