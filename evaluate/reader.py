@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,10 @@ def answer(
 
         def save(done: Sequence[Item], what: str, values: Sequence[Any]) -> None:
             for item, value in zip(done, values, strict=True):
-                file.write(canonical({"id": item.id, "image": item.image, what: value}) + b"\n")
+                line = {"id": item.id, "image": item.image, what: value}
+                if isinstance(value, list) and not all(map(math.isfinite, value)):
+                    line = {"id": item.id, "image": item.image, "failed": "its likelihood is not finite"}
+                file.write(canonical(line) + b"\n")
             file.flush()
             advance(len(done))
 

@@ -221,6 +221,21 @@ def test_local_only_is_judged_by_its_silos_projectors(evaluated: Path) -> None:
     assert scores(evaluated, "alone", "loss")["metrics"]["loss"]["value"] == pytest.approx(total / tokens)
 
 
+def test_what_has_no_finite_likelihood_stops_nothing(
+    evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "evaluate.reader._likelihoods",
+        lambda language, tokens, projected: [[1.0 if n else float("nan"), 2.0] for n in range(len(tokens))],
+    )
+    result = call("evaluate", evaluated, "run=other", "seed=5", more=("--benchmark", "loss"))
+    assert result.exit_code == 0, result.output
+    content = scores(evaluated, "other", "loss")
+    assert (content["counts"]["items"], content["counts"]["failed items"]) == (9, 3)
+    assert content["metrics"]["loss"]["value"] == 0.5
+    assert "its likelihood is not finite" in result.output
+
+
 def test_an_unfinished_line_does_not_count(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     assert read_answers(path).answers == {}
