@@ -223,6 +223,14 @@ def test_other_encodings_are_read_or_refused_by_name(tmp_path: Path, encoding: s
                 benchmark.items(None)
 
 
+def test_an_open_quote_in_a_table_is_no_short_table(tmp_path: Path) -> None:
+    benchmark = build("mmbench", tmp_path)
+    path = tmp_path / "mmbench_dev.tsv"
+    path.write_text(path.read_text().replace("What is it?", '"What is it?', 1))
+    with pytest.raises(UserError, match="not a table of tabs and quotes"):
+        benchmark.items(None)
+
+
 def test_extra_and_missing_lines_are_reported(tmp_path: Path) -> None:
     benchmark = build("mme", tmp_path)
     number = len(items_of(benchmark))
@@ -309,16 +317,18 @@ def test_submissions_are_in_the_official_form(tmp_path: Path) -> None:
 
 
 def test_files_without_references_give_submissions_only(tmp_path: Path) -> None:
-    for name, option in (("vqav2", "annotations"), ("vizwiz", None)):
+    for name in ("vqav2", "vizwiz", "mmbench"):
         (tmp_path / name).mkdir()
         options = WRITERS[name](tmp_path / name)
-        if option:
-            del options[option]
-        else:
+        if name == "vqav2":
+            del options["annotations"]
+        elif name == "vizwiz":
             path = options["annotations"]
-            path.write_text(
-                json.dumps([{"image": e["image"], "question": "?"} for e in json.loads(path.read_text())])
-            )
+            rows = [{"image": each["image"], "question": "?"} for each in json.loads(path.read_text())]
+            path.write_text(json.dumps(rows))
+        else:
+            path = options["path"]
+            path.write_text(re.sub(r"\t[A-D]\t(recognition|logic)\t", r"\t\t\1\t", path.read_text()))
         benchmark = BENCHMARKS.build(Component.model_validate({"name": name, **options}), name)
         items = items_of(benchmark)
         answers = {each.id: "yes" for each in items}

@@ -48,7 +48,8 @@ class MmBench(Choice):
     """Circular accuracy: a question is right only if it is right in every rotation it is asked in.
 
     Args:
-        path: The official TSV, which holds the images.
+        path: The official TSV, which holds the images; without answers in it only the submission file
+            is written.
         split: Only rows of this split, where the file has several.
     """
 
@@ -65,10 +66,16 @@ class MmBench(Choice):
     def _rows(self) -> Iterator[tuple[str, Any]]:
         text = read_text_file(self.path, "MMBench questions")
         csv.field_size_limit(sys.maxsize)
-        reader = csv.DictReader(io.StringIO(text, newline=""), dialect="excel-tab")
-        for number, row in enumerate(reader, 1):
-            if self.split is None or row.get("split") == self.split:
-                yield f"{self.path}, row {number}", row
+        # Strict, or an open quote would swallow the rest of the file without a word.
+        reader = csv.DictReader(io.StringIO(text, newline=""), dialect="excel-tab", strict=True)
+        try:
+            for number, row in enumerate(reader, 1):
+                if self.split is None or row.get("split") == self.split:
+                    yield f"{self.path}, row {number}", row
+        except csv.Error as error:
+            raise UserError(
+                f"{self.path}:{reader.line_num}: not a table of tabs and quotes: {error}"
+            ) from None
 
     def _item(self, row: Any, place: str) -> Item:
         index = int(field(row, "index", place))
@@ -80,13 +87,14 @@ class MmBench(Choice):
         shown = [
             letter for rank, letter in enumerate(_LETTERS) if set(_LETTERS[: rank + 1]) <= choices.keys()
         ]
-        if not shown or (row.get("answer") is not None and row["answer"] not in (*_LETTERS, *_NONE)):
-            raise UserError(f"{place}: no options, or the answer {row.get('answer')!r} is no letter")
+        answer = row.get("answer") or ""
+        if not shown or answer not in (*_LETTERS, *_NONE):
+            raise UserError(f"{place}: no options, or the answer {answer!r} is no letter")
         hint = row.get("hint") or ""
         asked = [hint] if hint not in _NONE and hint.lower() != "none" else []
         asked += [field(row, "question", place), *(f"{letter}. {choices[letter]}" for letter in shown)]
         truth = {
-            "answer": row.get("answer") or "",
+            "answer": "" if answer in _NONE else answer,
             "choices": choices,
             "category": row.get("category") or "",
             "l2-category": row.get("l2-category") or "",
@@ -109,9 +117,9 @@ class MmBench(Choice):
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """Undecided answers count as wrong; how many there are is a metric of its own."""
         truths = [json.loads(item.reference) for item in items]
-        if not any(truth["answer"] for truth in truths):
-            return {}
         points = self.points(items, answers)
+        if points is None:
+            return {}
         groups: dict[int, list[int]] = defaultdict(list)
         for place, item in enumerate(items):
             groups[int(item.id) % _ROTATION].append(place)
@@ -135,9 +143,11 @@ class MmBench(Choice):
             metrics |= averaged_by(level, asked, passed, [truths[place][level] for place in firsts])
         return metrics
 
-    def points(self, items: Sequence[Item], answers: Answers) -> list[float]:
+    def points(self, items: Sequence[Item], answers: Answers) -> list[float] | None:
         """1 for the right letter of one rotation."""
-        truths = (json.loads(item.reference) for item in items)
+        truths = [json.loads(item.reference) for item in items]
+        if not all(truth["answer"] for truth in truths):
+            return None
         return [
             float(mmbench_option(str(answers[item.id]), truth["choices"]) == truth["answer"])
             for item, truth in zip(items, truths, strict=True)
