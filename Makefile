@@ -53,7 +53,7 @@ help:
 	@echo "make evaluate   answer and score the benchmarks, write build/report"
 	@echo "make ablate     compare strategies over scenarios and seeds: ABLATION=$(ABLATION)"
 	@echo "make results    every ablation of configs/ablations into docs/results.md"
-	@echo "make bench      speed and memory of the cache, and of aggregation at the size of LLaVA-1.5-7B"
+	@echo "make bench      speed and memory: cache, aggregation at the size of LLaVA-1.5-7B, answers"
 	@echo "make test       lint, types and tests: exactly what CI runs"
 	@echo "make world      train the embedded default's two small models again"
 	@echo "make clean      remove build/"
@@ -107,6 +107,7 @@ results: $(WORLDS) | $(READY)
 bench: $(READY)
 	$(PYTHON) tests/bench_cache.py
 	$(PYTHON) tests/bench_aggregation.py
+	$(PYTHON) tests/bench_generation.py
 
 world: $(READY)
 	$(FEDCMP) world train

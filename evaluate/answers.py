@@ -7,6 +7,7 @@ file: nothing stale is scored, and nothing that was answered is lost.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,42 @@ def answers_path(folder: Path, benchmark: str, projector: str, key: dict[str, An
     return folder / "answers" / f"{benchmark}.{stem}.{fingerprint(key)[:12]}.jsonl"
 
 
-def read_answers(path: Path) -> dict[str, Answer]:
-    """Saved answers by item id; a line that a killed process left unfinished does not count."""
-    if not path.is_file():
-        return {}
-    entries = [json.loads(line) for line in path.read_bytes().split(b"\n")[1:-1]]
-    return {entry["id"]: entry["answer"] for entry in entries}
+@dataclass(frozen=True)
+class Saved:
+    """What a file of answers holds.
+
+    Attributes:
+        answers: By item id.
+        failures: Why an item could not be answered, by its id.
+        unreadable: Lines that are no answer; their items are answered again.
+    """
+
+    answers: dict[str, Answer]
+    failures: dict[str, str]
+    unreadable: int
+
+    def knows(self, item: str) -> bool:
+        """Whether an item needs no answer any more."""
+        return item in self.answers or item in self.failures
+
+
+def read_answers(path: Path) -> Saved:
+    """Saved answers; a line that a killed process left unfinished does not count."""
+    saved = Saved({}, {}, 0)
+    unreadable = 0
+    for line in path.read_bytes().split(b"\n")[1:-1] if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+            if "failed" in entry:
+                saved.failures[entry["id"]] = entry["failed"]
+                continue
+            answer = entry["answer"]
+            if not isinstance(answer, str) and not all(isinstance(number, float) for number in answer):
+                raise TypeError
+            saved.answers[entry["id"]] = answer
+        except (ValueError, TypeError, KeyError, RecursionError):
+            unreadable += 1
+    return replace(saved, unreadable=unreadable)
 
 
 def begin_answers(path: Path, key: dict[str, Any]) -> None:

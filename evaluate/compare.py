@@ -1,4 +1,4 @@
-"""Intervals and tests: bootstrap over images, paired t over seeds, Holm over comparisons.
+"""Intervals and tests: bootstrap over images, McNemar, paired t over seeds, Holm over comparisons.
 
 Questions about one image are not independent, so images are resampled, not questions.
 """
@@ -28,7 +28,8 @@ class Score:
 def pooled(metrics: Sequence[Metric]) -> Metric:
     """One metric over several projectors' answers to the same items: their statistics summed."""
     first, *_ = metrics
-    return Metric(first.images, np.sum([metric.statistics for metric in metrics], axis=0), first.value)
+    summed = np.sum([metric.statistics for metric in metrics], axis=0)
+    return Metric(first.images, summed, first.value, first.strata)
 
 
 def interval(metric: Metric, generator: np.random.Generator, resamples: int) -> Score:
@@ -39,18 +40,97 @@ def interval(metric: Metric, generator: np.random.Generator, resamples: int) -> 
         generator: Source of the resamples.
         resamples: Number of bootstrap resamples.
     """
-    groups, index = np.unique(metric.images, return_inverse=True)
-    sums = np.zeros((len(groups), metric.statistics.shape[1]))
-    np.add.at(sums, index, metric.statistics)
-    value = float(metric.value(sums.sum(0)))
-    values = []
-    at_a_time = max(_DRAWS_IN_MEMORY // len(groups), 1)
+    low, high = np.quantile(bootstrap([metric], generator, resamples)[0], [0.025, 0.975])
+    return Score(value_of(metric), float(low), float(high), len(metric.images))
+
+
+def value_of(metric: Metric) -> float:
+    """The score itself."""
+    return float(metric.value(metric.statistics.sum(0)))
+
+
+def bootstrap(metrics: Sequence[Metric], generator: np.random.Generator, resamples: int) -> np.ndarray:
+    """Scores of resampled images, the same resample for all metrics: `(metrics, resamples)` float64.
+
+    Args:
+        metrics: Of the same items in the same order; where the first has strata, images are resampled
+            within each of them.
+        generator: Source of the resamples.
+        resamples: Number of resamples.
+    """
+    first = metrics[0]
+    strata = first.strata or [""] * len(first.images)
+    places = list(zip(strata, first.images, strict=True))
+    groups = {place: number for number, place in enumerate(dict.fromkeys(places))}
+    index = np.array([groups[place] for place in places], int)
+    parts: dict[str, list[int]] = {}
+    for (stratum, _), number in groups.items():
+        parts.setdefault(stratum, []).append(number)
+    sums = []
+    for metric in metrics:
+        sums.append(np.zeros((len(groups), metric.statistics.shape[1])))
+        np.add.at(sums[-1], index, metric.statistics)
+    values: list[list[np.ndarray]] = [[] for _ in metrics]
+    at_a_time = max(_DRAWS_IN_MEMORY // max(len(groups), 1), 1)
     for start in range(0, resamples, at_a_time):
         number = min(at_a_time, resamples - start)
-        draws = generator.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), number)
-        values.append(metric.value(draws.astype(float) @ sums))
-    low, high = np.quantile(np.concatenate(values), [0.025, 0.975])
-    return Score(value, float(low), float(high), len(metric.images))
+        draws = np.zeros((number, len(groups)))
+        for inside in parts.values():
+            draws[:, inside] = generator.multinomial(
+                len(inside), np.full(len(inside), 1 / len(inside)), number
+            )
+        for place, metric in enumerate(metrics):
+            values[place].append(metric.value(draws @ sums[place]))
+    return np.array([np.concatenate(each) for each in values])
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Ours minus theirs on the same items: the 95 % interval and p of a paired bootstrap over images."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def gap(
+    ours: Sequence[Metric], theirs: Sequence[Metric], generator: np.random.Generator, resamples: int
+) -> Gap:
+    """Compare two methods on the same items, each by the mean over its seeds.
+
+    P is twice the smaller share of resampled differences on one side of 0, never less than
+    2 / (resamples + 1).
+
+    Args:
+        ours: A metric a seed.
+        theirs: The same metric.
+        generator: Source of the resamples.
+        resamples: Number of resamples of the images, the same ones for all metrics.
+    """
+    values = bootstrap([*ours, *theirs], generator, resamples)
+    differences = values[: len(ours)].mean(0) - values[len(ours) :].mean(0)
+    low, high = np.quantile(differences, [0.025, 0.975])
+    side = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    p = min(1.0, 2 * (side + 1) / (resamples + 1))
+    value = float(np.mean([value_of(m) for m in ours]) - np.mean([value_of(m) for m in theirs]))
+    return Gap(value, float(low), float(high), p)
+
+
+def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """P value of the exact McNemar test (two-sided binomial over the items where one alone is right).
+
+    Args:
+        ours: 0 or 1 an item.
+        theirs: The same items.
+    """
+    from scipy.stats import binomtest
+
+    only_ours = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    only_theirs = sum(a < b for a, b in zip(ours, theirs, strict=True))
+    if only_ours + only_theirs == 0:
+        return 1.0
+    return float(binomtest(only_ours, only_ours + only_theirs).pvalue)
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,9 @@
-"""Pure functions of predictions and references, by the benchmarks' official rules."""
+"""Pure functions of one answer and its references, by the benchmarks' official rules."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
-from collections.abc import Sequence
-from functools import cache
-from typing import Any
-
-import numpy as np
-
-_PTB_PUNCTUATION = frozenset(
-    ["''", "'", "``", "`", "(", ")", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
-)
+from collections.abc import Mapping, Sequence
 
 
 def pope_label(answer: str) -> str:
@@ -26,96 +16,70 @@ def pope_label(answer: str) -> str:
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
-def caption_tokens(caption: str) -> list[str]:
-    """Tokens as coco-caption's PTB tokenizer gives them, with nltk's Treebank rules and no Java."""
-    text = re.sub(r"`+", " `` ", " ".join(caption.split()).lower())
-    return [token for token in _treebank().tokenize(text) if token not in _PTB_PUNCTUATION]
+def mme_label(answer: str) -> str:
+    """`yes`, `no` or `other` by MME's rule (its eval_tool, calculation.py).
+
+    Lower-cased, the answer is the word itself, or has it within its first four characters.
+    """
+    start = answer.lower()[:4]
+    return next((label for label in ("yes", "no") if label in start), "other")
 
 
-@cache
-def _treebank() -> Any:
-    from nltk.tokenize import TreebankWordTokenizer
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_ANSWER_IS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
 
-    return TreebankWordTokenizer()
 
+def mmbench_option(answer: str, choices: Mapping[str, str]) -> str | None:
+    """The option an answer names by MMBench's rule without a judge (VLMEvalKit, matching_util.py).
 
-def cider_d(
-    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
-) -> np.ndarray:
-    """CIDEr-D of every image (Vedantam et al., 2015), document frequencies from the references.
+    One lone letter among its last five words; else `answer is X`; else the one option whose text
+    the answer holds.
 
     Args:
-        predictions: Tokens of one caption an image.
-        references: Tokens of one or more captions an image.
+        answer: Generated answer.
+        choices: Text of every option by its letter.
 
     Returns:
-        `(images,)` float64; the corpus score is their mean.
+        A letter, `Z` for a refusal, None where the rule decides nothing.
     """
-    frequency: Counter[tuple[str, ...]] = Counter()
-    for captions in references:
-        frequency.update({ngram for caption in captions for ngram in _ngrams(caption)})
-    log_images = math.log(max(len(references), 1))
-
-    def vector(counts: Counter[tuple[str, ...]]) -> list[dict[tuple[str, ...], float]]:
-        weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(4)]
-        for ngram, count in counts.items():
-            idf = log_images - math.log(max(frequency[ngram], 1))
-            weights[len(ngram) - 1][ngram] = count * idf
-        return weights
-
-    scores = np.zeros(len(predictions))
-    for place, (prediction, captions) in enumerate(zip(predictions, references, strict=True)):
-        guess, total = vector(_ngrams(prediction)), 0.0
-        for caption in captions:
-            truth = vector(_ngrams(caption))
-            gap = max(len(prediction) - 1, 0) - max(len(caption) - 1, 0)
-            total += math.exp(-(gap**2) / 72) * sum(map(_clipped_cosine, guess, truth))
-        scores[place] = 10 * total / (4 * len(captions))
-    return scores
+    if any(refusal in answer for refusal in _REFUSALS):
+        return "Z"
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
+    named = [letter for letter in choices if letter in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:
+        return named[0]
+    if not named and "Z" in words:
+        return "Z"
+    said = _ANSWER_IS.search(answer)
+    if said and said[1].upper() in choices:
+        return said[1].upper()
+    if len(answer) > 2 * sum(map(len, choices.values())):
+        return None
+    contained = [letter for letter, text in choices.items() if text.lower() in answer.lower()]
+    return contained[0] if len(contained) == 1 else None
 
 
-def _clipped_cosine(guess: dict[tuple[str, ...], float], truth: dict[tuple[str, ...], float]) -> float:
-    norms = math.hypot(*guess.values()) * math.hypot(*truth.values())
-    overlap = sum(
-        min(weight, truth[ngram]) * truth[ngram] for ngram, weight in guess.items() if ngram in truth
-    )
-    return overlap / norms if norms else 0.0
+def scienceqa_letter(answer: str) -> str | None:
+    """The letter an answer names by LLaVA's rule (eval_science_qa.py), None where it names none.
 
-
-def _ngrams(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
-    return Counter(
-        tuple(tokens[start : start + size]) for size in range(1, 5) for start in range(len(tokens) - size + 1)
-    )
-
-
-def object_matches(
-    prediction: str, references: Sequence[str], pattern: re.Pattern[str]
-) -> tuple[int, int, int]:
-    """Objects named in a caption against those of its references, as multisets.
-
-    Args:
-        prediction: Generated caption.
-        references: Reference captions; of several, the one that agrees best counts.
-        pattern: Regular expression whose whole matches are the objects.
-
-    Returns:
-        Matched, predicted and referenced objects.
+    The bare letter, `X. ...`, or exactly one `The answer is X.`; `A.` alone is none of them.
     """
-
-    def objects(text: str) -> Counter[str]:
-        return Counter(match.group().lower() for match in pattern.finditer(text))
-
-    named = objects(prediction)
-    counts = []
-    for reference in references:
-        there = objects(reference)
-        counts.append(((named & there).total(), named.total(), there.total()))
-    return max(counts, key=lambda c: f1(*c))
+    if answer in ("A", "B", "C", "D", "E"):
+        return answer
+    if len(answer) >= 3 and answer[0] in "ABCDE" and answer[1:3] == ". ":
+        return answer[0]
+    said = re.findall(r"The answer is ([A-Z]).", answer)
+    return str(said[0]) if len(said) == 1 else None
 
 
-def f1(matched: float, predicted: float, referenced: float) -> float:
-    """Harmonic mean of precision and recall; 0 where nothing is predicted or referenced."""
-    return 2 * matched / (predicted + referenced) if predicted + referenced else 0.0
+def gqa_answer(answer: str) -> str:
+    """An answer as LLaVA's convert_gqa_for_eval.py hands it to GQA's exact match."""
+    return answer.rstrip(".").lower()
 
 
 _ARTICLES = frozenset(["a", "an", "the"])
@@ -126,7 +90,7 @@ _NUMBERS = {
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
-he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll let's ma'am mightn't mightn't've might've
+he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've
 mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't
 shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
 something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
@@ -139,20 +103,37 @@ _RESTORED = {
     for word in _CONTRACTIONS
     for place, letter in enumerate(word)
     if letter == "'"
+} | {"somebody'd": "somebodyd"}
+# VizWiz's table has most apostrophes as backticks, which no prediction still holds at that point.
+_VIZWIZ_APOSTROPHES = frozenset(["aint", "arent", "cant", "couldve", "weve", "wheres", "whove"])
+_VIZWIZ_RESTORED = {
+    word: restored if word in _VIZWIZ_APOSTROPHES else restored.replace("'", "`")
+    for word, restored in _RESTORED.items()
+    if "'" not in word or word in ("couldn'tve", "hadn'tve")
 }
+_PERIODS = 32  # the official code hands re.UNICODE to re.sub as its count
 
 
-def vqa_normalise(answer: str) -> str:
-    """The normal form of an answer in the VQA evaluation (punctuation, numbers, articles)."""
-    text = answer.replace("\n", " ").replace("\t", " ").strip()
+def _one_line(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def vqa_normalise(answer: str, restored: Mapping[str, str] = _RESTORED) -> str:
+    """The normal form of an answer in the VQA evaluation (punctuation, numbers, articles).
+
+    Args:
+        answer: An answer.
+        restored: Contractions by their forms without an apostrophe.
+    """
+    text = _one_line(answer)
     number = re.search(r"\d,\d", text) is not None
     normal = text
     for mark in _PUNCTUATION:
         spaced = f"{mark} " in text or f" {mark}" in text or number
         normal = normal.replace(mark, "" if spaced else " ")
-    normal = re.sub(r"\.(?!\d)", "", normal)
+    normal = re.sub(r"\.(?!\d)", "", normal, count=_PERIODS)
     words = [_NUMBERS.get(word, word) for word in normal.lower().split()]
-    return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(restored.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def evalai_normalise(answer: str) -> str:
@@ -176,11 +157,25 @@ def vqa_accuracy(
         numbered: The annotations carry an `answer_id`. Where they do not, the official code leaves
             out, with each annotator, all others who said the same.
     """
-    guess = evalai_normalise(prediction) if normalise_first else re.sub(r"[\n\t]", " ", prediction).strip()
-    truths = list(answers)
+    guess = evalai_normalise(prediction) if normalise_first else _one_line(prediction)
+    truths = [_one_line(answer) for answer in answers]
     if len(set(truths)) > 1:
         guess = vqa_normalise(guess)
         truths = [vqa_normalise(answer) for answer in truths]
+    return _leave_one_out(guess, truths, numbered=numbered)
+
+
+def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """TextVQA's accuracy in [0, 1]: leave-one-out after the EvalAI processor, always on both sides."""
+    return _leave_one_out(evalai_normalise(prediction), [evalai_normalise(answer) for answer in answers])
+
+
+def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VizWiz's accuracy in [0, 1]: leave-one-out; the prediction is normalised, the answers are not."""
+    return _leave_one_out(vqa_normalise(prediction, _VIZWIZ_RESTORED), answers)
+
+
+def _leave_one_out(guess: str, truths: Sequence[str], *, numbered: bool = True) -> float:
     agreeing = truths.count(guess)
     left_out = 1 if numbered else agreeing
     others = [agreeing - left_out * (truth == guess) for truth in truths]

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from evaluate.benchmarks.base import Answer, Benchmark, Item
+from evaluate.benchmarks.retrieval import ranks_of
 from pipeline.cache import FeatureCache
+from pipeline.errors import UserError
 from pipeline.language import FrozenLanguageModel
 from pipeline.manifest import canonical
 from pipeline.projectors.base import Projector
 from pipeline.prompts import Tokens, stop_string, tokenise_all
+from pipeline.records import Text, Turn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,17 @@ class Reader:
     max_length: int
     batch_size: int
 
+    def tokens(self, texts: Sequence[Text], template: str) -> list[Tokens]:
+        """Tokens of texts, one more than `max_length` where a text is longer."""
+        patches = self.projector.tokens(self.cache.patches)
+        tokenizer = self.language.tokenizer
+        return tokenise_all(texts, template, tokenizer, patches=patches, max_length=self.max_length + 1)
+
+    @torch.inference_mode()
+    def project(self, rows: Sequence[int]) -> Tensor:
+        """Visual tokens of images: `(len(rows), tokens, d_llm)`."""
+        return self.projector(self.cache.tensor(rows).float().to(self.language.device))
+
 
 def answer(
     benchmark: Benchmark,
@@ -47,56 +67,132 @@ def answer(
 ) -> None:
     """Answer items and append each answer to the file as soon as its batch is done.
 
+    An item whose prompt does not fit is recorded as failed and stops no other.
+
     Args:
-        benchmark: Decides template, length and whether answers are likelihoods.
-        items: What is still to be answered.
+        benchmark: Decides template, length and how answers come about.
+        items: What is still to be answered; all of them for a benchmark that retrieves.
         rows: Cache row of every image.
         reader: The model.
         path: File to append to.
         advance: Called with the number of answers after every batch.
     """
     template = reader.template if benchmark.asks == "caption" else reader.question_template
-    language = reader.language
-
-    tokens = tokenise_all(
-        [item.text for item in items],
-        template,
-        language.tokenizer,
-        patches=reader.projector.tokens(reader.cache.patches),
-        max_length=reader.max_length,
-    )
-    prompts = sorted(zip(tokens, items, strict=True), key=lambda pair: len(pair[0].ids))
     with path.open("ab") as file:
-        for start in range(0, len(prompts), reader.batch_size):
-            batch = prompts[start : start + reader.batch_size]
-            features = reader.cache.tensor([rows[item.image] for _, item in batch])
-            with torch.inference_mode():
-                projected = reader.projector(features.float().to(language.device))
-            asked = [each for each, _ in batch]
-            replies: Iterator[Answer]
-            if benchmark.likelihood:
-                replies = iter(_likelihoods(language, asked, projected))
-            else:
-                ids, attention = language.collate_prompts(asked)
-                replies = iter(
-                    language.generate(
-                        ids,
-                        attention,
-                        projected,
-                        max_new_tokens=benchmark.max_new_tokens,
-                        stop=stop_string(template),
-                    )
-                )
-            for (_, item), reply in zip(batch, replies, strict=True):
-                file.write(canonical({"id": item.id, "image": item.image, "answer": reply}) + b"\n")
+
+        def save(done: Sequence[Item], what: str, values: Sequence[Any]) -> None:
+            for item, value in zip(done, values, strict=True):
+                line = {"id": item.id, "image": item.image, what: value}
+                if isinstance(value, list) and not all(map(math.isfinite, value)):
+                    line = {"id": item.id, "image": item.image, "failed": "its likelihood is not finite"}
+                file.write(canonical(line) + b"\n")
             file.flush()
-            advance(len(batch))
+            advance(len(done))
+
+        if benchmark.mode == "retrieve":
+            save(items, "answer", _ranks(reader, items, rows))
+            return
+        fitting, failed = _fitting(reader, items, template)
+        save(list(failed), "failed", list(failed.values()))
+        for batch in _batches(_ordered(fitting), reader.batch_size):
+            asked = [tokens for tokens, _ in batch]
+            done = [item for _, item in batch]
+            images = list(dict.fromkeys(item.image for item in done))
+            owners = [images.index(item.image) for item in done]
+            projected = reader.project([rows[image] for image in images])
+            answers: Sequence[Answer]
+            if benchmark.mode == "likelihood":
+                answers = _likelihoods(reader.language, asked, projected[owners])
+            elif benchmark.mode == "rank":
+                answers = list(_ranked(reader, done, projected[owners], template))
+            else:
+                length, stop = benchmark.max_new_tokens, stop_string(template)
+                answers = reader.language.generate(asked, projected, owners, max_new_tokens=length, stop=stop)
+            save(done, "answer", answers)
+
+
+def _ordered(fitting: Sequence[tuple[Tokens, Item]]) -> list[tuple[Tokens, Item]]:
+    """Questions about one image together, and images in the order of their longest question.
+
+    So an image's tokens are computed once, and little of a batch is padding.
+    """
+    longest: dict[str, int] = {}
+    for tokens, item in fitting:
+        longest[item.image] = max(longest.get(item.image, 0), len(tokens.ids))
+    return sorted(fitting, key=lambda pair: (longest[pair[1].image], pair[1].image, len(pair[0].ids)))
+
+
+def _batches(sequence: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(sequence), size):
+        yield sequence[start : start + size]
+
+
+def _fitting(
+    reader: Reader, items: Sequence[Item], template: str
+) -> tuple[list[tuple[Tokens, Item]], dict[Item, str]]:
+    """Prompts of items, and why some have none."""
+    try:
+        tokens: list[Tokens | str] = [*reader.tokens([item.text for item in items], template)]
+    except UserError:
+        tokens = [_tokens_or_reason(reader, item, template) for item in items]
+    fitting, failed = [], {}
+    for each, item in zip(tokens, items, strict=True):
+        if isinstance(each, str):
+            failed[item] = each
+        elif len(each.ids) > reader.max_length:
+            failed[item] = f"its prompt has more than language.max_length = {reader.max_length} tokens"
+        else:
+            fitting.append((each, item))
+    return fitting, failed
+
+
+def _tokens_or_reason(reader: Reader, item: Item, template: str) -> Tokens | str:
+    try:
+        return reader.tokens([item.text], template)[0]
+    except UserError as error:
+        return str(error)
 
 
 @torch.inference_mode()
-def _likelihoods(language: FrozenLanguageModel, tokens: list[Tokens], projected: Tensor) -> list[Answer]:
+def _likelihoods(
+    language: FrozenLanguageModel, tokens: Sequence[Tokens], projected: Tensor
+) -> list[list[float]]:
+    """Summed negative log-likelihood and number of supervised tokens of every text."""
     ids, labels = language.collate(tokens)
     losses, rows = language.token_losses(ids, labels, projected)
     sums = torch.zeros(len(tokens), dtype=torch.float64, device=losses.device)
     sums.index_add_(0, rows, losses.double())
     return [[float(total), float(each.supervised)] for total, each in zip(sums, tokens, strict=True)]
+
+
+def _ranked(reader: Reader, items: Sequence[Item], projected: Tensor, template: str) -> Iterator[str]:
+    """The likeliest option of every item; of equals the first."""
+    texts = [Text((*item.text.turns, Turn("assistant", option))) for item in items for option in item.options]
+    owners = [place for place, item in enumerate(items) for _ in item.options]
+    losses: list[list[float]] = []
+    for batch in _batches([*zip(reader.tokens(texts, template), owners, strict=True)], reader.batch_size):
+        tokens = [each for each, _ in batch]
+        losses += _likelihoods(reader.language, tokens, projected[[owner for _, owner in batch]])
+    answers = iter(losses)
+    for item in items:
+        yield min(((next(answers)[0], option) for option in item.options), key=lambda pair: pair[0])[1]
+
+
+@torch.inference_mode()
+def _ranks(reader: Reader, items: Sequence[Item], rows: dict[str, int]) -> list[list[float]]:
+    """Ranks of images and captions for each other, by cosine in the LLM's input space."""
+    language = reader.language
+    images = torch.cat(
+        [
+            reader.project([rows[item.image] for item in batch]).float().mean(1)
+            for batch in _batches(items, reader.batch_size)
+        ]
+    )
+    captions = [json.loads(item.reference) for item in items]
+    owners = [place for place, several in enumerate(captions) for _ in several]
+    flat = [caption for several in captions for caption in several]
+    encoded = language.tokenizer(flat, add_special_tokens=False)["input_ids"]
+    words = [language.embeddings(torch.tensor(ids, device=language.device).long()).float() for ids in encoded]
+    texts = torch.stack([each.sum(0) / max(len(each), 1) for each in words])
+    near = normalize(texts - texts.mean(0)) @ normalize(images - images.mean(0)).T
+    return ranks_of(near.cpu().numpy(), owners)

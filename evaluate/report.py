@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import base64
+import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import Any
 
-from evaluate import charts
-from evaluate.run import answers_of, benchmarks_of, prepare, read_manifest
+from PIL import Image
+
+from evaluate.benchmarks.base import LETTER, SHORT_ANSWER, Item
+from evaluate.page import RunResult, Said, Sample, page
+from evaluate.run import answered, benchmarks_of, prepare, read_manifest, saved_answers
 from pipeline.config import Experiment
 from pipeline.console import say, table
 from pipeline.errors import UserError
 from pipeline.manifest import read_json, write_atomic, write_json
+from pipeline.records import IMAGE_PLACEHOLDER
 
-_SAMPLES = 6
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What the report shows of one run; `history` are its rows by round and client."""
-
-    name: str
-    strategy: str
-    scores: dict[str, dict[str, dict[str, float]]]
-    headlines: list[tuple[str, str]]
-    history: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question about one picture, with every run's answer."""
-
-    benchmark: str
-    picture: bytes
-    question: str
-    reference: str
-    answers: dict[str, str]
+_SAMPLES = 24
+_THUMBNAIL = 320
+_SMALL_FILE = 30_000
+_EXPECTED = ("items", "projectors")
 
 
 def write_report(experiments: Sequence[Experiment]) -> Path:
@@ -67,8 +49,8 @@ def write_report(experiments: Sequence[Experiment]) -> Path:
         },
     )
     write_atomic(out / "report.md", _markdown(experiment.experiment, results).encode())
-    page = _html(experiment.experiment, results, _samples(experiments))
-    write_atomic(out / "report.html", page.encode())
+    content = page(experiment.experiment, results, columns_of(results), _samples(experiments))
+    write_atomic(out / "report.html", content.encode())
     heads, rows = _summary(results, between="\n")
     table(f"{experiment.experiment}: value and 95 % bootstrap interval over images", heads, rows)
     say(f"Report: {out / 'report.html'}")
@@ -77,19 +59,26 @@ def write_report(experiments: Sequence[Experiment]) -> Path:
 
 def _result(experiment: Experiment) -> RunResult:
     manifest = read_manifest(experiment)
-    scores, headlines = {}, []
+    scores, headlines, notes = {}, [], {}
     for name in benchmarks_of(experiment):
         content = read_json(experiment.scores_path / f"{name}.json")
         if content is None:
             raise UserError(f"run '{experiment.run}' has no scores of '{name}'; run 'fedcmp evaluate' first")
         scores[name] = content["metrics"]
         headlines += [(name, metric) for metric in content["headlines"]]
+        notes[name] = _note(content["settings"], content["counts"])
     lines = (experiment.run_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
     history = [json.loads(line) for line in lines]
-    return RunResult(experiment.run, manifest["strategy"], scores, headlines, history)
+    return RunResult(experiment.run, manifest["strategy"], scores, headlines, notes, history)
 
 
-def _columns(results: Sequence[RunResult]) -> list[tuple[str, str]]:
+def _note(settings: dict[str, str], counts: dict[str, int]) -> str:
+    """What a score must not be quoted without, and what was not scored."""
+    left_out = [f"{number} {what}" for what, number in counts.items() if what not in _EXPECTED and number]
+    return "; ".join([*(f"{what}: {value}" for what, value in settings.items()), *left_out])
+
+
+def columns_of(results: Sequence[RunResult]) -> list[tuple[str, str]]:
     """Every (benchmark, metric), in the order of the configuration."""
     return list(
         dict.fromkeys(
@@ -104,7 +93,7 @@ def _columns(results: Sequence[RunResult]) -> list[tuple[str, str]]:
 def _headlines(results: Sequence[RunResult]) -> list[tuple[str, str]]:
     """What a summary shows of every benchmark."""
     wanted = {column for result in results for column in result.headlines}
-    return [column for column in _columns(results) if column in wanted]
+    return [column for column in columns_of(results) if column in wanted]
 
 
 def _cell(result: RunResult, column: tuple[str, str], between: str) -> str:
@@ -130,147 +119,69 @@ def _markdown(experiment: str, results: Sequence[RunResult]) -> str:
 
 
 def _samples(experiments: Sequence[Experiment]) -> list[Sample]:
-    """A few questions of every generated benchmark, spread evenly over its items."""
-    experiment = experiments[0]
-    folder = experiment.evaluate.images
-    if folder is None:
-        return []
-    samples = []
-    for name, benchmark in benchmarks_of(experiment).items():
-        if benchmark.likelihood:
+    """Questions of every benchmark that is answered in words, with every run's answer."""
+    samples, folders, pictures = [], set(), 0
+    for name, benchmark in benchmarks_of(experiments[0]).items():
+        if benchmark.mode not in ("generate", "rank"):
             continue
-        work = prepare(experiment, name, benchmark)
-        answers = {
-            each.run: answers_of(each, prepare(each, name, benchmarks_of(each)[name]), read_manifest(each))
-            for each in experiments
-        }
-        step = max(len(work.items) // _SAMPLES, 1)
-        for item in work.items[step // 2 :: step][:_SAMPLES]:
-            picture = folder / item.image
-            if picture.is_file():
-                said = {run: str(by_item.get(item.id, "")) for run, by_item in answers.items()}
-                question = item.text.turns[0].content.split("\n")[1]
-                reference = benchmark.show_reference(item)
-                samples.append(Sample(name, picture.read_bytes(), question, reference, said))
-    if not samples:
-        say(f"evaluate.images = '{folder}': no picture of the benchmarks is there; the report shows none")
+        works = [prepare(each, name, benchmarks_of(each)[name]) for each in experiments]
+        saved = [
+            saved_answers(each, work, read_manifest(each))[0][1]
+            for each, work in zip(experiments, works, strict=True)
+        ]
+        items = answered(works[0], saved)
+        points = [benchmark.points(items, each.answers) for each in saved]
+        folder = benchmark.images or experiments[0].evaluate.images
+        folders.add(folder)
+        for place in _chosen(points, len(items)):
+            item = items[place]
+            picture = _thumbnail(folder / item.image) if folder else None
+            pictures += picture is not None
+            said = [
+                Said(run.run, str(each.answers[item.id]), None if worth is None else worth[place] >= 0.5)
+                for run, each, worth in zip(experiments, saved, points, strict=True)
+            ]
+            samples.append(
+                Sample(name, item.image, picture, _asked(item), benchmark.show_reference(item), said)
+            )
+    if samples and not pictures:
+        listed = ", ".join(f"'{folder}'" for folder in folders)
+        say(f"evaluate.images = {listed}: no picture of the benchmarks is there; the report shows none")
     return samples
 
 
-def _html(experiment: str, results: Sequence[RunResult], samples: Sequence[Sample]) -> str:
-    sections = [_score_table(results), _curves(results), _reliability(results), _sample_cards(samples)]
-    body = "\n".join(section for section in sections if section)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(experiment)} - FedCMP report</title><style>{_STYLE}</style></head>
-<body><h1>{escape(experiment)}</h1>
-<p>Federated pre-training of a projector. Values with their 95&nbsp;% bootstrap interval over images.</p>
-{body}
-</body></html>
-"""
+def _chosen(points: Sequence[Sequence[float] | None], number: int) -> list[int]:
+    """Places of the questions to show: half of them such that a run got wrong, both spread evenly."""
+    judged = [worth for worth in points if worth is not None]
+    wrong = [place for place in range(number) if any(worth[place] < 0.5 for worth in judged)]
+    right = sorted({*range(number)} - {*wrong})
+    few = min(len(wrong), max(_SAMPLES // 2, _SAMPLES - len(right)))
+    return sorted([*_spread(wrong, few), *_spread(right, _SAMPLES - few)])
 
 
-def _score_table(results: Sequence[RunResult]) -> str:
-    rows = []
-    for benchmark, metric in _columns(results):
-        cells = "".join(f"<td>{_interval(result, benchmark, metric)}</td>" for result in results)
-        number = next(
-            result.scores[benchmark][metric]["n"]
-            for result in results
-            if metric in result.scores.get(benchmark, {})
-        )
-        rows.append(
-            f"<tr><th>{escape(benchmark)}: {escape(metric)}<br><small>n = {number}</small></th>{cells}</tr>"
-        )
-    heads = "".join(
-        f"<th>{escape(result.name)}<br><small>{escape(result.strategy)}</small></th>" for result in results
-    )
-    return (
-        "<h2>Scores</h2><div class=scroll><table><thead><tr><th></th>"
-        f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+def _spread(places: Sequence[int], number: int) -> list[int]:
+    if len(places) <= number:
+        return list(places)
+    return [places[(2 * k + 1) * len(places) // (2 * number)] for k in range(number)]
 
 
-def _interval(result: RunResult, benchmark: str, metric: str) -> str:
-    score = result.scores.get(benchmark, {}).get(metric)
-    if score is None:
-        return "-"
-    return f"<b>{score['value']:.3f}</b><br><small>{score['low']:.3f} to {score['high']:.3f}</small>"
+def _asked(item: Item) -> str:
+    """The question as a person reads it, without the image's place and the standing instruction."""
+    asked = item.text.turns[0].content.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
+    return asked.removesuffix(SHORT_ANSWER).removesuffix(LETTER)
 
 
-def _by_client(result: RunResult, figure: str) -> dict[str, list[tuple[int, float]]]:
-    series: dict[str, list[tuple[int, float]]] = {}
-    for row in result.history:
-        if row["client"] and figure in row:
-            series.setdefault(row["client"], []).append((row["round"] + 1, row[figure]))
-    return series
-
-
-def _curves(results: Sequence[RunResult]) -> str:
-    losses = {result.name: _by_client(result, "loss") for result in results}
-    losses = {name: series for name, series in losses.items() if series}
-    if not losses:
-        return ""
-    clients = list(dict.fromkeys(client for series in losses.values() for client in series))
-    values = [value for series in losses.values() for points in series.values() for _, value in points]
-    panels = "".join(
-        f"<figure><figcaption>{escape(name)}</figcaption>{charts.lines(series, clients, values)}</figure>"
-        for name, series in losses.items()
-    )
-    return (
-        "<h2>Training loss by client and round</h2>"
-        f"<p>Nats a supervised token, logarithmic scale. {charts.legend(clients)}</p>"
-        f"<div class=panels>{panels}</div>"
-    )
-
-
-def _reliability(results: Sequence[RunResult]) -> str:
-    panels = "".join(
-        f"<figure><figcaption>{escape(result.name)}</figcaption>{charts.heat_map(series)}</figure>"
-        for result in results
-        if (series := _by_client(result, "reliability"))
-    )
-    if not panels:
-        return ""
-    return (
-        "<h2>Reliability of clients by round</h2><p>1 is full weight; the less a client agrees with "
-        f"the others' consensus, the lighter.</p><div class=panels>{panels}</div>"
-    )
-
-
-def _sample_cards(samples: Sequence[Sample]) -> str:
-    if not samples:
-        return ""
-    cards = []
-    for sample in samples:
-        picture = base64.b64encode(sample.picture).decode()
-        answers = "".join(
-            f"<dt>{escape(run)}</dt><dd>{escape(answer) or '<i>empty</i>'}</dd>"
-            for run, answer in sample.answers.items()
-        )
-        cards.append(
-            f'<article><img alt="" src="data:image;base64,{picture}"><div>'
-            f"<small>{escape(sample.benchmark)}</small><p>{escape(sample.question)}</p>"
-            f"<dl><dt>reference</dt><dd>{escape(sample.reference)}</dd>{answers}</dl></div></article>"
-        )
-    return f"<h2>Pictures and answers</h2><div class=cards>{''.join(cards)}</div>"
-
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; }
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
-h2 { margin-top: 2.5rem } small { opacity: .7 } .scroll { overflow-x: auto }
-table { border-collapse: collapse } th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line);
-  text-align: left; white-space: nowrap } tbody th { font-weight: 400 }
-.panels { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0 }
-figcaption { font-weight: 600 } svg { max-width: 100%; height: auto }
-svg text { font: 11px system-ui, sans-serif; fill: currentColor }
-.key { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 1em; border-radius: 2px }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(30rem, 1fr)); gap: 1rem }
-article { display: flex; gap: 1rem; border: 1px solid var(--line); border-radius: 6px; padding: .8rem }
-article img { width: 6rem; height: 6rem; flex: none; object-fit: contain; image-rendering: pixelated }
-article p { margin: 0 0 .4rem }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 .8rem; margin: 0 }
-dt { opacity: .7 } dd { margin: 0 }
-@media (max-width: 40rem) { .cards { grid-template-columns: 1fr } article { flex-direction: column } }
-"""
+def _thumbnail(path: Path) -> bytes | None:
+    """A picture's file, made small where it is large; None where it cannot be shown."""
+    try:
+        data = path.read_bytes()
+        if len(data) <= _SMALL_FILE:
+            return data
+        with Image.open(io.BytesIO(data)) as image:
+            small = image.convert("RGB")
+        small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        buffer = io.BytesIO()
+        small.save(buffer, "jpeg", quality=80)
+        return buffer.getvalue()
+    except OSError:
+        return None

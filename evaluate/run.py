@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evaluate.answers import answers_path, begin_answers, read_answers
-from evaluate.benchmarks.base import BENCHMARKS, Answer, Benchmark, Item
+from evaluate.answers import Saved, answers_path, begin_answers, read_answers
+from evaluate.benchmarks.base import BENCHMARKS, Benchmark, Item, Problem
 from evaluate.compare import interval, pooled
 from pipeline.cache import FeatureCache, differences, open_cache
 from pipeline.config import Experiment
@@ -17,9 +18,10 @@ from pipeline.console import progress, say, table
 from pipeline.device import pick_device
 from pipeline.errors import UserError, did_you_mean
 from pipeline.identity import language_identity, language_options, run_identity
-from pipeline.manifest import fingerprint, locked, read_json, write_json
+from pipeline.manifest import fingerprint, locked, read_json, write_atomic, write_json
 
-FORMAT = {"name": "fedcmp-scores", "version": 1}
+FORMAT = {"name": "fedcmp-scores", "version": 2}
+_PROBLEMS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Work:
     """One benchmark of one run: what to answer and where answers and scores go.
 
     `rows` are the cache rows of images by name. `missing` counts items whose image has no cached
-    features, `duplicates` items whose id came before; neither is answered or scored.
+    features, `duplicates` items whose id came before; neither is answered or scored, nor are the
+    `problems`, entries of the files that cannot be asked.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Work:
     rows: dict[str, int]
     missing: int
     duplicates: int
+    problems: list[str]
 
 
 def benchmarks_of(experiment: Experiment, only: tuple[str, ...] = ()) -> dict[str, Benchmark]:
@@ -60,25 +64,38 @@ def benchmarks_of(experiment: Experiment, only: tuple[str, ...] = ()) -> dict[st
 
 def prepare(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
     """Read a benchmark's files and match its images with the cache."""
-    silo = benchmark.silo or experiment.evaluate.silo
-    if silo is None:
-        raise UserError(f"evaluate.benchmarks.{name}.silo is missing; name the silo of its images")
-    cache = open_cache(experiment, silo)
+    cache = open_cache(experiment, _silo_of(experiment, name, benchmark))
     rows = {image: row for row, image in enumerate(cache.ids) if cache.status[row] == 0}
+    found = benchmark.items(cache)
+    problems = [each.reason for each in found if isinstance(each, Problem)]
+    listed = [each for each in found if isinstance(each, Item)]
+    if not listed:
+        why = f"; {problems[0]}" if problems else ""
+        raise UserError(f"benchmark '{name}': its files hold no question{why}")
     unique: dict[str, Item] = {}
-    listed = benchmark.items(cache)
     for item in listed:
         unique.setdefault(item.id, item)
     items = [item for item in unique.values() if item.image in rows]
-    if not unique:
-        raise UserError(f"benchmark '{name}': its files hold no question")
     if not items:
         example = next(iter(unique.values())).image
         raise UserError(
             f"benchmark '{name}': none of its images (first: '{example}') is in {cache.path}; "
-            "extract the silo that holds them"
+            f"extract them: fedcmp extract CONFIG --benchmark {name} --images FOLDER"
         )
-    return Work(name, benchmark, cache, items, rows, len(unique) - len(items), len(listed) - len(unique))
+    missing, duplicates = len(unique) - len(items), len(listed) - len(unique)
+    return Work(name, benchmark, cache, items, rows, missing, duplicates, problems)
+
+
+def _silo_of(experiment: Experiment, name: str, benchmark: Benchmark) -> str:
+    """The silo a benchmark names, else a cache of its own, else the one of all benchmarks."""
+    own = name if experiment.cache_path(name).exists() else None
+    silo = benchmark.silo or own or experiment.evaluate.silo
+    if silo is None:
+        raise UserError(
+            f"benchmark '{name}' has no cached images; extract them: fedcmp extract CONFIG "
+            f"--benchmark {name} --images FOLDER"
+        )
+    return silo
 
 
 def key_of(experiment: Experiment, work: Work, manifest: dict[str, Any], projector: str) -> dict[str, Any]:
@@ -89,10 +106,19 @@ def key_of(experiment: Experiment, work: Work, manifest: dict[str, Any], project
         "language": language_identity(experiment),
         "template": language.template if work.benchmark.asks == "caption" else language.question_template,
         "max_length": language.max_length,
+        "mode": work.benchmark.mode,
         "max_new_tokens": work.benchmark.max_new_tokens,
         "features": work.cache.content,
-        "items": fingerprint([[item.id, item.image, item.text.encode().decode()] for item in work.items]),
+        "items": fingerprint([_asked(item, work.benchmark) for item in work.items]),
     }
+
+
+def _asked(item: Item, benchmark: Benchmark) -> list[Any]:
+    """Everything about an item that decides its answer."""
+    asked = [item.id, item.image, item.text.encode().decode()]
+    if benchmark.mode == "rank":
+        return [*asked, *item.options]
+    return [*asked, item.reference] if benchmark.mode == "retrieve" else asked
 
 
 def judged(manifest: dict[str, Any]) -> list[str]:
@@ -121,6 +147,12 @@ def read_manifest(experiment: Experiment) -> dict[str, Any]:
     return manifest
 
 
+def evaluate_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> None:
+    """Answer what is not yet answered, score, and print the scores, run by run."""
+    for experiment in experiments:
+        evaluate_run(experiment, only)
+
+
 def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> None:
     """Answer what is not yet answered, score, and print the scores."""
     manifest = read_manifest(experiment)
@@ -136,11 +168,13 @@ def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> None:
         for projector in judged(manifest):
             key = key_of(experiment, work, manifest, projector)
             path = answers_path(experiment.scores_path, work.name, projector, key)
-            done = read_answers(path)
-            left = [item for item in work.items if item.id not in done]
+            saved = read_answers(path)
+            left = [item for item in work.items if not saved.knows(item.id)]
             if left:
                 begin_answers(path, key)
-                pending.append((work, projector, left, path))
+                # What is retrieved depends on all the rest.
+                todo = work.items if work.benchmark.mode == "retrieve" else left
+                pending.append((work, projector, todo, path))
     if pending:
         with locked(experiment.scores_path / ".lock", str(experiment.scores_path)):
             _answer(experiment, pending)
@@ -173,39 +207,54 @@ def _answer(experiment: Experiment, pending: list[tuple[Work, str, list[Item], P
             answer(work.benchmark, left, work.rows, reader, path, task.advance)
 
 
-def score_run(experiment: Experiment, only: tuple[str, ...]) -> None:
+def score_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> None:
     """Score saved answers again.
 
     Raises:
         UserError: Answers are missing.
     """
-    works = [prepare(experiment, name, b) for name, b in benchmarks_of(experiment, only).items()]
-    _score(experiment, read_manifest(experiment), works)
+    for experiment in experiments:
+        works = [prepare(experiment, name, b) for name, b in benchmarks_of(experiment, only).items()]
+        _score(experiment, read_manifest(experiment), works)
+
+
+def saved_answers(experiment: Experiment, work: Work, manifest: dict[str, Any]) -> list[tuple[str, Saved]]:
+    """The fingerprint of the key and the answers of every projector the run is judged by.
+
+    Raises:
+        UserError: Answers are missing, or none could be given.
+    """
+    found = []
+    for projector in judged(manifest):
+        key = key_of(experiment, work, manifest, projector)
+        saved = read_answers(answers_path(experiment.scores_path, work.name, projector, key))
+        missing = sum(not saved.knows(item.id) for item in work.items)
+        if missing:
+            raise UserError(
+                f"{experiment.run}, {work.name}: {missing} answers are missing; run 'fedcmp evaluate' first"
+            )
+        if not saved.answers:
+            reason = next(iter(saved.failures.values()))
+            raise UserError(f"{experiment.run}, {work.name}: no question could be answered: {reason}")
+        found.append((fingerprint(key), saved))
+    return found
+
+
+def answered(work: Work, saved: Sequence[Saved]) -> list[Item]:
+    """The items that every projector could answer."""
+    return [item for item in work.items if all(item.id in each.answers for each in saved)]
 
 
 def _score(experiment: Experiment, manifest: dict[str, Any], works: list[Work]) -> None:
     rows = []
     for work in works:
-        by_projector = []
-        keys = []
-        for projector in judged(manifest):
-            key = key_of(experiment, work, manifest, projector)
-            saved = read_answers(answers_path(experiment.scores_path, work.name, projector, key))
-            missing = sum(item.id not in saved for item in work.items)
-            if missing:
-                raise UserError(
-                    f"{experiment.run}, {work.name}: {missing} answers are missing; "
-                    "run 'fedcmp evaluate' first"
-                )
-            by_projector.append(work.benchmark.score(work.items, saved))
-            keys.append(fingerprint(key))
+        keys, saved = zip(*saved_answers(experiment, work, manifest), strict=True)
+        items = answered(work, saved)
+        by_projector = [work.benchmark.score(items, each.answers) for each in saved]
         generator = np.random.default_rng(experiment.seed)
+        resamples = experiment.evaluate.bootstrap
         scores = {
-            name: interval(
-                pooled([metrics[name] for metrics in by_projector]),
-                generator,
-                experiment.evaluate.bootstrap,
-            )
+            name: interval(pooled([metrics[name] for metrics in by_projector]), generator, resamples)
             for name in by_projector[0]
         }
         content = {
@@ -215,37 +264,59 @@ def _score(experiment: Experiment, manifest: dict[str, Any], works: list[Work]) 
             "strategy": manifest["strategy"],
             "benchmark": work.name,
             "rules": [work.benchmark.__class__.__name__, work.benchmark.version],
-            "answers": keys,
-            "counts": {
-                "items": len(work.items),
-                "missing images": work.missing,
-                "duplicate ids": work.duplicates,
-                "projectors": len(by_projector),
-            },
+            "settings": work.benchmark.settings,
+            "answers": list(keys),
+            "counts": _counts(work, items, saved),
             "headlines": [name for name in scores if name in work.benchmark.headlines],
             "metrics": {name: asdict(score) for name, score in scores.items()},
         }
         path = experiment.scores_path / f"{work.name}.json"
         if read_json(path) != content:
             write_json(path, content)
-        for name, score in scores.items():
-            rows.append(
-                [
-                    f"{work.name}: {name}",
-                    f"{score.value:.3f}",
-                    f"{score.low:.3f} - {score.high:.3f}",
-                    str(score.n),
-                ]
-            )
-        for what in ("missing images", "duplicate ids"):
-            if content["counts"][what]:
-                say(f"{work.name}: {content['counts'][what]} {what} not scored")
+        rows += [
+            [f"{work.name}: {name}", f"{s.value:.3f}", f"{s.low:.3f} - {s.high:.3f}", str(s.n)]
+            for name, s in scores.items()
+        ]
+        _say_counts(work, content["counts"], saved)
+        if len(saved) == 1:
+            _submit(experiment, work, items, saved[0])
     table(f"Scores of {experiment.run}", ["metric", "value", "95 % interval", "n"], rows)
     say(f"Answers and scores in {experiment.scores_path}")
 
 
-def answers_of(experiment: Experiment, work: Work, manifest: dict[str, Any]) -> dict[str, Answer]:
-    """Saved answers of the first projector a run is judged by, for showing."""
-    projector = judged(manifest)[0]
-    key = key_of(experiment, work, manifest, projector)
-    return read_answers(answers_path(experiment.scores_path, work.name, projector, key))
+def _counts(work: Work, items: Sequence[Item], saved: Sequence[Saved]) -> dict[str, int]:
+    """What was scored and what was not, over all projectors."""
+    known = {item.id for item in work.items}
+    return {
+        "items": len(items),
+        "missing images": work.missing,
+        "duplicate ids": work.duplicates,
+        "bad entries": len(work.problems),
+        "failed items": len(work.items) - len(items),
+        "empty answers": sum(each.answers[item.id] == "" for each in saved for item in items),
+        "unreadable lines": sum(each.unreadable for each in saved),
+        "extra answers": sum(name not in known for each in saved for name in each.answers),
+        "projectors": len(saved),
+    }
+
+
+def _say_counts(work: Work, counts: dict[str, int], saved: Sequence[Saved]) -> None:
+    for what in ("missing images", "duplicate ids", "bad entries", "failed items", "extra answers"):
+        if counts[what]:
+            say(f"{work.name}: {counts[what]} {what} not scored")
+    if counts["empty answers"]:
+        say(f"{work.name}: {counts['empty answers']} empty answers, scored by the rule as they are")
+    if counts["unreadable lines"]:
+        say(f"{work.name}: {counts['unreadable lines']} unreadable lines among the answers, answered again")
+    reasons = [f"{name}: {why}" for each in saved for name, why in each.failures.items()]
+    for reason in [*work.problems, *reasons][:_PROBLEMS_SHOWN]:
+        say(f"  {reason}")
+
+
+def _submit(experiment: Experiment, work: Work, items: Sequence[Item], saved: Saved) -> None:
+    """Write the files for the official evaluation."""
+    for name, data in work.benchmark.submissions(items, saved.answers).items():
+        path = experiment.scores_path / "submissions" / f"{work.name}{Path(name).suffix}"
+        if not path.is_file() or path.read_bytes() != data:
+            write_atomic(path, data)
+        say(f"{work.name}: for the official evaluation: {path}")

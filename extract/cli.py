@@ -4,39 +4,76 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli import experiment_options
+from pipeline.cli import experiment_options, imported
+
+if TYPE_CHECKING:
+    from pipeline.config import Experiment
 
 
 @click.command()
 @experiment_options
 @click.option("--silo", "silos", multiple=True, metavar="NAME", help="Only this silo; repeatable.")
 @click.option("--overwrite", is_flag=True, help="Encode again what is there already.")
+@click.option("--benchmark", "benchmarks", multiple=True, metavar="NAME", help="Its images; repeatable.")
+@click.option(
+    "--images", type=click.Path(path_type=Path), metavar="FOLDER", help="Where the benchmark's images are."
+)
 @click.option(
     "--worker",
     metavar="I/N",
     help="Encode every N-th shard from the I-th on, beside other workers; 'auto' asks Slurm or torchrun.",
 )
 def extract(
-    config: Path, overrides: tuple[str, ...], silos: tuple[str, ...], overwrite: bool, worker: str | None
+    config: Path,
+    overrides: tuple[str, ...],
+    silos: tuple[str, ...],
+    benchmarks: tuple[str, ...],
+    images: Path | None,
+    overwrite: bool,
+    worker: str | None,
 ) -> None:
     """Encode every silo's images once and cache their patch features.
+
+    With --benchmark the images that a configured benchmark asks about, and nothing else, become a
+    cache of the benchmark's name.
 
     \b
     Example:
       fedcmp extract configs/demo.toml
       fedcmp extract configs/demo.toml --silo flat --set extract.batch_size=128
       fedcmp extract configs/demo.toml --worker 0/4
+      fedcmp extract configs/demo.toml --benchmark pope --images build/world/heldout/images
     """
     from extract import workers
     from extract.run import run
     from pipeline.config import load
+    from pipeline.errors import UserError
 
     at_work = None if worker is None else workers.parse(worker, os.environ)
-    run(load(config, overrides), only=silos, overwrite=overwrite, worker=at_work)
+    experiment = load(config, overrides)
+    if images is not None and len(benchmarks) != 1:
+        raise UserError(f"--images {images}: give it with one --benchmark")
+    for name in benchmarks:
+        experiment = with_benchmark(experiment, name, images)
+    run(experiment, only=(*silos, *benchmarks), overwrite=overwrite, worker=at_work)
+
+
+def with_benchmark(experiment: Experiment, name: str, images: Path | None) -> Experiment:
+    """The experiment with one more silo: the images that a benchmark asks about."""
+    from pipeline.config import Component
+    from pipeline.manifest import write_atomic
+
+    folder, names = imported("evaluate.images:benchmark_images")(experiment, name, images)
+    listing = experiment.features / f"{name}.images.txt"
+    write_atomic(listing, "".join(f"{each}\n" for each in names).encode())
+    options = {"name": "image_folder", "path": str(folder), "only": str(listing)}
+    silos = {**experiment.extract.silos, name: Component.model_validate(options)}
+    extract = experiment.extract.model_copy(update={"silos": silos})
+    return experiment.model_copy(update={"extract": extract})
 
 
 @click.command()

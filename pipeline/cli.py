@@ -17,6 +17,7 @@ COMMANDS = {
     "merge": ("federate.cli:merge", "Merge trained projectors into one, without training."),
     "evaluate": ("evaluate.cli:evaluate", "Answer the benchmarks and score the answers."),
     "score": ("evaluate.cli:score", "Score saved answers again; no model is needed."),
+    "compare": ("evaluate.cli:compare", "Test whether one run is better than another."),
     "report": ("evaluate.cli:report", "Compare the runs of an experiment on one page."),
     "export": ("pipeline.export.cli:export", "Write a projector as Hugging Face or LLaVA reads it."),
     "cache": ("pipeline.handover.cli:cache", "Look at feature caches, check them, hand them over."),

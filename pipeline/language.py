@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
@@ -62,8 +62,6 @@ class FrozenLanguageModel:
             raise UserError(f"language.path = {path}: cannot be loaded: {one_line(error)}") from None
         self.model = (model if placed else model.to(device)).eval().requires_grad_(False)
         self._ends = _end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
-        # Greedy means greedy: no penalty or sampling setting that the model ships with.
-        self.model.generation_config = GenerationConfig()
         self.embeddings = self.model.get_input_embeddings()
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
@@ -130,14 +128,20 @@ class FrozenLanguageModel:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Tensor, attention: Tensor, projected: Tensor, *, max_new_tokens: int, stop: str | None
+        self,
+        samples: Sequence[Tokens],
+        projected: Tensor,
+        owners: Sequence[int],
+        *,
+        max_new_tokens: int,
+        stop: str | None,
     ) -> list[str]:
-        """Greedy decoding with a KV cache.
+        """Greedy decoding with a KV cache; prompts about one image share the computation of its tokens.
 
         Args:
-            prompts: `(batch, length)` int64, padded on the left.
-            attention: `(batch, length)`, 0 at padding.
-            projected: `(batch, patches, d_llm)`.
+            samples: Prompts.
+            projected: `(images, patches, d_llm)`.
+            owners: The image of each prompt.
             max_new_tokens: Tokens an answer may have.
             stop: A string that also ends an answer.
 
@@ -145,17 +149,53 @@ class FrozenLanguageModel:
             The answers, stripped.
         """
         ends = self._ends | (self._newlines if stop == "\n" else set())
-        output = self.model.generate(
-            inputs_embeds=self.embed(prompts, projected),
-            attention_mask=attention,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=sorted(ends),
-            pad_token_id=self.pad_id,
-        )
-        texts = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        ending = torch.tensor(sorted(ends), dtype=torch.int64, device=self.device)
+        shared = self._shared(samples)
+        rest, attention = self._collate_left([sample.ids[shared:] for sample in samples])
+        cache = None
+        if shared:
+            start = torch.tensor(samples[0].ids[:shared], device=self.device).expand(len(projected), -1)
+            cache = self.decoder(inputs_embeds=self.embed(start, projected), use_cache=True).past_key_values
+            cache.batch_select_indices(torch.tensor(owners))
+            attention = torch.cat([attention.new_ones(len(samples), shared), attention], 1)
+            embeds = self.embeddings(rest)
+        else:
+            embeds = self.embed(rest, projected[list(owners)])
+        positions = (attention.cumsum(1) - 1).clamp(min=0)[:, shared:]
+        said: list[Tensor] = []
+        finished = torch.zeros(len(samples), dtype=torch.bool, device=self.device)
+        for _ in range(max_new_tokens):
+            output = self.decoder(
+                inputs_embeds=embeds,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            said.append(self.head(output.last_hidden_state[:, -1]).argmax(-1).to(self.device))
+            finished |= torch.isin(said[-1], ending)
+            if bool(finished.all()):
+                break
+            cache, embeds = output.past_key_values, self.embeddings(said[-1][:, None])
+            attention = torch.cat([attention, attention.new_ones(len(samples), 1)], 1)
+            positions = positions[:, -1:] + 1
+        answers = [_until(row, ends) for row in torch.stack(said, 1).tolist()]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [(text.split(stop)[0] if stop else text).strip() for text in texts]
+
+    def _shared(self, samples: Sequence[Tokens]) -> int:
+        """Tokens up to the end of the image if all prompts begin with the same ones and go on, else 0.
+
+        Only with full attention: a sliding window would count the padding between image and question.
+        """
+        config = self.model.config.get_text_config()
+        window = None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
+        if window is not None or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
+            return 0
+        first = samples[0].ids
+        end = len(first) - first[::-1].index(IMAGE_TOKEN_INDEX)
+        same = all(len(sample.ids) > end and sample.ids[:end] == first[:end] for sample in samples)
+        return end if same else 0
 
     @cached_property
     def _newlines(self) -> set[int]:
@@ -181,14 +221,14 @@ class FrozenLanguageModel:
             labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
         return ids.to(self.device), labels.to(self.device)
 
-    def collate_prompts(self, samples: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
+    def _collate_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Ids and attention mask `(batch, length)` int64 on the device, padded on the left."""
-        length = max(len(sample.ids) for sample in samples)
-        ids = torch.full((len(samples), length), self.pad_id)
-        attention = torch.zeros((len(samples), length), dtype=torch.int64)
-        for row, sample in enumerate(samples):
-            ids[row, length - len(sample.ids) :] = torch.tensor(sample.ids)
-            attention[row, length - len(sample.ids) :] = 1
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), self.pad_id)
+        attention = torch.zeros((len(rows), length), dtype=torch.int64)
+        for place, row in enumerate(rows):
+            ids[place, length - len(row) :] = torch.tensor(row)
+            attention[place, length - len(row) :] = 1
         return ids.to(self.device), attention.to(self.device)
 
 
@@ -237,3 +277,8 @@ def _end_tokens(*ids: int | list[int] | None) -> set[int]:
     for each in ids:
         ends |= set(each) if isinstance(each, list) else {each} - {None}  # type: ignore[arg-type]
     return ends
+
+
+def _until(tokens: list[int], ends: set[int]) -> list[int]:
+    """Tokens up to and with the first that ends an answer."""
+    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))]

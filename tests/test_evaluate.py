@@ -43,7 +43,7 @@ def evaluated(extracted: Path) -> Path:
 def test_scores_carry_intervals_and_counts(evaluated: Path) -> None:
     for benchmark, metrics, number in (
         ("loss", {"loss"}, 12),
-        ("captions", {"CIDEr-D", "exact match"}, 12),
+        ("captions", {"CIDEr-D", "exact match", "ROUGE-L", *(f"BLEU-{n}" for n in range(1, 5))}, 12),
         ("pope", {"accuracy", "f1", *(f"{n} random" for n in FIGURES)}, 24),
     ):
         content = scores(evaluated, "judged", benchmark)
@@ -161,6 +161,11 @@ def test_missing_images_and_duplicate_ids_are_counted(evaluated: Path, tmp_path:
         "items": 1,
         "missing images": 1,
         "duplicate ids": 1,
+        "bad entries": 0,
+        "failed items": 0,
+        "empty answers": 0,
+        "unreadable lines": 0,
+        "extra answers": 0,
         "projectors": 1,
     }
 
@@ -216,19 +221,34 @@ def test_local_only_is_judged_by_its_silos_projectors(evaluated: Path) -> None:
     assert scores(evaluated, "alone", "loss")["metrics"]["loss"]["value"] == pytest.approx(total / tokens)
 
 
+def test_what_has_no_finite_likelihood_stops_nothing(
+    evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "evaluate.reader._likelihoods",
+        lambda language, tokens, projected: [[1.0 if n else float("nan"), 2.0] for n in range(len(tokens))],
+    )
+    result = call("evaluate", evaluated, "run=other", "seed=5", more=("--benchmark", "loss"))
+    assert result.exit_code == 0, result.output
+    content = scores(evaluated, "other", "loss")
+    assert (content["counts"]["items"], content["counts"]["failed items"]) == (9, 3)
+    assert content["metrics"]["loss"]["value"] == 0.5
+    assert "its likelihood is not finite" in result.output
+
+
 def test_an_unfinished_line_does_not_count(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
-    assert read_answers(path) == {}
+    assert read_answers(path).answers == {}
     begin_answers(path, {"projector": "a"})
-    assert read_answers(path) == {}
+    assert read_answers(path).answers == {}
     with path.open("a") as file:
         file.write('{"answer":"yes","id":"1","image":"x"}\n{"answer":"n')
     before = path.read_bytes()
-    assert read_answers(path) == {"1": "yes"}
+    assert read_answers(path).answers == {"1": "yes"}
     assert path.read_bytes() == before
     begin_answers(path, {"projector": "a"})
     assert path.read_text().endswith('"image":"x"}\n')
-    assert read_answers(path) == {"1": "yes"}
+    assert read_answers(path).answers == {"1": "yes"}
 
 
 def test_the_report_is_whole_and_self_contained(evaluated: Path, tmp_path: Path) -> None:
@@ -256,8 +276,8 @@ def test_the_report_is_whole_and_self_contained(evaluated: Path, tmp_path: Path)
     page = (folder / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
-    assert "<script" not in page
-    assert page.count("<img") == page.count("data:image") == 12
+    assert page.count("<script") == 1
+    assert page.count("<img") == page.count("data:image") == page.count("<article") == 36
     assert page.count("<polyline") == 4
     assert f"{score['value']:.3f}" in page
     assert (

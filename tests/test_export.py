@@ -144,18 +144,25 @@ def assert_equal(
         theirs = model(input_ids=ids.where(ids >= 0, image), pixel_values=pixels(encoder)).logits
     torch.testing.assert_close(theirs[..., : ours.shape[-1]], ours, rtol=0, atol=1e-5)
 
-    asked = tokenise(question("what color?"), template, language.tokenizer, patches=patches, max_length=200)
-    prompts, attention = language.collate_prompts([asked, asked])
-    answers = language.generate(prompts, attention, projected, max_new_tokens=10, stop=None)
-    output = model.generate(
-        input_ids=prompts.where(prompts >= 0, image),
-        attention_mask=attention,
-        pixel_values=pixels(encoder),
-        max_new_tokens=10,
-        do_sample=False,
-    )
-    new = output[:, prompts.shape[1] :]
-    assert [t.strip() for t in language.tokenizer.batch_decode(new, skip_special_tokens=True)] == answers
+    # Questions of different lengths about two pictures, in one batch and one by one.
+    owners, said = [1, 0, 1], []
+    questions = ("what color?", "is there a small red circle at the top left?", "how many?")
+    asked = [
+        tokenise(question(q), template, language.tokenizer, patches=patches, max_length=200)
+        for q in questions
+    ]
+    answers = language.generate(asked, projected, owners, max_new_tokens=10, stop=None)
+    for each, owner in zip(asked, owners, strict=True):
+        prompt = torch.tensor([each.ids])
+        output = model.generate(
+            input_ids=prompt.where(prompt >= 0, image),
+            attention_mask=torch.ones_like(prompt),
+            pixel_values=pixels(encoder)[owner : owner + 1],
+            max_new_tokens=10,
+            do_sample=False,
+        )
+        said.append(language.tokenizer.decode(output[0, len(each.ids) :], skip_special_tokens=True).strip())
+    assert said == answers
     assert any(answers)
 
 

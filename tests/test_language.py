@@ -18,7 +18,7 @@ from pipeline import projector as projectors
 from pipeline.config import Component
 from pipeline.errors import UserError
 from pipeline.language import FrozenLanguageModel
-from pipeline.prompts import CAPTION_PROMPT, IGNORE_INDEX, IMAGE_TOKEN_INDEX, question, tokenise
+from pipeline.prompts import CAPTION_PROMPT, IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens, question, tokenise
 from pipeline.records import Text, Turn, caption
 
 CPU = "cpu"
@@ -98,9 +98,8 @@ def test_greedy_answers_equal_llava(language, llava, clip_dir, pixels) -> None: 
     samples = [
         tokenise(question(text), "chat", language.tokenizer, patches=16, max_length=99) for text in questions
     ]
-    ids, attention = language.collate_prompts(samples)
     with torch.no_grad():
-        ours = language.generate(ids, attention, projector(features), max_new_tokens=12, stop=None)
+        ours = language.generate(samples, projector(features), range(3), max_new_tokens=12, stop=None)
     for row, sample in enumerate(samples):
         alone = torch.tensor([sample.ids])
         output = model.generate(
@@ -123,10 +122,9 @@ def test_greedy_is_greedy_and_every_end_token_ends(llama_dir: Path, tmp_path: Pa
     plain = FrozenLanguageModel(tmp_path / "m", dtype="float32", device=CPU)
     samples = [tokenise(question("what color?"), "chat", plain.tokenizer, patches=2, max_length=99)]
     projected = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))
-    ids, attention = plain.collate_prompts(samples)
 
     def said(language: FrozenLanguageModel) -> list[str]:
-        answer = language.generate(ids, attention, projected, max_new_tokens=8, stop=None)
+        answer = language.generate(samples, projected, [0], max_new_tokens=8, stop=None)
         return answer[0].split()
 
     words = said(plain)
@@ -270,10 +268,8 @@ def test_checkpointing_changes_no_bit_and_keeps_less(llama_dir: Path) -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             results[checkpointing] = losses_and_gradient(model)
         kept[checkpointing] = sum(sizes)
-        prompt = torch.tensor([[1, IMAGE_TOKEN_INDEX, 9, 8]])
-        words = model.generate(
-            prompt, torch.ones_like(prompt), torch.ones(1, 1, 32), max_new_tokens=5, stop=None
-        )
+        prompt = Tokens([1, IMAGE_TOKEN_INDEX, 9, 8], [])
+        words = model.generate([prompt], torch.ones(1, 1, 32), [0], max_new_tokens=5, stop=None)
         results[checkpointing] += (words,)
     assert kept[True] < kept[False] / 2
     assert torch.equal(results[True][0], results[False][0])

@@ -1,37 +1,50 @@
-"""What a benchmark is: official files in, items to answer, scores out."""
+"""What a benchmark is: official files in, items to answer, scores and submission files out."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import Field
 
 from pipeline.cache import FeatureCache
 from pipeline.config import Options
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.records import Text
 from pipeline.registry import Registry
 
+T = TypeVar("T")
+
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+YES_NO = ("Yes", "No")
 
 
 @dataclass(frozen=True)
 class Item:
     """One thing to answer.
 
-    `text` ends with the user's turn, or with the reference whose likelihood is asked for.
+    `text` ends with the user's turn, or with the reference whose likelihood is asked for; `options`
+    are the answers to rank where a benchmark ranks.
     """
 
     id: str
     image: str
     text: Text
     reference: str = ""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An entry of a file that cannot be asked, in words that name it."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -42,63 +55,201 @@ class Metric:
         images: The image of each row.
         statistics: `(rows, s)` float64.
         value: From sums `(..., s)` to scores `(...)`.
+        strata: The part of the benchmark each row belongs to, where images are resampled within parts.
     """
 
     images: list[str]
     statistics: np.ndarray
     value: Callable[[np.ndarray], np.ndarray]
+    strata: list[str] | None = None
 
 
 Answer = str | list[float]
+Answers = Mapping[str, Answer]
+Mode = Literal["generate", "rank", "likelihood", "retrieve"]
 
 
 class Benchmark(Options, ABC):
     """A benchmark's options and rules; `version` changes whenever its scores do.
 
-    `asks` selects the template, `likelihood` whether answers are generated or references scored,
-    and `headlines` are the metrics that a summary shows.
+    `asks` selects the template, and `headlines` are the metrics that a summary shows.
+
+    Args:
+        silo: Silo that holds the images; by default the benchmark's own name where there is such a cache.
+        images: Folder of the images, for extracting and showing them.
+        max_new_tokens: Tokens an answer may have.
     """
 
     version: ClassVar[int]
     asks: ClassVar[Literal["caption", "question"]] = "question"
-    likelihood: ClassVar[bool] = False
     headlines: ClassVar[tuple[str, ...]]
 
     silo: str | None = None
+    images: Path | None = None
     max_new_tokens: int = Field(32, ge=1)
 
+    @property
+    def mode(self) -> Mode:
+        """How answers come about.
+
+        `generate` writes text, `rank` takes the likeliest of the item's options, `likelihood` measures
+        the item's own text, `retrieve` matches all images with all references.
+        """
+        return "generate"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a score must not be quoted without."""
+        return {}
+
     @abstractmethod
-    def items(self, cache: FeatureCache) -> list[Item]:
+    def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """Everything to answer, in the order of the files.
+
+        Args:
+            cache: Features of the images; None where only the images' names are wanted.
 
         Raises:
             UserError: A file is missing or not in the official format.
         """
 
     @abstractmethod
-    def score(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, Metric]:
-        """Metrics of answered items."""
+    def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
+        """Metrics of answered items; none where the files hold no references."""
+
+    def points(self, items: Sequence[Item], answers: Answers) -> list[float] | None:
+        """What each answer is worth in [0, 1]; None where answers are not right or wrong."""
+        return None
+
+    def submissions(self, items: Sequence[Item], answers: Answers) -> dict[str, bytes]:
+        """Files for the official evaluation, by name."""
+        return {}
+
+    def unpack(self, folder: Path) -> None:
+        """Write images that are inside the benchmark's own files."""
 
     def show_reference(self, item: Item) -> str:
-        """The reference as a person reads it."""
+        """The reference as a person reads it; also an answer that scores well."""
         return item.reference
+
+
+class Choice(Benchmark, ABC):
+    """A benchmark whose answers are one of a few words or letters.
+
+    Args:
+        rank: Take the likeliest option instead of generating.
+    """
+
+    rank: bool = False
+
+    @property
+    def mode(self) -> Mode:
+        """`rank` if asked for."""
+        return "rank" if self.rank else "generate"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Ranked answers are not what the official rule scores."""
+        return {"answers": "likeliest option"} if self.rank else {}
 
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "evaluate.benchmarks")
 
 
-def read_json_file(path: Path, what: str) -> Any:
-    """Read a benchmark file.
+def read_text_file(path: Path, what: str) -> str:
+    """A benchmark file, whole.
 
     Raises:
-        UserError: It is missing or not JSON.
+        UserError: It is missing or not UTF-8.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: {what} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {what} is not UTF-8 ({error}); convert it first") from None
+
+
+def read_json_file(path: Path, what: str) -> Any:
+    """A benchmark's JSON file.
+
+    Raises:
+        UserError: It is missing, not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(read_text_file(path, what))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {what} is not valid JSON: {error}") from None
+
+
+def json_lines(path: Path, what: str) -> Iterator[tuple[str, Any]]:
+    """Every line of a JSON-lines file with its place; a bad line comes as a `Problem`.
+
+    Raises:
+        UserError: The file is missing.
+    """
+    try:
+        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise UserError(f"{path}: {what} cannot be read ({error.strerror})") from None
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            yield place, json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            yield place, Problem(f"{place}: not valid JSON: {error}")
+
+
+def entries(path: Path, what: str, *keys: str) -> Iterator[tuple[str, Any]]:
+    """Every entry of a list in a JSON file with its place; `keys` lead to the list.
+
+    Raises:
+        UserError: The file cannot be read, or there is no such list.
+    """
+    content = read_json_file(path, what)
+    for key in keys:
+        content = field(content, key, str(path))
+    if not isinstance(content, list):
+        raise UserError(f"{path}: expected a list of {what}, found {type(content).__name__}")
+    for number, entry in enumerate(content):
+        yield f"{path}[{number}]", entry
+
+
+def attempt(make: Callable[[Any, str], T], entry: Any, place: str) -> T | Problem:
+    """What is made of an entry, or the problem with it."""
+    if isinstance(entry, Problem):
+        return entry
+    try:
+        return make(entry, place)
+    except UserError as error:
+        return Problem(str(error))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        return Problem(f"{place}: not as in the official file ({type(error).__name__}: {one_line(error)})")
+
+
+def collect(
+    listed: Iterable[tuple[str, Any]], make: Callable[[Any, str], Item | None]
+) -> list[Item | Problem]:
+    """Turn entries into items; one that does not fit becomes a problem and stops no other.
+
+    Args:
+        listed: Entries with their places.
+        make: Makes the item of an entry and its place; None leaves it out; raises what it finds wrong.
+    """
+
+    def encodable(entry: Any, place: str) -> Item | None:
+        item = make(entry, place)
+        if item is not None:
+            f"{item.id}{item.image}{item.reference}".encode()
+            item.text.encode()
+        return item
+
+    made = (attempt(encodable, entry, place) for place, entry in listed)
+    return [each for each in made if each is not None]
 
 
 def field(entry: Any, name: str, place: str) -> Any:
@@ -112,6 +263,30 @@ def field(entry: Any, name: str, place: str) -> Any:
     return entry[name]
 
 
+def string(entry: Any, name: str, place: str) -> str:
+    """A field of an entry that must be text.
+
+    Raises:
+        UserError: It is missing, or something else.
+    """
+    value = field(entry, name, place)
+    if not isinstance(value, str):
+        raise UserError(f"{place}: '{name}' is {value!r}, not text")
+    return value
+
+
+def strings(entry: Any, name: str, place: str) -> list[str]:
+    """A field of an entry that must be a list of texts, not empty.
+
+    Raises:
+        UserError: It is missing, or something else.
+    """
+    values = field(entry, name, place)
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
+        raise UserError(f"{place}: '{name}' is no list of texts")
+    return values
+
+
 def mean(sums: np.ndarray) -> np.ndarray:
     """Mean from sums of (total, number)."""
     return ratio(sums[..., 0], sums[..., 1])
@@ -122,7 +297,23 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.divide(numerator, denominator, out=np.zeros_like(numerator, float), where=denominator != 0)
 
 
-def averaged(items: Sequence[Item], values: Sequence[float]) -> Metric:
-    """The mean of one value an item."""
+def averaged(items: Sequence[Item], values: Sequence[float], images: Sequence[str] | None = None) -> Metric:
+    """The mean of one value an item; `images` are resampled together, by default the items' own."""
     statistics = np.array([[value, 1.0] for value in values]).reshape(-1, 2)
-    return Metric([item.image for item in items], statistics, mean)
+    return Metric(list(images) if images is not None else [item.image for item in items], statistics, mean)
+
+
+def averaged_by(
+    name: str, items: Sequence[Item], values: Sequence[float], groups: Sequence[str]
+) -> dict[str, Metric]:
+    """The mean of every group, as `name group`."""
+    metrics = {}
+    for group in sorted(set(groups)):
+        inside = [place for place, each in enumerate(groups) if each == group]
+        metrics[f"{name} {group}"] = averaged([items[i] for i in inside], [values[i] for i in inside])
+    return metrics
+
+
+def to_json(value: Any) -> bytes:
+    """A submission file's bytes."""
+    return json.dumps(value, ensure_ascii=False).encode()

@@ -1,11 +1,11 @@
-"""Captioning against COCO-format references: CIDEr-D, exact match, and object F1 if asked for."""
+"""Captioning of COCO or Flickr30k: BLEU, ROUGE-L, CIDEr-D, and object F1 if asked for."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,34 +13,38 @@ from pydantic import field_validator
 
 from evaluate.benchmarks.base import (
     BENCHMARKS,
-    Answer,
+    Answers,
     Benchmark,
     Item,
     Metric,
+    Problem,
     averaged,
-    field,
+    collect,
     ratio,
-    read_json_file,
+    to_json,
 )
-from evaluate.metrics import caption_tokens, cider_d, object_matches
+from evaluate.caption_files import Captioned, captioned_images
+from evaluate.captioning import bleu, bleu_score, caption_tokens, cider_d, object_matches, rouge_l
 from pipeline.cache import FeatureCache
 from pipeline.prompts import CAPTION_PROMPT, question
 
 
 @BENCHMARKS.register("captions")
 class Captions(Benchmark):
-    """COCO captions, or any file of that form.
+    """Captions as coco-caption scores them, without Java.
 
     Args:
-        annotations: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`.
+        annotations: COCO's captions file, or Karpathy's `dataset_coco.json` or `dataset_flickr30k.json`.
+        split: Which of Karpathy's splits.
         object_pattern: Regular expression of the object names whose F1 is reported.
     """
 
-    version = 1
+    version = 2
     asks = "caption"
     headlines = ("object F1", "CIDEr-D")
 
     annotations: Path
+    split: str = "test"
     object_pattern: str | None = None
 
     @field_validator("object_pattern")
@@ -52,41 +56,44 @@ class Captions(Benchmark):
             raise ValueError(f"not a regular expression: {error}") from None
         return pattern
 
-    def items(self, cache: FeatureCache) -> list[Item]:
+    def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """One item an image that has references."""
-        content, place = read_json_file(self.annotations, "caption annotations"), str(self.annotations)
-        references = defaultdict(list)
-        for entry in field(content, "annotations", place):
-            references[field(entry, "image_id", place)].append(field(entry, "caption", place))
-        return [
-            Item(
-                str(entry["id"]),
-                field(entry, "file_name", place),
-                question(CAPTION_PROMPT),
-                json.dumps(references[entry["id"]]),
-            )
-            for entry in field(content, "images", place)
-            if references.get(field(entry, "id", place))
-        ]
 
-    def score(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, Metric]:
+        def make(entry: Captioned, place: str) -> Item:
+            return Item(entry.id, entry.image, question(CAPTION_PROMPT), json.dumps(entry.captions))
+
+        return collect(captioned_images(self.annotations, self.split), make)
+
+    def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """CIDEr-D takes its document frequencies from the references of these items."""
         said = [str(answers[item.id]) for item in items]
         references = [json.loads(item.reference) for item in items]
         tokens = [caption_tokens(text) for text in said]
         reference_tokens = [[caption_tokens(text) for text in texts] for texts in references]
+        images = [item.image for item in items]
         metrics = {}
         if self.object_pattern is not None:
             pattern = re.compile(self.object_pattern, re.IGNORECASE)
             counts = [
                 object_matches(text, texts, pattern) for text, texts in zip(said, references, strict=True)
             ]
-            statistics = np.array(counts, float).reshape(-1, 3)
-            metrics["object F1"] = Metric([item.image for item in items], statistics, _f1)
+            metrics["object F1"] = Metric(images, np.array(counts, float).reshape(-1, 3), _f1)
         metrics["CIDEr-D"] = averaged(items, cider_d(tokens, reference_tokens).tolist())
+        ngrams = bleu(tokens, reference_tokens)
+        for size in range(1, 5):
+            metrics[f"BLEU-{size}"] = Metric(images, ngrams, partial(bleu_score, size=size))
+        metrics["ROUGE-L"] = averaged(items, list(map(rouge_l, tokens, reference_tokens)))
         exact = [float(text in texts) for text, texts in zip(tokens, reference_tokens, strict=True)]
         metrics["exact match"] = averaged(items, exact)
         return metrics
+
+    def submissions(self, items: Sequence[Item], answers: Answers) -> dict[str, bytes]:
+        """A results file as coco-caption reads it."""
+        rows = [
+            {"image_id": int(item.id) if item.id.isdecimal() else item.id, "caption": str(answers[item.id])}
+            for item in items
+        ]
+        return {"captions.json": to_json(rows)}
 
     def show_reference(self, item: Item) -> str:
         """The first reference caption."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-from evaluate.benchmarks.base import BENCHMARKS, Answer, Benchmark, Item, Metric, mean
+from evaluate.benchmarks.base import BENCHMARKS, Answers, Benchmark, Item, Metric, Mode, Problem, mean
 from pipeline.cache import FeatureCache
 from pipeline.errors import UserError
 
@@ -22,13 +22,19 @@ class HeldoutLoss(Benchmark):
 
     version = 1
     asks = "caption"
-    likelihood = True
     headlines = ("loss",)
 
     split: Literal["validation", "test"] = "test"
 
-    def items(self, cache: FeatureCache) -> list[Item]:
+    @property
+    def mode(self) -> Mode:
+        """The likelihood of the texts."""
+        return "likelihood"
+
+    def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """The cache's texts of the split."""
+        if cache is None:
+            raise UserError("a held-out loss asks about a silo's own texts; extract that silo")
         indices = cache.usable_texts(self.split)
         if not len(indices):
             raise UserError(
@@ -37,7 +43,7 @@ class HeldoutLoss(Benchmark):
             )
         return [Item(str(index), cache.ids[cache.text_image[index]], cache.text(index)) for index in indices]
 
-    def score(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, Metric]:
+    def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """Answers are (summed loss, supervised tokens)."""
         statistics = np.array([answers[item.id] for item in items], float).reshape(-1, 2)
         return {"loss": Metric([item.image for item in items], statistics, mean)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -12,12 +12,17 @@ from pydantic import Field
 from evaluate.benchmarks.base import (
     BENCHMARKS,
     SHORT_ANSWER,
-    Answer,
-    Benchmark,
+    YES_NO,
+    Answers,
+    Choice,
     Item,
     Metric,
+    Problem,
+    collect,
     field,
+    json_lines,
     ratio,
+    string,
 )
 from evaluate.metrics import pope_label
 from pipeline.cache import FeatureCache
@@ -26,7 +31,7 @@ from pipeline.prompts import question
 
 
 @BENCHMARKS.register("pope")
-class Pope(Benchmark):
+class Pope(Choice):
     """Mean F1 over the splits and accuracy over all; then every split's official five figures.
 
     Args:
@@ -38,36 +43,23 @@ class Pope(Benchmark):
 
     questions: dict[str, Path] = Field(min_length=1)
 
-    def items(self, cache: FeatureCache) -> list[Item]:
+    def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """Questions of all splits; ids are `split/question_id`."""
-        items = []
+        found: list[Item | Problem] = []
         for split, path in self.questions.items():
-            try:
-                lines = path.read_text(encoding="utf-8").split("\n")
-            except OSError as error:
-                raise UserError(f"{path}: POPE questions cannot be read ({error.strerror})") from None
-            for number, line in enumerate(lines, 1):
-                place = f"{path}:{number}"
-                if not line.strip():
-                    continue
-                try:
-                    entry = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{place}: not valid JSON: {error}") from None
-                label = str(field(entry, "label", place)).strip().lower()
+
+            def make(entry: Any, place: str, split: str = split) -> Item:
+                label = string(entry, "label", place).strip().lower()
                 if label not in ("yes", "no"):
                     raise UserError(f"{place}: label {entry['label']!r} is neither yes nor no")
-                items.append(
-                    Item(
-                        f"{split}/{field(entry, 'question_id', place)}",
-                        field(entry, "image", place),
-                        question(field(entry, "text", place) + SHORT_ANSWER),
-                        label,
-                    )
-                )
-        return items
+                text = question(string(entry, "text", place) + SHORT_ANSWER)
+                number = field(entry, "question_id", place)
+                return Item(f"{split}/{number}", string(entry, "image", place), text, label, YES_NO)
 
-    def score(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, Metric]:
+            found += collect(json_lines(path, "POPE questions"), make)
+        return found
+
+    def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """By POPE's own parsing rule."""
         said = np.array([pope_label(str(answers[item.id])) == "yes" for item in items], float)
         true = np.array([item.reference == "yes" for item in items], float)
@@ -88,6 +80,10 @@ class Pope(Benchmark):
             for figure, value in _FIGURES.items():
                 metrics[f"{figure} {name}"] = Metric(shown, counts[inside], value)
         return metrics
+
+    def points(self, items: Sequence[Item], answers: Answers) -> list[float]:
+        """1 for the right word."""
+        return [float(pope_label(str(answers[item.id])) == item.reference) for item in items]
 
 
 def _f1(sums: np.ndarray) -> np.ndarray:

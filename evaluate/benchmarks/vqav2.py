@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from evaluate.benchmarks.base import (
     BENCHMARKS,
     SHORT_ANSWER,
-    Answer,
+    Answers,
     Benchmark,
     Item,
     Metric,
+    Problem,
+    attempt,
     averaged,
+    averaged_by,
+    collect,
+    entries,
     field,
-    read_json_file,
+    string,
+    to_json,
 )
-from evaluate.metrics import vqa_accuracy
+from evaluate.metrics import evalai_normalise, vqa_accuracy
 from pipeline.cache import FeatureCache
 from pipeline.errors import UserError
 from pipeline.prompts import question
@@ -29,7 +36,7 @@ class VqaV2(Benchmark):
 
     Args:
         questions: Official questions file.
-        annotations: Official annotations file.
+        annotations: Official annotations file; without it only the submission file is written.
         image_name: How an image id becomes the file name that the cache knows.
         normalise_first: Normalise predictions before the official code, as LLaVA does.
     """
@@ -38,50 +45,87 @@ class VqaV2(Benchmark):
     headlines = ("accuracy",)
 
     questions: Path
-    annotations: Path
+    annotations: Path | None = None
     image_name: str = "COCO_val2014_{image_id:012d}.jpg"
     normalise_first: bool = True
 
-    def items(self, cache: FeatureCache) -> list[Item]:
+    @property
+    def settings(self) -> dict[str, str]:
+        """Whether LLaVA's normalisation came first."""
+        return {"predictions": "normalised first, as LLaVA" if self.normalise_first else "official code only"}
+
+    def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """Questions joined to their annotations by id."""
-        place = str(self.annotations)
-        listed = field(read_json_file(self.annotations, "VQAv2 annotations"), "annotations", place)
-        truths = {field(entry, "question_id", place): entry for entry in listed}
-        place = str(self.questions)
-        items = []
-        for entry in field(read_json_file(self.questions, "VQAv2 questions"), "questions", place):
-            number = field(entry, "question_id", place)
-            if number not in truths:
+        problems: list[Item | Problem] = []
+        truths: dict[str, Any] = {}
+        if self.annotations is not None:
+            for place, entry in entries(self.annotations, "VQAv2 annotations", "annotations"):
+                truth = attempt(_truth, entry, place)
+                if isinstance(truth, Problem):
+                    problems.append(truth)
+                else:
+                    truths[str(field(entry, "question_id", place))] = truth
+
+        def make(entry: Any, place: str) -> Item:
+            number = str(field(entry, "question_id", place))
+            if self.annotations is not None and number not in truths:
                 raise UserError(f"{self.annotations}: no annotation for question_id {number}")
             try:
                 image = self.image_name.format(image_id=field(entry, "image_id", place))
             except (ValueError, KeyError, IndexError) as error:
                 raise UserError(f"image_name = {self.image_name!r} does not fit the ids: {error}") from None
-            text = question(field(entry, "question", place) + SHORT_ANSWER)
-            items.append(Item(str(number), image, text, json.dumps(truths[number])))
-        return items
+            text = question(string(entry, "question", place) + SHORT_ANSWER)
+            return Item(number, image, text, json.dumps(truths.get(number)))
 
-    def score(self, items: Sequence[Item], answers: Mapping[str, Answer]) -> dict[str, Metric]:
+        return problems + collect(entries(self.questions, "VQAv2 questions", "questions"), make)
+
+    def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """By the official leave-one-out rule."""
-        values, kinds = [], []
+        points = self.points(items, answers)
+        if points is None:
+            return {}
+        kinds = [json.loads(item.reference)["type"] for item in items]
+        return {"accuracy": averaged(items, points)} | averaged_by("accuracy", items, points, kinds)
+
+    def points(self, items: Sequence[Item], answers: Answers) -> list[float] | None:
+        """Leave-one-out accuracy of each answer."""
+        if self.annotations is None:
+            return None
+        points = []
         for item in items:
             truth = json.loads(item.reference)
-            values.append(
+            points.append(
                 vqa_accuracy(
                     str(answers[item.id]),
-                    [annotator["answer"] for annotator in truth["answers"]],
+                    truth["answers"],
                     normalise_first=self.normalise_first,
-                    numbered=all("answer_id" in annotator for annotator in truth["answers"]),
+                    numbered=truth["numbered"],
                 )
             )
-            kinds.append(truth.get("answer_type", "other"))
-        metrics = {"accuracy": averaged(items, values)}
-        for kind in sorted(set(kinds)):
-            chosen = [place for place, name in enumerate(kinds) if name == kind]
-            metrics[f"accuracy {kind}"] = averaged([items[i] for i in chosen], [values[i] for i in chosen])
-        return metrics
+        return points
+
+    def submissions(self, items: Sequence[Item], answers: Answers) -> dict[str, bytes]:
+        """The results file of the evaluation server, normalised as LLaVA submits it."""
+        rows = [
+            {
+                "question_id": int(item.id) if item.id.isdecimal() else item.id,
+                "answer": evalai_normalise(str(answers[item.id])),
+            }
+            for item in items
+        ]
+        return {"vqav2.json": to_json(rows)}
 
     def show_reference(self, item: Item) -> str:
         """The annotators' most frequent answer."""
-        answers = [annotator["answer"] for annotator in json.loads(item.reference)["answers"]]
-        return str(max(answers, key=answers.count))
+        truth = json.loads(item.reference) or {"answers": [""]}
+        return str(max(truth["answers"], key=truth["answers"].count))
+
+
+def _truth(entry: Any, place: str) -> dict[str, Any]:
+    """What the score needs of an annotation."""
+    annotators = field(entry, "answers", place)
+    return {
+        "answers": [string(each, "answer", place) for each in annotators],
+        "numbered": all("answer_id" in each for each in annotators),
+        "type": str(entry.get("answer_type", "other")),
+    }

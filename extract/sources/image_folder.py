@@ -41,10 +41,13 @@ class ImageFolder(Source):
         captions: CSV (`.csv`, `.tsv`) or JSON lines; without it `a/b.jpg` has its caption in `a/b.txt`.
         image_column: Column or key with the picture's path relative to the folder.
         text_column: Column or key with the caption; JSON lines may have `conversations` instead.
+        only: A text file with the path of a picture on every line: these pictures and no others,
+            whatever their suffix, and without any text.
     """
 
     path: Location
     captions: Location | None = None
+    only: Location | None = None
     image_column: str = "image"
     text_column: str = "caption"
 
@@ -54,6 +57,9 @@ class ImageFolder(Source):
             yield from by_image(self.pairs(), self.path)
             return
         for name in self._pictures:
+            if self.only is not None:
+                yield Record(name, self.path / name, ())
+                continue
             beside = self._text_of(name)
             texts: tuple[Text, ...] = ()
             try:
@@ -87,9 +93,10 @@ class ImageFolder(Source):
         identity: dict[str, Any] = {"name": "image_folder", "split": self.split}
         if self.captions is None:
             names = self._pictures
+            identity |= {"names": names, "images": stat_images(self.path, names)}
+            if self.only is not None:
+                return identity | {"texts": None}
             return identity | {
-                "names": names,
-                "images": stat_images(self.path, names),
                 "texts": stat_files(self._text_of(name) for name in names)
                 if isinstance(self.path, Path)
                 else stat_images(self.path, [str(Path(name).with_suffix(".txt")) for name in names]),
@@ -117,6 +124,9 @@ class ImageFolder(Source):
 
     @cached_property
     def _pictures(self) -> list[str]:
+        if self.only is not None:
+            lines = read_lines(self.only, "only").split("\n")
+            return image_names((line.rstrip("\r") for line in lines), "path")
         if isinstance(self.path, Remote):
             names = list(self.path.listing())
         elif self.path.is_dir():

@@ -1,0 +1,173 @@
+"""MMBench dev: multiple choice, every question asked in all rotations of its options (Liu et al., 2023)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import io
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluate.benchmarks.base import (
+    BENCHMARKS,
+    LETTER,
+    Answers,
+    Choice,
+    Item,
+    Metric,
+    Problem,
+    averaged,
+    averaged_by,
+    collect,
+    field,
+    read_text_file,
+)
+from evaluate.metrics import mmbench_option
+from evaluate.spreadsheet import spreadsheet
+from pipeline.cache import FeatureCache
+from pipeline.errors import UserError
+from pipeline.manifest import write_atomic
+from pipeline.prompts import question
+
+_LETTERS = "ABCD"
+_ROTATION = 1_000_000
+_SUBMITTED = ("index", "question", *_LETTERS, "prediction")
+# What pandas, with which the official code reads the file, takes for no value.
+_NONE = frozenset(["", *"#N/A,#N/A N/A,#NA,-1.#IND,-1.#QNAN,-NaN,-nan,1.#IND,1.#QNAN,<NA>".split(",")]) | {
+    *"N/A,NA,NULL,NaN,None,n/a,nan,null".split(",")
+}
+
+
+@BENCHMARKS.register("mmbench")
+class MmBench(Choice):
+    """Circular accuracy: a question is right only if it is right in every rotation it is asked in.
+
+    Args:
+        path: The official TSV, which holds the images; without answers in it only the submission file
+            is written.
+        split: Only rows of this split, where the file has several.
+    """
+
+    version = 1
+    headlines = ("accuracy", "vanilla accuracy")
+
+    path: Path
+    split: str | None = None
+
+    def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
+        """One item a row; images are named by the row that holds them."""
+        return collect(self._rows(), self._item)
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        text = read_text_file(self.path, "MMBench questions")
+        csv.field_size_limit(sys.maxsize)
+        # Strict, or an open quote would swallow the rest of the file without a word.
+        reader = csv.DictReader(io.StringIO(text, newline=""), dialect="excel-tab", strict=True)
+        try:
+            for number, row in enumerate(reader, 1):
+                if self.split is None or row.get("split") == self.split:
+                    yield f"{self.path}, row {number}", row
+        except csv.Error as error:
+            raise UserError(
+                f"{self.path}:{reader.line_num}: not a table of tabs and quotes: {error}"
+            ) from None
+
+    def _item(self, row: Any, place: str) -> Item:
+        index = int(field(row, "index", place))
+        choices = {
+            letter: row[letter]
+            for letter in _LETTERS
+            if row.get(letter) is not None and row[letter] not in _NONE
+        }
+        shown = [
+            letter for rank, letter in enumerate(_LETTERS) if set(_LETTERS[: rank + 1]) <= choices.keys()
+        ]
+        answer = row.get("answer") or ""
+        if not shown or answer not in (*_LETTERS, *_NONE):
+            raise UserError(f"{place}: no options, or the answer {answer!r} is no letter")
+        hint = row.get("hint") or ""
+        asked = [hint] if hint not in _NONE and hint.lower() != "none" else []
+        asked += [field(row, "question", place), *(f"{letter}. {choices[letter]}" for letter in shown)]
+        truth = {
+            "answer": "" if answer in _NONE else answer,
+            "choices": choices,
+            "category": row.get("category") or "",
+            "l2-category": row.get("l2-category") or "",
+            "question": row["question"],
+        }
+        text = question("\n".join(asked) + LETTER)
+        return Item(str(index), _image(row, index), text, json.dumps(truth), tuple(shown))
+
+    def unpack(self, folder: Path) -> None:
+        """Write the images of the TSV as `<index>.jpg`; what is there stays."""
+        for _, row in self._rows():
+            path = folder / f"{row.get('index')}.jpg"
+            data = row.get("image") or ""
+            if not data.isdigit() and not path.is_file():
+                try:
+                    write_atomic(path, base64.b64decode(data, validate=True))
+                except binascii.Error:
+                    continue  # extraction will find it missing and say so
+
+    def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
+        """Undecided answers count as wrong; how many there are is a metric of its own."""
+        truths = [json.loads(item.reference) for item in items]
+        points = self.points(items, answers)
+        if points is None:
+            return {}
+        groups: dict[int, list[int]] = defaultdict(list)
+        for place, item in enumerate(items):
+            groups[int(item.id) % _ROTATION].append(place)
+        firsts = [places[0] for places in groups.values()]
+        asked = [items[place] for place in firsts]
+        passed = [min(points[place] for place in places) for places in groups.values()]
+        originals = [place for place, item in enumerate(items) if int(item.id) < _ROTATION]
+        undecided = [
+            float(mmbench_option(str(answers[item.id]), truth["choices"]) is None)
+            for item, truth in zip(items, truths, strict=True)
+        ]
+        metrics = {
+            "accuracy": averaged(asked, passed, [str(group) for group in groups]),
+            "undecided": averaged(items, undecided, [str(int(item.id) % _ROTATION) for item in items]),
+        }
+        if originals:
+            metrics["vanilla accuracy"] = averaged(
+                [items[i] for i in originals], [points[i] for i in originals]
+            )
+        for level in ("l2-category", "category"):
+            metrics |= averaged_by(level, asked, passed, [truths[place][level] for place in firsts])
+        return metrics
+
+    def points(self, items: Sequence[Item], answers: Answers) -> list[float] | None:
+        """1 for the right letter of one rotation."""
+        truths = [json.loads(item.reference) for item in items]
+        if not all(truth["answer"] for truth in truths):
+            return None
+        return [
+            float(mmbench_option(str(answers[item.id]), truth["choices"]) == truth["answer"])
+            for item, truth in zip(items, truths, strict=True)
+        ]
+
+    def submissions(self, items: Sequence[Item], answers: Answers) -> dict[str, bytes]:
+        """The spreadsheet of the evaluation server."""
+        rows = []
+        for item in items:
+            truth = json.loads(item.reference)
+            options = [truth["choices"].get(letter, "") for letter in _LETTERS]
+            rows.append([int(item.id), truth["question"], *options, str(answers[item.id])])
+        return {"mmbench.xlsx": spreadsheet(_SUBMITTED, rows)}
+
+    def show_reference(self, item: Item) -> str:
+        """The letter."""
+        return str(json.loads(item.reference)["answer"])
+
+
+def _image(row: dict[str, str], index: int) -> str:
+    """An image is in its row, or the row names the one that has it."""
+    image = row.get("image") or ""
+    return f"{int(image)}.jpg" if image.isdigit() else f"{index}.jpg"

@@ -1,0 +1,87 @@
+"""VizWiz: questions that blind people asked about their photographs (Gurari et al., 2018)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluate.benchmarks.base import (
+    BENCHMARKS,
+    SHORT_ANSWER,
+    Answers,
+    Benchmark,
+    Item,
+    Metric,
+    Problem,
+    averaged,
+    averaged_by,
+    collect,
+    entries,
+    string,
+    to_json,
+)
+from evaluate.metrics import evalai_normalise, vizwiz_accuracy
+from pipeline.cache import FeatureCache
+from pipeline.prompts import question
+
+_HINT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+
+
+@BENCHMARKS.register("vizwiz")
+class VizWiz(Benchmark):
+    """Leave-one-out accuracy, overall and by answer type.
+
+    Args:
+        annotations: `val.json`, or `test.json`, which has no answers: then only the submission file is
+            written.
+    """
+
+    version = 1
+    headlines = ("accuracy",)
+
+    annotations: Path
+
+    def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
+        """One item an image, which names it."""
+
+        def make(entry: Any, place: str) -> Item:
+            image = string(entry, "image", place)
+            truth = None
+            if "answers" in entry:
+                given = [string(each, "answer", place) for each in entry["answers"]]
+                truth = {"answers": given, "type": str(entry.get("answer_type", "other"))}
+            text = question(string(entry, "question", place) + _HINT + SHORT_ANSWER)
+            return Item(image, image, text, json.dumps(truth))
+
+        return collect(entries(self.annotations, "VizWiz annotations"), make)
+
+    def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
+        """By the official leave-one-out rule; images without answers count nowhere."""
+        known = [item for item in items if json.loads(item.reference)]
+        points = self.points(known, answers)
+        if not points:
+            return {}
+        kinds = [json.loads(item.reference)["type"] for item in known]
+        return {"accuracy": averaged(known, points)} | averaged_by("accuracy", known, points, kinds)
+
+    def points(self, items: Sequence[Item], answers: Answers) -> list[float] | None:
+        """Leave-one-out accuracy of each answer."""
+        truths = [json.loads(item.reference) for item in items]
+        if not all(truths):
+            return None
+        return [
+            vizwiz_accuracy(str(answers[item.id]), truth["answers"])
+            for item, truth in zip(items, truths, strict=True)
+        ]
+
+    def submissions(self, items: Sequence[Item], answers: Answers) -> dict[str, bytes]:
+        """The results file of the evaluation server, normalised as LLaVA submits it."""
+        rows = [{"image": item.image, "answer": evalai_normalise(str(answers[item.id]))} for item in items]
+        return {"vizwiz.json": to_json(rows)}
+
+    def show_reference(self, item: Item) -> str:
+        """The most frequent answer."""
+        truth = json.loads(item.reference) or {"answers": [""]}
+        return str(max(truth["answers"], key=truth["answers"].count))

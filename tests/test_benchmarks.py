@@ -1,0 +1,623 @@
+"""One contract for every benchmark, and each from official files to scores with the tiny models."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from official import WRITERS
+
+from evaluate.benchmarks.base import BENCHMARKS, LETTER, SHORT_ANSWER, Benchmark, Item, Problem
+from evaluate.compare import interval, value_of
+from pipeline.cli import main
+from pipeline.config import Component, load
+from pipeline.errors import UserError
+
+FILES = sorted(WRITERS)
+LONG = "word " * 1000
+
+
+def build(name: str, root: Path) -> Benchmark:
+    options = WRITERS[name](root)
+    return BENCHMARKS.build(Component.model_validate({"name": name, **options}), name)
+
+
+def items_of(benchmark: Benchmark) -> list[Item]:
+    found = benchmark.items(None)
+    assert not [each for each in found if isinstance(each, Problem)]
+    return [each for each in found if isinstance(each, Item)]
+
+
+def replies(benchmark: Benchmark, items: list[Item], text: str | None) -> dict[str, Any]:
+    """The same answer to everything, or with None the references."""
+    if benchmark.mode == "retrieve":
+        rank = 0.0 if text is None else float(len(items))
+        return {each.id: [rank] * (1 + len(json.loads(each.reference))) for each in items}
+    return {each.id: benchmark.show_reference(each) if text is None else text for each in items}
+
+
+def values(benchmark: Benchmark, items: list[Item], text: str | None) -> dict[str, float]:
+    metrics = benchmark.score(items, replies(benchmark, items, text))
+    found = {name: value_of(metric) for name, metric in metrics.items()}
+    for metric in metrics.values():
+        score = interval(metric, np.random.default_rng(0), 100)
+        assert score.low <= score.high
+    assert all(np.isfinite(list(found.values())))
+    return found
+
+
+def test_every_benchmark_has_official_files_here() -> None:
+    assert {*FILES, "heldout_loss"} == set(BENCHMARKS.names())
+
+
+@pytest.mark.parametrize("name", FILES)
+class TestContract:
+    def test_items_are_the_same_each_time_and_name_pictures_that_are_there(
+        self, name: str, tmp_path: Path
+    ) -> None:
+        benchmark = build(name, tmp_path)
+        items = items_of(benchmark)
+        assert items
+        assert items == benchmark.items(None)
+        assert len({each.id for each in items}) == len(items)
+        assert benchmark.images is not None
+        benchmark.unpack(benchmark.images)
+        for each in items:
+            assert (benchmark.images / each.image).is_file()
+            assert each.text.turns[0].content.startswith("<image>\n")
+            assert len(each.text.turns) == 1
+        assert isinstance(benchmark.version, int)
+
+    def test_references_score_best_and_nothing_crashes(self, name: str, tmp_path: Path) -> None:
+        benchmark = build(name, tmp_path)
+        items = items_of(benchmark)
+        best = values(benchmark, items, None)
+        assert bool(best) == (name != "mm_vet")
+        for text in ("", "No", "no", "Z", LONG, "\u2028\x00'\"", "." * 50):
+            worse = values(benchmark, items, text)
+            assert worse.keys() == best.keys()
+            for headline in benchmark.headlines:
+                if headline in best:
+                    assert worse[headline] <= best[headline]
+        for headline in benchmark.headlines:
+            if headline in best:
+                assert best[headline] > 0.8
+
+    def test_points_are_shares_and_add_up(self, name: str, tmp_path: Path) -> None:
+        benchmark = build(name, tmp_path)
+        items = items_of(benchmark)
+        for text in (None, "", "A", LONG):
+            points = benchmark.points(items, replies(benchmark, items, text))
+            if points is None:
+                assert name in ("mm_vet", "captions", "retrieval")
+                continue
+            assert len(points) == len(items)
+            assert all(0 <= point <= 1 for point in points)
+            if name not in ("mme", "mmbench"):
+                accuracy = values(benchmark, items, text)["accuracy"]
+                assert accuracy == pytest.approx(np.mean(points))
+
+    def test_an_entry_out_of_form_is_a_problem_and_stops_no_other(self, name: str, tmp_path: Path) -> None:
+        """Break one line or entry of every file that lists questions."""
+        benchmark = build(name, tmp_path)
+        number = len(items_of(benchmark))
+        path = broken(name, tmp_path)
+        found = benchmark.items(None)
+        problems = [each for each in found if isinstance(each, Problem)]
+        assert len(problems) == 1
+        assert str(path) in problems[0].reason or name in problems[0].reason
+        assert 0 < len(found) - len(problems) < number + 1
+
+    @pytest.mark.parametrize(
+        "content", ["[]", "{}", "null", "3", '"x"', "[null]", '{"a": null}', "[[1]]", ""]
+    )
+    def test_a_file_of_another_form_is_one_clear_error(self, name: str, content: str, tmp_path: Path) -> None:
+        """Whichever file it is: a `UserError` or problems, never another exception."""
+        benchmark = build(name, tmp_path)
+        whole = len(items_of(benchmark))
+        for path in sorted([*tmp_path.glob("*.json"), *tmp_path.glob("*.tsv"), *tmp_path.glob("*/*.txt")]):
+            before = path.read_bytes()
+            path.write_text(content)
+            with suppress(UserError):
+                found = benchmark.items(None)
+                assert len([each for each in found if isinstance(each, Item)]) <= whole
+            path.write_bytes(before)
+        assert len(items_of(benchmark)) == whole
+
+    @pytest.mark.parametrize("value", [None, 3, [], {}, "\udcff"])
+    def test_a_field_of_another_type_stops_no_other_entry(
+        self, name: str, value: Any, tmp_path: Path
+    ) -> None:
+        """Every field of the first entry of every list, in turn."""
+        benchmark = build(name, tmp_path)
+        whole = len(items_of(benchmark))
+        for path in sorted(tmp_path.glob("*.json")):
+            before = path.read_text()
+            if name == "pope":
+                first, _, rest = before.partition("\n")
+                changed = [json.dumps(each) + "\n" + rest for each in spoilt(json.loads(first), value)]
+            else:
+                changed = [json.dumps(each) for each in spoilt_first(json.loads(before), value)]
+            for text in changed:
+                path.write_text(text)
+                items = [each for each in benchmark.items(None) if isinstance(each, Item)]
+                assert len(items) >= whole - 4
+                values(benchmark, items, "x")
+            path.write_text(before)
+
+
+def spoilt(entry: dict[str, Any], value: Any) -> list[dict[str, Any]]:
+    return [entry | {key: value} for key in entry]
+
+
+def spoilt_first(content: Any, value: Any) -> list[Any]:
+    """Copies of a file in which one field of the first entry of one list or table has another value."""
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        return [[each, *content[1:]] for each in spoilt(content[0], value)]
+    found = []
+    for key, inner in content.items() if isinstance(content, dict) else ():
+        if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            found += [content | {key: each} for each in spoilt_first(inner, value)]
+    if isinstance(content, dict) and content and all(isinstance(each, dict) for each in content.values()):
+        first = next(iter(content))
+        found += [content | {first: each} for each in spoilt(content[first], value)]
+    return found
+
+
+def broken(name: str, root: Path) -> Path:
+    """Damage one entry of a benchmark's file."""
+    if name == "mme":
+        path = root / "color/0000.txt"
+        path.write_bytes(b"\xff\xfe is it?\tYes\nIs it?\tNo\n")
+        return path
+    if name == "pope":
+        path = root / "coco_pope_random.json"
+        rows = path.read_bytes().split(b"\n")
+        path.write_bytes(b"\n".join([rows[0], b'{"text": "\xff"}', *rows[2:]]))
+        return path
+    if name == "mmbench":
+        path = root / "mmbench_dev.tsv"
+        path.write_text(path.read_text() + "nonsense\n")
+        return path
+    (path,) = [
+        file
+        for file in root.glob("*.json")
+        if re.search(r"mm-vet|SEED|CQM|TextVQA_0\.5|questions|^val|dataset", file.name)
+    ]
+    content = json.loads(path.read_text())
+    if name in ("mm_vet", "gqa"):
+        content[next(iter(content))] = {"isBalanced": True}
+    else:
+        listed = (
+            content if isinstance(content, list) else next(v for v in content.values() if isinstance(v, list))
+        )
+        listed[-1 if name == "scienceqa" else 0] = {"id": "1", "image": "x", "split": "test"}
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("encoding", "readable"), [("utf-8-sig", True), ("utf-16", False), ("latin-1", False)]
+)
+def test_other_encodings_are_read_or_refused_by_name(tmp_path: Path, encoding: str, readable: bool) -> None:
+    for name, file in (("vqav2", "questions.json"), ("mmbench", "mmbench_dev.tsv")):
+        (tmp_path / name).mkdir()
+        benchmark = build(name, tmp_path / name)
+        before, path = benchmark.items(None), tmp_path / name / file
+        text = path.read_text().replace("red", "r\u00e9d")
+        path.write_bytes(text.encode(encoding))
+        if readable:
+            assert len(benchmark.items(None)) == len(before)
+        else:
+            with pytest.raises(UserError, match=f"{file}: .* is not UTF-8"):
+                benchmark.items(None)
+
+
+def test_an_open_quote_in_a_table_is_no_short_table(tmp_path: Path) -> None:
+    benchmark = build("mmbench", tmp_path)
+    path = tmp_path / "mmbench_dev.tsv"
+    path.write_text(path.read_text().replace("What is it?", '"What is it?', 1))
+    with pytest.raises(UserError, match="not a table of tabs and quotes"):
+        benchmark.items(None)
+
+
+def test_extra_and_missing_lines_are_reported(tmp_path: Path) -> None:
+    benchmark = build("mme", tmp_path)
+    number = len(items_of(benchmark))
+    (tmp_path / "color/0000.txt").write_text("Is this a dog?\tYes\n")
+    (tmp_path / "color/0001.txt").write_text("Is it?\tYes\r\nIs it not?\tNo\r\nIs it so?\tNo\r\n\r\n")
+    found = benchmark.items(None)
+    problems = [each.reason for each in found if isinstance(each, Problem)]
+    assert [reason.rpartition("/")[2] for reason in problems] == [
+        "0000.txt: 1 questions about an image, not 2",
+        "0001.txt: 3 questions about an image, not 2",
+    ]
+    items = [each for each in found if isinstance(each, Item)]
+    assert len(items) == number - 1
+    metrics = benchmark.score(items, {each.id: each.reference for each in items})
+    assert value_of(metrics["color"]) == 150  # one question alone is not both
+
+
+PROMPTS = {
+    "pope": "Is there a dog in the image?" + SHORT_ANSWER,
+    "mme": "Is this a dog?" + SHORT_ANSWER,
+    "mmbench": "What is it?\nA. a red bus\nB. a blue car" + LETTER,
+    "mm_vet": "What is x in the equation?",
+    "seed_bench": "What is it?\nA. dog\nB. cat\nC. ox\nD. hen" + LETTER,
+    "scienceqa": "Is it 1?\nA. yes\nB. no\nC. maybe" + LETTER,
+    "textvqa": "What brand is it?" + SHORT_ANSWER,
+    "vqav2": "Is it red?" + SHORT_ANSWER,
+    "gqa": "Is it red?" + SHORT_ANSWER,
+    "vizwiz": "What is this?\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+    + SHORT_ANSWER,
+    "captions": "Provide a one-sentence caption for the provided image.",
+}
+
+
+@pytest.mark.parametrize("name", sorted(PROMPTS))
+def test_prompts(name: str, tmp_path: Path) -> None:
+    item, *_ = items_of(build(name, tmp_path))
+    assert item.text.turns[0].content == "<image>\n" + PROMPTS[name]
+
+
+def test_hints_and_ocr_tokens_are_part_of_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "mmbench").mkdir()
+    mmbench = items_of(build("mmbench", tmp_path / "mmbench"))
+    assert "\nthe picture shows a street\nWhat is it?\nA. " in mmbench[-1].text.turns[0].content
+    (tmp_path / "textvqa").mkdir()
+    textvqa = items_of(build("textvqa", tmp_path / "textvqa"))
+    asked = textvqa[1].text.turns[0].content
+    assert asked == "<image>\nWhat brand is it?\nReference OCR token: NOKIA, 3310" + SHORT_ANSWER
+
+
+def test_textvqa_takes_llavas_prompts_by_image_and_question(tmp_path: Path) -> None:
+    options = WRITERS["textvqa"](tmp_path)
+    annotations = json.loads(options["annotations"].read_text())["data"]
+    prompt = "WHAT brand is it?\nReference OCR token: A, B" + SHORT_ANSWER
+    rows = [{"question_id": entry["image_id"], "image": "x", "text": prompt} for entry in annotations[1:]]
+    questions = tmp_path / "llava.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {**options, "questions": questions}
+    benchmark = BENCHMARKS.build(Component.model_validate({"name": "textvqa", **options}), "t")
+    problem, *items = benchmark.items(None)
+    assert isinstance(problem, Problem)
+    assert "no prompt for 'What brand is it?'" in problem.reason
+    assert all(isinstance(each, Item) and each.text.turns[0].content.endswith(prompt) for each in items)
+    assert benchmark.settings == {"OCR": "as in llava.jsonl"}
+
+
+def test_submissions_are_in_the_official_form(tmp_path: Path) -> None:
+    found = {}
+    for name in ("vqav2", "mm_vet", "mmbench", "vizwiz", "captions"):
+        (tmp_path / name).mkdir()
+        benchmark = build(name, tmp_path / name)
+        items = items_of(benchmark)
+        said = {each.id: "The Two <dogs> & \x07a cat." for each in items}
+        (found[name],) = benchmark.submissions(items, said).values()
+    assert json.loads(found["vqav2"])[1] == {"question_id": 1000, "answer": "2 dogs & \x07a cat"}
+    assert json.loads(found["mm_vet"])["v1_0"] == "The Two <dogs> & \x07a cat."
+    assert json.loads(found["vizwiz"])[0]["image"] == "VizWiz_val_00000000.jpg"
+    assert json.loads(found["captions"])[0] == {"image_id": 0, "caption": "The Two <dogs> & \x07a cat."}
+    with zipfile.ZipFile(io.BytesIO(found["mmbench"])) as file:
+        assert file.testzip() is None
+        sheet = file.read("xl/worksheets/sheet1.xml").decode()
+    assert sheet.count("<row>") == 1 + 2 * 2 + 2 * 4
+    assert "The Two &lt;dogs&gt; &amp; a cat." in sheet
+    assert "<v>1000000</v>" in sheet
+
+
+def test_files_without_references_give_submissions_only(tmp_path: Path) -> None:
+    for name in ("vqav2", "vizwiz", "mmbench"):
+        (tmp_path / name).mkdir()
+        options = WRITERS[name](tmp_path / name)
+        if name == "vqav2":
+            del options["annotations"]
+        elif name == "vizwiz":
+            path = options["annotations"]
+            rows = [{"image": each["image"], "question": "?"} for each in json.loads(path.read_text())]
+            path.write_text(json.dumps(rows))
+        else:
+            path = options["path"]
+            path.write_text(re.sub(r"\t[A-D]\t(recognition|logic)\t", r"\t\t\1\t", path.read_text()))
+        benchmark = BENCHMARKS.build(Component.model_validate({"name": name, **options}), name)
+        items = items_of(benchmark)
+        answers = {each.id: "yes" for each in items}
+        assert benchmark.score(items, answers) == {}
+        assert benchmark.points(items, answers) is None
+        assert benchmark.submissions(items, answers)
+        assert benchmark.show_reference(items[0]) == ""
+
+
+def test_circular_passes_are_one_question_and_strata_keep_categories(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    mmbench = build("mmbench", tmp_path / "a")
+    items = items_of(mmbench)
+    answers = {each.id: mmbench.show_reference(each) for each in items}
+    answers["1000000"] = "hard to say"
+    metrics = mmbench.score(items, answers)
+    assert value_of(metrics["accuracy"]) == 0.75
+    assert value_of(metrics["vanilla accuracy"]) == 1.0
+    assert value_of(metrics["undecided"]) == pytest.approx(1 / 12)
+    assert value_of(metrics["l2-category coarse"]) == 0.5
+    (tmp_path / "b").mkdir()
+    mme = build("mme", tmp_path / "b")
+    items = items_of(mme)
+    best = mme.score(items, {each.id: mme.show_reference(each) for each in items})
+    score = interval(best["total"], np.random.default_rng(0), 500)
+    assert (score.value, score.low, score.high) == (2800.0, 2800.0, 2800.0)
+    seen = [each for each in items if not each.id.startswith("OCR")]
+    part = mme.score(seen, {each.id: mme.show_reference(each) for each in seen})
+    assert {"perception", "total"}.isdisjoint(part)
+    assert value_of(part["cognition"]) == 800
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(
+        st.text(max_size=80), st.text("ABCDEZ .,()*", max_size=12), st.from_regex(r"[Tt]he answer is .*")
+    ),
+    st.dictionaries(st.sampled_from("ABCD"), st.text(min_size=1, max_size=9), min_size=1),
+)
+def test_letters_are_found_or_not_but_never_made_up(text: str, choices: dict[str, str]) -> None:
+    from evaluate.metrics import mmbench_option, scienceqa_letter
+
+    letter = mmbench_option(text, choices)
+    assert letter is None or letter == "Z" or letter in choices
+    if letter in choices:
+        assert letter in text.upper() or choices[letter].lower() in text.lower()
+    parsed = scienceqa_letter(text)
+    assert parsed is None or parsed in text
+    for each in choices:
+        assert mmbench_option(f"{each}.", choices) == each
+        assert mmbench_option(each, choices) == each
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60), st.lists(st.text(max_size=12), min_size=10, max_size=10))
+def test_yes_no_and_vqa_rules_take_any_text(text: str, truths: list[str]) -> None:
+    from evaluate.metrics import gqa_answer, mme_label, textvqa_accuracy, vizwiz_accuracy, vqa_normalise
+
+    label = mme_label(text)
+    assert label == "other" or label in text.lower()[:4]
+    assert not gqa_answer(text).endswith(".")
+    for accuracy in (textvqa_accuracy, vizwiz_accuracy):
+        assert 0 <= accuracy(text, truths) <= 1
+    assert textvqa_accuracy(truths[0], [truths[0]] * 10) == 1
+    assert " " * 2 not in vqa_normalise(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from("a b c d".split()), max_size=7),
+    st.lists(st.sampled_from("a b c".split()), max_size=7),
+)
+def test_caption_scores_are_bounded_and_full_for_the_reference(said: list[str], reference: list[str]) -> None:
+    from evaluate.captioning import bleu, bleu_score, rouge_l
+
+    assert 0 <= rouge_l(said, [reference]) <= 1.0000001
+    assert rouge_l(reference, [reference]) == pytest.approx(1)
+    if said and reference:
+        for size in range(1, 5):
+            assert 0 <= bleu_score(bleu([said], [[reference]])[0], size) <= 1.0000001
+
+
+# --- from official files to scores -------------------------------------------------------------------
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def household(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment with every benchmark, its pictures extracted, and two runs trained."""
+    root = tmp_path_factory.mktemp("official")
+    tables = [f'extends = "{extracted}"', f'build = "{root}/build"', f'features = "{root}/features"']
+    (root / "features").mkdir()
+    for silo in ("clinic", "lab"):
+        (root / f"features/{silo}.zarr").symlink_to(extracted.parent / f"features/{silo}.zarr")
+    for name in FILES:
+        (root / name).mkdir()
+        options = {"max_new_tokens": 4, **WRITERS[name](root / name)}
+        tables.append(f"[evaluate.benchmarks.{name}]\nname = '{name}'")
+        for key, value in options.items():
+            if isinstance(value, dict):
+                inner = ", ".join(f"{split} = '{path}'" for split, path in value.items())
+                tables.append(f"{key} = {{ {inner} }}")
+            else:
+                tables.append(f"{key} = {value if isinstance(value, int) else repr(str(value))}")
+    config = root / "official.toml"
+    config.write_text("\n".join(tables) + "\n")
+    words = [word for name in FILES for word in ("--benchmark", name)]
+    result = call("extract", config, *words)
+    assert result.exit_code == 0, result.output
+    for run, seed in (("one", 0), ("other", 1)):
+        (root / f"{run}.toml").write_text(f'extends = "official.toml"\nseed = {seed}\n')
+        trained = call("federate", root / f"{run}.toml")
+        assert trained.exit_code == 0, trained.output
+    return root
+
+
+@pytest.fixture(scope="module")
+def answered(household: Path) -> Path:
+    words = [word for name in FILES for word in ("--benchmark", name)]
+    result = call("evaluate", household / "one.toml", household / "other.toml", *words)
+    assert result.exit_code == 0, result.output
+    return household
+
+
+def test_images_of_benchmarks_are_cached_once_and_without_texts(household: Path) -> None:
+    from pipeline.cache import FeatureCache
+
+    for name in FILES:
+        cache = FeatureCache(household / f"features/{name}.zarr")
+        assert cache.texts == 0
+        assert not cache.manifest["failures"]
+    again = call("extract", household / "one.toml", "--benchmark", "mme")
+    assert "Nothing to do" in again.output
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_from_official_files_to_scores(name: str, answered: Path) -> None:
+    benchmark = BENCHMARKS.build(load(answered / "one.toml").evaluate.benchmarks[name], name)
+    items = items_of(benchmark)
+    content = json.loads((answered / f"build/scores/study/one/{name}.json").read_text())
+    assert content["counts"]["items"] == len(items)
+    assert not any(content["counts"][what] for what in ("missing images", "bad entries", "failed items"))
+    assert content["settings"] == benchmark.settings
+    for score in content["metrics"].values():
+        assert score["low"] <= score["high"]
+    (path,) = (answered / "build/scores/study/one/answers").glob(f"{name}.projector.*.jsonl")
+    assert len(path.read_text().splitlines()) == len(items) + 1
+    submitted = answered / "build/scores/study/one/submissions"
+    if name in ("vqav2", "mm_vet", "mmbench", "vizwiz", "captions"):
+        assert list(submitted.glob(f"{name}.*"))
+
+
+def test_ranking_answers_with_an_option_and_says_so(answered: Path) -> None:
+    for name in ("pope", "mmbench"):
+        option = f"evaluate.benchmarks.{name}.rank=true"
+        result = call("evaluate", answered / "one.toml", "--benchmark", name, "--set", option)
+        assert result.exit_code == 0, result.output
+        paths = (answered / "build/scores/study/one/answers").glob(f"{name}.projector.*.jsonl")
+        newest = max(paths, key=lambda path: path.stat().st_mtime_ns)
+        rows = [json.loads(line) for line in newest.read_text().splitlines()[1:]]
+        allowed = {"Yes", "No"} if name == "pope" else set("ABCD")
+        assert {row["answer"] for row in rows} <= allowed
+        content = json.loads((answered / f"build/scores/study/one/{name}.json").read_text())
+        assert content["settings"] == {"answers": "likeliest option"}
+        assert call("score", answered / "one.toml", "--benchmark", name).exit_code == 0
+
+
+def test_the_likeliest_option_is_that_of_the_llms_own_losses(answered: Path, llama_dir: Path) -> None:
+    import torch
+
+    from evaluate.answers import read_answers
+    from pipeline.cache import FeatureCache
+    from pipeline.language import FrozenLanguageModel
+    from pipeline.projector import load_projector
+    from pipeline.prompts import tokenise
+    from pipeline.records import Text, Turn
+
+    option = "evaluate.benchmarks.seed_bench.rank=true"
+    assert (
+        call("evaluate", answered / "one.toml", "--benchmark", "seed_bench", "--set", option).exit_code == 0
+    )
+    paths = (answered / "build/scores/study/one/answers").glob("seed_bench.projector.*.jsonl")
+    said = read_answers(max(paths, key=lambda path: path.stat().st_mtime_ns)).answers
+    language = FrozenLanguageModel(llama_dir, dtype="float32", device="cpu")
+    projector, _ = load_projector(answered / "build/runs/study/one/projector.safetensors")
+    cache = FeatureCache(answered / "features/seed_bench.zarr")
+    benchmark = BENCHMARKS.build(load(answered / "one.toml").evaluate.benchmarks["seed_bench"], "s")
+    for each in items_of(benchmark):
+        losses = {}
+        for letter in each.options:
+            text = Text((*each.text.turns, Turn("assistant", letter)))
+            sample = tokenise(text, "chat", language.tokenizer, patches=4, max_length=999)
+            with torch.no_grad():
+                projected = projector(cache.tensor([cache.ids.index(each.image)]).float())
+                found, _ = language.token_losses(*language.collate([sample]), projected)
+            losses[letter] = float(found.sum())
+        best = min(losses.values())
+        assert losses[str(said[each.id])] == pytest.approx(best, abs=1e-4)
+    assert call("score", answered / "one.toml", "--benchmark", "seed_bench").exit_code == 0
+
+
+def test_compare_prints_differences_with_their_tests(answered: Path) -> None:
+    from evaluate.versus import compare_runs
+
+    one, other = load(answered / "one.toml"), load(answered / "other.toml")
+    names = ("pope", "mme", "vqav2", "captions", "mm_vet")
+    rows = {row.metric: row for row in compare_runs([one, other], names)}
+    assert {*rows} == {
+        "pope: f1",
+        "pope: accuracy",
+        "mme: perception",
+        "mme: cognition",
+        "mme: total",
+        "vqav2: accuracy",
+        "captions: CIDEr-D",
+    }
+    assert rows["pope: accuracy"].mcnemar is not None
+    assert rows["pope: f1"].mcnemar is None
+    for row in rows.values():
+        assert row.gap.value == pytest.approx(row.ours - row.theirs)
+        assert row.gap.low <= row.gap.value <= row.gap.high
+        assert 0 < row.gap.p <= 1
+        assert row.spread is None
+    same = {row.metric: row for row in compare_runs([one, one], names)}
+    assert all((row.gap.value, row.gap.p) == (0, 1) for row in same.values())
+    seeds = {row.metric: row for row in compare_runs([one, other, other, one], ("pope",))}
+    row = seeds["pope: accuracy"]
+    assert row.gap.value == pytest.approx(0, abs=1e-12)
+    assert row.spread == pytest.approx(2**0.5 * abs(rows["pope: accuracy"].gap.value))
+    result = call("compare", answered / "one.toml", answered / "other.toml", "--benchmark", "pope")
+    assert result.exit_code == 0
+    assert "p (Holm)" in result.output
+    odd = call("compare", answered / "one.toml")
+    assert odd.exit_code == 2
+    assert "no pairs" in odd.output
+
+
+def test_what_does_not_fit_or_is_damaged_is_counted(answered: Path) -> None:
+    config, scores = answered / "one.toml", answered / "build/scores/study/one"
+    (path,) = (scores / "answers").glob("vizwiz.projector.*.jsonl")
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"id": "other", "answer": "x"}\n\xff\xfe{\n{"id": "a", "answer": null}\n[]\n')
+    result = call("score", config, "--benchmark", "vizwiz")
+    assert result.exit_code == 0, result.output
+    counts = json.loads((scores / "vizwiz.json").read_text())["counts"]
+    assert (counts["extra answers"], counts["unreadable lines"]) == (1, 3)
+    assert "3 unreadable lines" in result.output
+    path.write_bytes(b"\n".join(whole.split(b"\n")[:-2]) + b"\n")
+    result = call("score", config, "--benchmark", "vizwiz")
+    assert result.exit_code == 2
+    assert "1 answers are missing" in result.output
+    rows = [json.loads(line) for line in whole.splitlines()]
+    empty = [row | {"answer": ""} if "id" in row else row for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in empty))
+    result = call("score", config, "--benchmark", "vizwiz")
+    assert f"{len(rows) - 1} empty answers, scored by the rule as they are" in result.output
+    path.write_bytes(whole)
+
+    hints = "--benchmark", "textvqa", "--set"
+    with_room = call("evaluate", config, *hints, "evaluate.benchmarks.textvqa.max_new_tokens=3")
+    assert with_room.exit_code == 0
+    annotations = answered / "textvqa/TextVQA_0.5.1_val.json"
+    content = json.loads(annotations.read_text())
+    content["data"][0]["question"] = "What " * 3000
+    changed = answered / "textvqa/long.json"
+    changed.write_text(json.dumps(content))
+    long = call("evaluate", config, *hints, f"evaluate.benchmarks.textvqa.annotations={changed}")
+    assert long.exit_code == 0, long.output
+    assert "1 failed items not scored" in long.output
+    assert "more than language.max_length = 2048 tokens" in long.output
+    assert json.loads((scores / "textvqa.json").read_text())["counts"]["failed items"] == 1
+    again = call("evaluate", config, *hints, f"evaluate.benchmarks.textvqa.annotations={changed}")
+    assert "nothing to answer" in again.output
+
+
+def test_a_benchmark_without_images_says_how_to_extract_them(answered: Path, tmp_path: Path) -> None:
+    config = tmp_path / "away.toml"
+    pope = answered / "pope/coco_pope_random.json"
+    config.write_text(
+        f'extends = "{answered}/one.toml"\nrun = "one"\n[evaluate.benchmarks.away]\nname = "pope"\n'
+        f"questions = {{ random = '{pope}' }}\n"
+    )
+    result = call("extract", config, "--benchmark", "away", "--images", tmp_path / "nowhere")
+    assert result.exit_code == 2
+    assert "not one image could be read" in result.output
+    assert call("extract", config, "--images", tmp_path).exit_code == 2
+    unknown = call("extract", config, "--benchmark", "pop", "--images", tmp_path)
+    assert unknown.exit_code == 2
+    assert "did you mean 'pope'" in unknown.output
