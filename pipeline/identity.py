@@ -33,8 +33,13 @@ def language_identity(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def run_identity(experiment: Experiment) -> dict[str, Any]:
-    """JSON value of every option that decides the trained projector."""
+def run_identity(experiment: Experiment, language: dict[str, Any] | None = None) -> dict[str, Any]:
+    """JSON value of every option that decides the trained projector.
+
+    Args:
+        experiment: The experiment.
+        language: The LLM's identity where it is not on this machine.
+    """
     federate = experiment.federate.model_dump(mode="json", exclude={"initial"})
     if experiment.federate.initial is not None:
         federate["initial"] = _initial_content(experiment.federate.initial)
@@ -42,7 +47,7 @@ def run_identity(experiment: Experiment) -> dict[str, Any]:
         "format": FORMAT,
         "seed": experiment.seed,
         "federate": federate,
-        "language": language_identity(experiment)
+        "language": (language or language_identity(experiment))
         | {"template": experiment.language.template, "max_length": experiment.language.max_length},
     }
 

@@ -1,0 +1,98 @@
+"""The silos of one machine with the frozen LLM, loaded once and ready to train in any round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from federate.batches import Stream
+from federate.client import Job, LocalResult
+from federate.local import LocalEngine
+from federate.memo import Memo
+from federate.plan import Plan
+from pipeline import projector as projectors
+from pipeline.cache import FeatureCache
+from pipeline.config import Experiment
+from pipeline.device import pick_device
+from pipeline.identity import FORMAT, language_identity
+from pipeline.language import load_language
+from pipeline.manifest import fingerprint, provenance
+
+
+class Site:
+    """Trains clients whose silos are on this machine.
+
+    Args:
+        experiment: The experiment.
+        plan: Who takes part when.
+        caches: Feature caches by silo; the clients are those whose silos are all here.
+        advance: Called with the number of local steps done.
+
+    Raises:
+        UserError: The LLM cannot be loaded, or a silo has too few texts.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        plan: Plan,
+        caches: Mapping[str, FeatureCache],
+        advance: Callable[[int], None] = lambda steps: None,
+    ) -> None:
+        options = experiment.federate
+        device = pick_device(experiment.device)
+        model = language_identity(experiment)
+        language = load_language(experiment.language.path, model["dtype"], device, fingerprint(model["files"]))
+        first = next(iter(caches.values()))
+        scratch = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
+        turns = plan.turns()
+        self.d_llm = language.d_llm
+        self.streams = {
+            client: Stream(
+                {silo: caches[silo] for silo in silos},
+                language,
+                template=experiment.language.template,
+                max_length=experiment.language.max_length,
+                batch_size=options.batch_size,
+                turns=turns[client],
+                seed=experiment.seed,
+                visual_tokens=scratch.tokens(first.patches),
+            )
+            for client, silos in plan.groups.items()
+            if caches.keys() >= set(silos)
+        }
+        self._engine = LocalEngine(
+            self.streams,
+            scratch.to(device),
+            language,
+            options.optimizer,
+            batch_size=options.batch_size,
+            together=options.together,
+            micro_batch=options.micro_batch or options.batch_size,
+            memo=_memo(experiment, model, device),
+            advance=advance,
+        )
+
+    def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
+        """Train the clients of a round."""
+        return self._engine(jobs)
+
+
+def _memo(experiment: Experiment, model: dict[str, Any], device: str) -> Memo | None:
+    """Local updates shared by runs with the same LLM, data handling and arithmetic."""
+    if experiment.memo is None:
+        return None
+    options = experiment.federate.model_dump(mode="json")
+    shared = ("batch_size", "micro_batch", "projector", "optimizer")
+    texts = {"template": experiment.language.template, "max_length": experiment.language.max_length}
+    context = {
+        "options": {name: options[name] for name in shared},
+        "language": model | texts,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "format": FORMAT,
+        "made_by": provenance(device)["packages"],
+    }
+    return Memo(experiment.memo.path, experiment.memo.limit, context)
