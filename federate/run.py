@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from federate.strategies.base import Strategy
     from pipeline.projectors.base import Projector
 
-SITES = "sites.json"
-
 
 def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | None = None) -> Path:
     """Train a run, continue it, or find it done.
@@ -44,8 +42,7 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
     clients = (engine or Here)(experiment, plan(experiment, strategy))
     out = experiment.run_path
     with locked(out / ".lock", str(out)):
-        known = {name: Card(**card) for name, card in (read_json(out / SITES) or {}).items()}
-        cards = clients.cards(known)
+        cards = clients.cards()
         wanted = run_identity(experiment, next(iter(cards.values())).language) | {
             "strategy": strategy.model_dump(mode="json"),
             "caches": {name: cards[name].content for name in experiment.federate.silos},

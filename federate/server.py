@@ -73,7 +73,8 @@ def run_rounds(
         progress: Where to go on.
         strategy: What clients minimise and how their projectors are aggregated.
         schedule: Who takes part in each round.
-        train: Does the clients' local training, here or elsewhere.
+        train: Does the clients' local training, here or elsewhere; where clients did not answer, it
+            returns the results of the others, at least one.
         carry: Whether clients keep their optimisers' moments.
         history_path: JSON lines to append to.
         checkpoint: Called after every round.
@@ -129,25 +130,27 @@ def _aggregated(strategy: Strategy, progress: Progress, updates: Sequence[Update
 def _rows(
     jobs: Sequence[Job], results: Sequence[LocalResult], before: State, aggregate: Aggregate
 ) -> list[dict[str, Any]]:
-    """The round in the history: a row a client, and one of the server."""
+    """The round in the history: a row a client that answered, and one of the server."""
+    of = {job.client: job for job in jobs}
     rows: list[dict[str, Any]] = [
         {
-            "round": job.round,
+            "round": jobs[0].round,
             "client": result.client,
             "loss": result.loss,
             "samples": result.samples,
             "tokens": result.tokens,
             "seconds": round(result.seconds, 3),
             "recalled": result.recalled,
-            "update_norm": history.distance(result.state, job.start),
+            "update_norm": history.distance(result.state, of[result.client].start),
             **{name: figure[result.client] for name, figure in aggregate.figures.items()},
         }
-        for job, result in zip(jobs, results, strict=True)
+        for result in results
     ]
     tokens = sum(result.tokens for result in results)
     whole = {
         "round": jobs[0].round,
         "client": None,
+        "missing": sorted(of.keys() - {result.client for result in results}),
         "loss": sum(result.loss * result.tokens for result in results) / tokens,
         "samples": sum(result.samples for result in results),
         "tokens": tokens,

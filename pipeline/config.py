@@ -112,6 +112,18 @@ class Federate(Options):
         return silos
 
 
+class Sites(Options):
+    """Rounds over real sites; none of this decides what a run in which all take part ends in.
+
+    A round waits `round_timeout` seconds for its sites and goes on without those that did not answer if
+    `quorum` of them did, all by default. A run waits `join_timeout` seconds for its sites to appear.
+    """
+
+    quorum: int | None = Field(None, ge=1)
+    round_timeout: float = Field(3600.0, gt=0)
+    join_timeout: float = Field(600.0, gt=0)
+
+
 class Evaluate(Options):
     """Stage three: benchmarks by name, over the cached features of one silo of images."""
 
@@ -147,6 +159,7 @@ class Experiment(Options):
     extract: Extract
     language: Language
     federate: Federate
+    sites: Sites = Sites()
     evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="before")

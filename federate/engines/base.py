@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -57,11 +56,8 @@ class Engine(ABC):
     """Where the clients of a run are."""
 
     @abstractmethod
-    def cards(self, known: Mapping[str, Card]) -> dict[str, Card]:
+    def cards(self) -> dict[str, Card]:
         """Every silo's card.
-
-        Args:
-            known: Cards from before an interruption, for silos that cannot be reached now.
 
         Raises:
             UserError: A silo is missing, or does not fit the others or the experiment.
@@ -75,3 +71,17 @@ class Engine(ABC):
     @abstractmethod
     def d_llm(self) -> int:
         """Width of the LLM's embeddings; known while training."""
+
+
+def terms(experiment: Experiment, card: Card) -> dict[str, Any]:
+    """What server and sites must agree on: all that decides the bytes of a site's results.
+
+    The initial projector is the server's alone, as every job brings the weights to start from.
+    """
+    return {
+        "seed": experiment.seed,
+        "federate": experiment.federate.model_dump(mode="json", exclude={"initial"}),
+        "language": card.language
+        | {"template": experiment.language.template, "max_length": experiment.language.max_length},
+        "features": card.key,
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ class Here(Engine):
         self._caches = {name: open_cache(experiment, name) for name in experiment.federate.silos}
         self._site: Site | None = None
 
-    def cards(self, known: Mapping[str, Card]) -> dict[str, Card]:
+    def cards(self) -> dict[str, Card]:
         """Cards of the caches on this machine."""
         same_key(self._caches)
         return {name: Card.of(cache, self._experiment) for name, cache in self._caches.items()}
