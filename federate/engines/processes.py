@@ -1,0 +1,142 @@
+"""Flower's own programs as child processes, quiet and offline, that never outlive their parent."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+_PR_SET_PDEATHSIG = 1
+_LINES = 40
+_UNREAD = 10_000
+_GRACE = 10.0
+# Flower's own pace of looking for work is a second; tasks here are few and long.
+_POLL = "0.1"
+
+
+def need_flower() -> None:
+    """Say how to install Flower where it is missing.
+
+    Raises:
+        UserError: It is missing.
+    """
+    if importlib.util.find_spec("flwr") is None:
+        raise UserError("--engine flower and 'fedcmp site' need Flower; run pip install 'fedcmp[flower]'")
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Variables for Flower's programs: their folder, no network but ours, the programs beside this Python."""
+    programs = str(Path(sys.executable).parent)
+    return os.environ | {
+        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _POLL,
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+class Child:
+    """A running program whose last lines are kept.
+
+    Args:
+        command: Program and arguments.
+        variables: Its environment.
+    """
+
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
+        self.lines: deque[str] = deque(maxlen=_LINES)
+        self._new: deque[str] = deque(maxlen=_UNREAD)
+        self._process = subprocess.Popen(
+            command,
+            env=dict(variables),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            preexec_fn=_die_with_parent,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line.rstrip())
+            self._new.append(line.rstrip())
+
+    def new_lines(self) -> list[str]:
+        """What it said since this was asked last."""
+        return [self._new.popleft() for _ in range(len(self._new))]
+
+    def ended(self) -> bool:
+        """Whether it is over."""
+        return self._process.poll() is not None
+
+    def succeeded(self) -> bool:
+        """Whether it ended well."""
+        return self._process.poll() == 0
+
+    def said(self, words: str) -> bool:
+        """Whether a line it still remembers has these words."""
+        return any(words in line for line in list(self.lines))
+
+    def complaint(self) -> str:
+        """The last thing it said that is not decoration."""
+        self._reader.join(1)
+        kept = [line for line in list(self.lines) if line.strip() and "http" not in line]
+        return kept[-1].strip() if kept else "no message"
+
+    def stop(self) -> None:
+        """End it, by force if need be."""
+        self._process.terminate()
+        try:
+            self._process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _die_with_parent() -> None:
+    """A killed parent must leave no SuperNode behind that would answer in its place."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_port(address: str, child: Child, seconds: float) -> None:
+    """Wait until a child listens.
+
+    Raises:
+        UserError: It ended, or does not listen in time.
+    """
+    host, _, port = address.rpartition(":")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not child.ended():
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise UserError(f"no SuperLink at {address}: {child.complaint()}; give another --address")
