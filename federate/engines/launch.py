@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -20,8 +21,10 @@ from federate.engines.service import Service
 from pipeline.config import Experiment
 from pipeline.console import say
 from pipeline.errors import UserError
+from pipeline.manifest import locked
 
 APP = Path(__file__).parent / "app"
+_DECORATION = re.compile(r"^(\x1b\[\d+m)?INFO|^Using SuperLink|^Successfully (started|installed)")
 _START_SECONDS = 60.0
 _CONTACT_SECONDS = 20.0
 _BACKOFF = (1.0, 2.0, 5.0, 10.0)
@@ -63,37 +66,45 @@ def federate(
     """
     need_flower()
     with tempfile.TemporaryDirectory(prefix="fedcmp-server-") as folder:
-        home = Path(folder)
-        variables = environment(home)
-        host, _, port = address.rpartition(":")
-        connection = f'[superlink.run]\naddress = "{_loopback(host)}:{port}"\n'
-        command = ["flower-superlink", "--host", host.strip("[]"), "--port", port]
-        command += ["--disable-runtime-dependency-installation"]
-        if keys.insecure:
-            command += ["--insecure"]
-            connection += "insecure = true\n"
-        else:
-            _required("--ca, --certificate, --key and --site-keys", keys.ca, keys.certificate, keys.key, keys.sites)
-            command += ["--ssl-ca-certfile", str(keys.ca), "--ssl-certfile", str(keys.certificate)]
-            command += ["--ssl-keyfile", str(keys.key), "--enable-supernode-auth"]
-            connection += f'root-certificates = "{Path(str(keys.ca)).resolve()}"\n'
-        (home / "config.toml").write_text(connection)
-        outcome = home / "outcome.txt"
-        (home / "task.json").write_text(json.dumps({"overrides": list(overrides), "outcome": str(outcome)}))
-        superlink = Child(command, variables)
-        try:
-            wait_for_port(address, superlink, _START_SECONDS)
-            say(f"SuperLink at {address}")
-            for public in sorted(keys.sites.glob("*.pub")) if keys.sites else ():
-                _finished(["flwr", "supernode", "register", str(public), "run"], variables)
-            task = f'config="{config.resolve()}" task="{home / "task.json"}"'
-            _follow(Child(["flwr", "run", str(APP), "run", "--stream", "--run-config", task], variables), superlink)
-        finally:
-            superlink.stop()
+        home, outcome = Path(folder), Path(folder) / "outcome.txt"
+        task = {"overrides": list(overrides), "outcome": str(outcome), "alive": str(home / "alive")}
+        (home / "task.json").write_text(json.dumps(task))
+        # Held while this process lives, however it ends.
+        with locked(home / "alive", folder):
+            _serve(config, address, keys, home)
         if outcome.is_file():
             raise UserError(outcome.read_text())
     if not (experiment.run_path / "manifest.json").is_file():
         raise UserError(f"{experiment.run_path}: the run ended early; run the same command to go on")
+
+
+def _serve(config: Path, address: str, keys: Keys, home: Path) -> None:
+    """Run the task in `home` over a SuperLink of its own."""
+    variables = environment(home)
+    host, _, port = address.rpartition(":")
+    connection = f'[superlink.run]\naddress = "{_loopback(host)}:{port}"\n'
+    command = ["flower-superlink", "--host", host.strip("[]"), "--port", port]
+    command += ["--disable-runtime-dependency-installation"]
+    if keys.insecure:
+        command += ["--insecure"]
+        connection += "insecure = true\n"
+    else:
+        _required("--ca, --certificate, --key and --site-keys", keys.ca, keys.certificate, keys.key, keys.sites)
+        command += ["--ssl-ca-certfile", str(keys.ca), "--ssl-certfile", str(keys.certificate)]
+        command += ["--ssl-keyfile", str(keys.key), "--enable-supernode-auth"]
+        connection += f'root-certificates = "{Path(str(keys.ca)).resolve()}"\n'
+    (home / "config.toml").write_text(connection)
+    superlink = Child(command, variables)
+    try:
+        wait_for_port(address, superlink, _START_SECONDS)
+        for public in sorted(keys.sites.glob("*.pub")) if keys.sites else ():
+            _finished(["flwr", "supernode", "register", str(public), "run"], variables)
+        say(f"server at {address}, sites may come")
+        task = f'config="{config.resolve()}" task="{home / "task.json"}"'
+        command = ["flwr", "run", str(APP), "run", "--stream", "--run-config", task]
+        _follow(Child(command, variables), superlink)
+    finally:
+        superlink.stop()
 
 
 def _loopback(host: str) -> str:
@@ -121,15 +132,20 @@ def _follow(run: Child, superlink: Child) -> None:
     """Pass on what the run says until it ends."""
     try:
         while not run.ended():
-            for line in run.new_lines():
-                print(line, flush=True)
+            _pass_on(run)
             if superlink.ended():
                 raise UserError(f"the SuperLink ended: {superlink.complaint()}; run the same command to go on")
             time.sleep(0.1)
-        for line in run.new_lines():
-            print(line, flush=True)
+        _pass_on(run)
     finally:
         run.stop()
+
+
+def _pass_on(run: Child) -> None:
+    """Everything but what Flower says about itself."""
+    for line in run.new_lines():
+        if not _DECORATION.search(line):
+            print(line, flush=True)
 
 
 def site(experiment: Experiment, silo: str, superlink: str, keys: Keys, patience: float) -> None:

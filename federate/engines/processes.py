@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
+_COLOUR = re.compile(r"\x1b\[\d*m")
 _LINES = 40
 _UNREAD = 10_000
 _GRACE = 10.0
@@ -98,8 +100,9 @@ class Child:
     def complaint(self) -> str:
         """The last thing it said that is not decoration."""
         self._reader.join(1)
-        kept = [line for line in list(self.lines) if line.strip() and "http" not in line]
-        return kept[-1].strip() if kept else "no message"
+        lines = [_COLOUR.sub("", line).strip() for line in list(self.lines)]
+        kept = [line for line in lines if line and "https://" not in line and not line.startswith("INFO")]
+        return kept[-1] if kept else "no message"
 
     def stop(self) -> None:
         """End it, by force if need be."""
