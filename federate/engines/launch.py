@@ -27,6 +27,7 @@ APP = Path(__file__).parent / "app"
 _DECORATION = re.compile(r"^(\x1b\[\d+m)?INFO|^Using SuperLink|^Successfully (started|installed)")
 _START_SECONDS = 60.0
 _CONTACT_SECONDS = 20.0
+_REFUSED_SECONDS = 60.0
 _BACKOFF = (1.0, 2.0, 5.0, 10.0)
 
 
@@ -168,7 +169,7 @@ def site(experiment: Experiment, silo: str, superlink: str, keys: Keys, patience
         path = folder / "site.sock"
         server = daemon.listen(path)
         command = ["flower-supernode", "--superlink", superlink, "--host", "127.0.0.1"]
-        command += ["--node-config", f'silo="{silo}" socket="{path}"', "--max-wait-time", f"{_CONTACT_SECONDS:g}"]
+        command += ["--node-config", f'silo="{silo}" socket="{path}"', "--max-wait-time", f"{min(_CONTACT_SECONDS, patience):g}"]
         if keys.insecure:
             command += ["--insecure"]
         else:
@@ -228,10 +229,11 @@ class _Watcher(threading.Thread):
             child.stop()
             if self._stopped.is_set():
                 return
-            why = child.complaint()
-            if child.said("[code:"):
+            why, alone = child.complaint(), time.monotonic() - contact
+            # A server that has just started may not have registered this site's key yet.
+            if child.said("[code:") and alone > min(self._patience, _REFUSED_SECONDS):
                 self.problem = f"the server at {self._superlink} does not accept site '{self._silo}': {why}"
-            elif time.monotonic() - contact > self._patience:
+            elif alone > self._patience:
                 self.problem = f"no server at {self._superlink} for {self._patience:g} s: {why}"
             if self.problem is not None:
                 self.shut()

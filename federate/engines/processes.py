@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -18,8 +16,9 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
-_PR_SET_PDEATHSIG = 1
+_GUARD = Path(__file__).parent / "guard.py"
 _COLOUR = re.compile(r"\x1b\[\d*m")
+_NO_REASON = re.compile(r"^(INFO|Exit Code)|https?://|Connection attempt failed|could not establish a connection")
 _LINES = 40
 _UNREAD = 10_000
 _GRACE = 10.0
@@ -63,14 +62,13 @@ class Child:
         self.lines: deque[str] = deque(maxlen=_LINES)
         self._new: deque[str] = deque(maxlen=_UNREAD)
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, str(_GUARD), *command],
             env=dict(variables),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            preexec_fn=_die_with_parent,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -98,26 +96,22 @@ class Child:
         return any(words in line for line in list(self.lines))
 
     def complaint(self) -> str:
-        """The last thing it said that is not decoration."""
+        """What it gave as the reason for its end, as far as that can be told."""
         self._reader.join(1)
         lines = [_COLOUR.sub("", line).strip() for line in list(self.lines)]
-        kept = [line for line in lines if line and "https://" not in line and not line.startswith("INFO")]
-        return kept[-1] if kept else "no message"
+        kept = [line for line in lines if line and not _NO_REASON.search(line)]
+        coded = [line for line in kept if "[code:" in line]
+        return (coded or kept or ["no answer"])[-1]
 
     def stop(self) -> None:
-        """End it, by force if need be."""
-        self._process.terminate()
+        """End it and its children, by force if need be."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         try:
             self._process.wait(_GRACE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-def _die_with_parent() -> None:
-    """A killed parent must leave no SuperNode behind that would answer in its place."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:
