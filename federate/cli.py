@@ -113,11 +113,16 @@ def site(
     Example:
       fedcmp site configs/demo/fedcmp.toml --silo photo --superlink 127.0.0.1:18080 --insecure
     """
-    from federate.engines import launch
+    from federate.engines.processes import need_flower
     from pipeline.config import load
 
+    experiment = load(config, overrides)
+    need_flower()
+    from federate.engines import launch
+    from federate.engines.service import Service
+
     keys = launch.Keys(ca=ca, key=key, insecure=insecure)
-    launch.site(load(config, overrides), silo, superlink, keys, patience)
+    launch.site(Service(experiment, silo), silo, superlink, keys, patience)
 
 
 @click.command()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from federate.engines import daemon
-from federate.engines.processes import Child, environment, free_port, need_flower, wait_for_port
+from federate.engines.processes import Child, environment, free_port, wait_for_port
 from federate.engines.service import Service
 from pipeline.config import Experiment
 from pipeline.console import say
@@ -65,7 +65,6 @@ def federate(
     Raises:
         UserError: Whatever stops the run.
     """
-    need_flower()
     with tempfile.TemporaryDirectory(prefix="fedcmp-server-") as folder:
         home, outcome = Path(folder), Path(folder) / "outcome.txt"
         task = {"overrides": list(overrides), "outcome": str(outcome), "alive": str(home / "alive")}
@@ -120,12 +119,11 @@ def _required(options: str, *values: Path | None) -> None:
 def _finished(command: Sequence[str], variables: dict[str, str]) -> None:
     child = Child(command, variables)
     deadline = time.monotonic() + _START_SECONDS
-    while not child.ended():
-        if time.monotonic() > deadline:
-            child.stop()
-            raise UserError(f"{' '.join(command)}: no answer within {_START_SECONDS:g} s")
+    while not child.ended() and time.monotonic() < deadline:
         time.sleep(0.05)
-    if not child.succeeded():
+    done = child.succeeded()
+    child.stop()
+    if not done:
         raise UserError(f"{' '.join(command)}: {child.complaint()}")
 
 
@@ -149,11 +147,11 @@ def _pass_on(run: Child) -> None:
             print(line, flush=True)
 
 
-def site(experiment: Experiment, silo: str, superlink: str, keys: Keys, patience: float) -> None:
+def site(service: Service, silo: str, superlink: str, keys: Keys, patience: float) -> None:
     """Hold a silo and the LLM ready for a server until interrupted.
 
     Args:
-        experiment: What the site agrees to.
+        service: The silo and the LLM.
         silo: Its name.
         superlink: The server, as host:port.
         keys: How they know each other.
@@ -162,32 +160,31 @@ def site(experiment: Experiment, silo: str, superlink: str, keys: Keys, patience
     Raises:
         UserError: The server cannot be reached or does not accept the site's key.
     """
-    need_flower()
-    service = Service(experiment, silo)
+    command = ["flower-supernode", "--superlink", superlink, "--host", "127.0.0.1"]
+    command += ["--max-wait-time", f"{min(_CONTACT_SECONDS, patience):g}"]
+    if keys.insecure:
+        command += ["--insecure"]
+    else:
+        _required("--ca and --key", keys.ca, keys.key)
+        command += ["--root-certificates", str(keys.ca), "--auth-supernode-private-key", str(keys.key)]
     folder = Path(tempfile.mkdtemp(prefix="fedcmp-site-"))
+    path = folder / "site.sock"
+    command += ["--node-config", f'silo="{silo}" socket="{path}"']
     try:
-        path = folder / "site.sock"
-        server = daemon.listen(path)
-        command = ["flower-supernode", "--superlink", superlink, "--host", "127.0.0.1"]
-        command += ["--node-config", f'silo="{silo}" socket="{path}"', "--max-wait-time", f"{min(_CONTACT_SECONDS, patience):g}"]
-        if keys.insecure:
-            command += ["--insecure"]
-        else:
-            _required("--ca and --key", keys.ca, keys.key)
-            command += ["--root-certificates", str(keys.ca), "--auth-supernode-private-key", str(keys.key)]
-        say(f"site {silo}: model and cache are loaded, connecting to {superlink}")
-        watcher = _Watcher(command, environment(folder), silo, superlink, patience, server)
-        signal.signal(signal.SIGTERM, lambda *_: watcher.shut())
-        watcher.start()
-        try:
-            daemon.serve(server, service)
-        finally:
-            watcher.shut()
-            watcher.join()
-        if watcher.problem is not None:
-            raise UserError(watcher.problem)
+        with daemon.listen(path) as server:
+            say(f"site {silo}: connecting to {superlink}")
+            watcher = _Watcher(command, environment(folder), silo, superlink, patience, server)
+            signal.signal(signal.SIGTERM, lambda *_: watcher.shut())
+            watcher.start()
+            try:
+                daemon.serve(server, service)
+            finally:
+                watcher.shut()
+                watcher.join()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    if watcher.problem is not None:
+        raise UserError(watcher.problem)
 
 
 class _Watcher(threading.Thread):

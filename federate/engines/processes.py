@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -106,12 +107,16 @@ class Child:
     def stop(self) -> None:
         """End it and its children, by force if need be."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(_GRACE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._reader.join(_GRACE)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
 
 def free_port() -> int:
