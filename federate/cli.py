@@ -8,7 +8,6 @@ import click
 
 from pipeline.cli import F, experiment_options
 
-
 _KEY_OPTIONS = (
     click.option("--insecure", is_flag=True, help="Neither encryption nor keys: for a network you trust."),
     click.option("--ca", type=click.Path(path_type=Path), help="Certificate authority of the server."),

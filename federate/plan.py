@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from federate.participation import participants
-from pipeline.config import Experiment
+from pipeline.config import Experiment, Federate
 from pipeline.errors import UserError
+
+LEAST = 3
 
 if TYPE_CHECKING:
     from federate.strategies.base import Strategy
@@ -38,7 +40,9 @@ def plan(experiment: Experiment, strategy: Strategy) -> Plan:
         UserError: A client would never take part, or not in every round where it trains alone.
     """
     options = experiment.federate
-    groups = {"all": options.silos} if strategy.pooled else {name: (name,) for name in options.silos}
+    groups: dict[str, tuple[str, ...]] = {name: (name,) for name in options.silos}
+    if strategy.pooled:
+        groups = {"all": options.silos}
     made = Plan(
         groups, participants(list(groups), options.rounds, options.clients_per_round, experiment.seed)
     )
@@ -52,4 +56,21 @@ def plan(experiment: Experiment, strategy: Strategy) -> Plan:
         )
     if strategy.personal and options.clients_per_round:
         raise UserError(f"{where}: silos that train alone take part in every round; remove it")
+    if options.secure:
+        _refuse_insecure(options, made, strategy)
     return made
+
+
+def _refuse_insecure(options: Federate, made: Plan, strategy: Strategy) -> None:
+    """Refuse what cannot be done when the server sees sums alone."""
+    where, name = "federate.privacy.secure", options.strategy.name
+    if strategy.sees() == "updates" or strategy.pooled or strategy.personal:
+        raise UserError(
+            f"{where}: strategy '{name}', as configured, has to see every client's update; use one that "
+            "needs only sums (docs/privacy.md)"
+        )
+    if options.optimizer.carry:
+        raise UserError(f"{where}: moments that clients carry on would reveal their updates; remove carry")
+    fewest = min(map(len, made.schedule), default=LEAST)
+    if fewest < LEAST:
+        raise UserError(f"{where}: a sum over {fewest} clients hides nobody; at least {LEAST} must take part")

@@ -69,7 +69,7 @@ def _train(
     cards: Mapping[str, Card],
     wanted: dict[str, Any],
 ) -> None:
-    from federate.server import Progress, run_rounds
+    from federate.server import Progress, Secure, run_rounds
     from pipeline import projector as projectors
 
     options, out = experiment.federate, experiment.run_path
@@ -93,6 +93,9 @@ def _train(
             carry=options.optimizer.carry,
             history_path=out / "history.jsonl",
             checkpoint=lambda state: state.save(checkpoint_path, print_of_run),
+            secure=Secure(engine.exchange, options.privacy.threshold)
+            if options.privacy and options.secure
+            else None,
         )
     names = {"projector.safetensors": done.state}
     names |= {f"silos/{client}.safetensors": state for client, state in done.personal.items()}
@@ -130,9 +133,7 @@ def _beginning(
     else:
         start_from(experiment.federate.initial, projector)
     state = projectors.state_of(projector)
-    samples = {
-        client: sum(cards[silo].samples for silo in silos) for client, silos in outline.groups.items()
-    }
+    samples = {client: sum(cards[silo].samples for silo in silos) for client, silos in outline.groups.items()}
     return Progress(state, memory=strategy.begin(state, samples))
 
 

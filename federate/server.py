@@ -6,15 +6,18 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from federate import history
 from federate.client import Job, LocalResult
 from federate.strategies.base import Aggregate, Memory, State, Strategy, Update, check
-from pipeline.errors import DivergedError, UserError
+from pipeline.errors import DivergedError, DroppedOutError, UserError
 from pipeline.manifest import write_atomic
+
+if TYPE_CHECKING:
+    from federate.secure.summation import Exchange
 
 
 @dataclass
@@ -57,6 +60,19 @@ class Progress:
 Train = Callable[[Sequence[Job]], Sequence[LocalResult]]
 
 
+@dataclass(frozen=True)
+class Secure:
+    """How clients that keep their updates are reached.
+
+    Attributes:
+        exchange: Takes a step of the protocol with some clients.
+        threshold: Share of a round's clients of which more have to stay until its end.
+    """
+
+    exchange: Exchange
+    threshold: float
+
+
 def run_rounds(
     progress: Progress,
     strategy: Strategy,
@@ -66,6 +82,7 @@ def run_rounds(
     carry: bool,
     history_path: Path,
     checkpoint: Callable[[Progress], None],
+    secure: Secure | None = None,
 ) -> Progress:
     """Run what is left of the rounds.
 
@@ -78,6 +95,7 @@ def run_rounds(
         carry: Whether clients keep their optimisers' moments.
         history_path: JSON lines to append to.
         checkpoint: Called after every round.
+        secure: How to sum what clients keep to themselves; None where they send their updates.
 
     Returns:
         The progress after the last round.
@@ -101,8 +119,7 @@ def run_rounds(
             for client in schedule[round_]
         ]
         results = train(jobs)
-        updates = [Update(r.client, r.state, r.samples, r.steps, r.gradient, r.alignment) for r in results]
-        aggregate = _aggregated(strategy, progress, updates)
+        aggregate = _aggregated(strategy, progress, results, secure)
         history.append(history_path, _rows(jobs, results, progress.state, aggregate))
         personal, optimizers = dict(progress.personal), dict(progress.optimizers)
         if strategy.personal:
@@ -114,11 +131,29 @@ def run_rounds(
     return progress
 
 
-def _aggregated(strategy: Strategy, progress: Progress, updates: Sequence[Update]) -> Aggregate:
+def _fused(
+    strategy: Strategy, progress: Progress, results: Sequence[LocalResult], secure: Secure | None
+) -> Aggregate:
+    if secure is None:
+        updates = [Update(r.client, r.state, r.samples, r.steps, r.gradient, r.alignment) for r in results]
+        check(progress.state, updates)
+        return strategy.aggregate(progress.state, updates, progress.memory)
+    from federate.secure.cohort import aggregate
+    from federate.secure.summation import threshold_of
+
+    samples = {result.client: result.samples for result in results}
+    threshold = threshold_of(len(samples), secure.threshold)
+    return aggregate(strategy, secure.exchange, progress.state, samples, threshold, progress.memory)
+
+
+def _aggregated(
+    strategy: Strategy, progress: Progress, results: Sequence[LocalResult], secure: Secure | None
+) -> Aggregate:
     remedy = "lower federate.optimizer.learning_rate or the strategy's step"
     try:
-        check(progress.state, updates)
-        aggregate = strategy.aggregate(progress.state, updates, progress.memory)
+        aggregate = _fused(strategy, progress, results, secure)
+    except DroppedOutError:
+        raise
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise DivergedError(f"round {progress.round}: {error}; {remedy}") from None
     for name, tensor in aggregate.state.items():
@@ -141,8 +176,12 @@ def _rows(
             "tokens": result.tokens,
             "seconds": round(result.seconds, 3),
             "recalled": result.recalled,
-            "update_norm": history.distance(result.state, of[result.client].start),
-            **{name: figure[result.client] for name, figure in aggregate.figures.items()},
+            **(
+                {"update_norm": history.distance(result.state, of[result.client].start)}
+                if result.state
+                else {}
+            ),
+            **{name: figure.get(result.client) for name, figure in aggregate.figures.items()},
         }
         for result in results
     ]

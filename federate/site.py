@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from federate.client import Job, LocalResult
 from federate.local import LocalEngine
 from federate.memo import Memo
 from federate.plan import Plan
+from federate.secure.contribution import Own
+from federate.secure.party import Party
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache
 from pipeline.config import Experiment
@@ -44,7 +47,9 @@ class Site:
         options = experiment.federate
         device = pick_device(experiment.device)
         model = language_identity(experiment)
-        language = load_language(experiment.language.path, model["dtype"], device, fingerprint(model["files"]))
+        language = load_language(
+            experiment.language.path, model["dtype"], device, fingerprint(model["files"])
+        )
         first = next(iter(caches.values()))
         scratch = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
         turns = plan.turns()
@@ -63,6 +68,9 @@ class Site:
             for client, silos in plan.groups.items()
             if caches.keys() >= set(silos)
         }
+        self._secure = options.secure
+        self._own: dict[str, Own] = {}
+        self._parties: dict[str, Party] = {}
         self._engine = LocalEngine(
             self.streams,
             scratch.to(device),
@@ -76,8 +84,30 @@ class Site:
         )
 
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
-        """Train the clients of a round."""
-        return self._engine(jobs)
+        """Train the clients of a round; in secure runs their projectors stay here."""
+        results = self._engine(jobs)
+        if not self._secure:
+            return results
+        for job, result in zip(jobs, results, strict=True):
+            self._own[job.client] = Own(job.client, job.start, result.state)
+        return [replace(result, state={}) for result in results]
+
+    def secure(self, client: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Take a step of a secure round for a client.
+
+        Raises:
+            ValueError: It has not trained since this process began, or refuses the step.
+        """
+        if not self._secure or client not in self._own:
+            raise ValueError(f"client '{client}' has no update to add to a secure sum")
+        own = self._own[client]
+        if request["step"] == "agree":
+            return dict(own.agreements(request["totals"], request["share"]))
+        if request["step"] == "advertise":
+            self._parties[client] = Party(client, own.contribute)
+        if client not in self._parties:
+            raise ValueError(f"client '{client}' is in no secure sum")
+        return self._parties[client].step(request)
 
 
 def _memo(experiment: Experiment, model: dict[str, Any], device: str) -> Memo | None:

@@ -82,6 +82,17 @@ class Optimizer(Options):
     carry: bool = False
 
 
+class Privacy(Options):
+    """What the server may see of a client.
+
+    With `secure` it sees sums over clients alone; more than the share `threshold` of a round's clients
+    have to stay until its end, and at least three.
+    """
+
+    secure: bool = False
+    threshold: float = Field(0.5, ge=0.5, lt=1)
+
+
 class Federate(Options):
     """Stage two: one pass over every silo's training texts, split evenly over its rounds.
 
@@ -102,6 +113,12 @@ class Federate(Options):
     initial: Path | None = None
     optimizer: Optimizer = Optimizer()
     strategy: Component = Component(name="fedavg")
+    privacy: Privacy | None = None
+
+    @property
+    def secure(self) -> bool:
+        """Whether clients keep their updates."""
+        return self.privacy is not None and self.privacy.secure
 
     @field_validator("silos")
     @classmethod

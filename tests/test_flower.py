@@ -143,7 +143,16 @@ def test_killed_servers_and_sites_of_a_real_deployment(
     secured = ["--ca", str(keys / "ca.crt")]
 
     def site(silo: str, patience: int = 60) -> subprocess.Popen:
-        place = ["--silo", silo, "--superlink", address, "--key", str(keys / silo), "--patience", str(patience)]
+        place = [
+            "--silo",
+            silo,
+            "--superlink",
+            address,
+            "--key",
+            str(keys / silo),
+            "--patience",
+            str(patience),
+        ]
         log = tmp_path / f"{silo}.log"
         return start(log, "site", str(sites_config), *words(*options, "run=real"), *place, *secured)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_llava
+from safetensors.torch import load_file
 
 from federate.client import Job, LocalResult
 from federate.engines import daemon
@@ -107,7 +108,7 @@ def json_like(value: object) -> object:
     ],
 )
 def test_what_is_no_message_is_refused(spoiled: Payload) -> None:
-    with pytest.raises(ValueError, match="not a message|Expecting value"):
+    with pytest.raises(ValueError, match=r"not a message|Expecting value"):
         unpack(spoiled)
 
 
@@ -132,7 +133,7 @@ class FakeLink:
         answer: Payload | Failure
         try:
             answer = pack(self.services[node].handle(unpack(payload)))
-        except UserError as error:
+        except ValueError as error:
             answer = Failure(str(error))
         delay = self.mute.pop(node, 0.0) if kind == "train" else 0.0
         self._ready[name] = time.monotonic() + delay, answer
@@ -174,14 +175,109 @@ def rows(experiment: Experiment) -> list[dict]:
     ],
     ids=["fedcmp", "scaffold", "local_only", "pivotmerge"],
 )
-def test_sites_end_in_the_bytes_of_the_local_engine(sites_config: Path, options: list[str], tmp_path: Path) -> None:
+def test_sites_end_in_the_bytes_of_the_local_engine(
+    sites_config: Path, options: list[str], tmp_path: Path
+) -> None:
     local, remote = (
-        load(sites_config, [*options, *QUICK, f"run={name}", f"build={tmp_path}"]) for name in ("local", "remote")
+        load(sites_config, [*options, *QUICK, f"run={name}", f"build={tmp_path}"])
+        for name in ("local", "remote")
     )
     run(local)
     run(remote, over(FakeLink({node: Service(remote, silo) for node, silo in enumerate(SILOS)})))
     assert projector(local) == projector(remote)
     assert rows(local) == rows(remote)
+
+
+@pytest.mark.parametrize("name", ["fedcmp", "fedadam"])
+def test_secure_runs_equal_plain_ones_on_every_engine(sites_config: Path, name: str, tmp_path: Path) -> None:
+    options = [f"federate.strategy.name={name}", f"build={tmp_path}", *QUICK]
+    plain = load(sites_config, [*options, "run=plain"])
+    local, remote = (
+        load(sites_config, [*options, "federate.privacy.secure=true", f"run={run_}"])
+        for run_ in ("local", "remote")
+    )
+    run(plain)
+    run(local)
+    link = FakeLink({node: Service(remote, silo) for node, silo in enumerate(SILOS)})
+    run(remote, over(link))
+    assert projector(local) == projector(remote)
+    ours, theirs = (load_file(each.run_path / "projector.safetensors") for each in (plain, local))
+    for key, tensor in ours.items():
+        assert float((tensor - theirs[key]).norm() / tensor.norm()) < 1e-4
+    for row in rows(remote):
+        assert "update_norm" not in row or row["client"] is None
+
+
+def test_no_update_leaves_its_site_in_a_secure_run(sites_config: Path, tmp_path: Path) -> None:
+    """What the server gets from training has no tensor at all."""
+    remote = load(sites_config, ["federate.privacy.secure=true", f"build={tmp_path}", *QUICK])
+    seen = []
+
+    class Watched(Service):
+        def handle(self, request: dict) -> dict:
+            reply = super().handle(request)
+            seen.append((request["kind"], pack(reply)))
+            return reply
+
+    run(remote, over(FakeLink({node: Watched(remote, silo) for node, silo in enumerate(SILOS)})))
+    trained = [payload for kind, payload in seen if kind == "train"]
+    assert len(trained) == 9
+    assert all(payload.tensors == pack({}).tensors for payload in trained)
+
+
+def test_a_site_lost_within_a_secure_round_is_left_out(
+    sites_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its mask is recovered from the others; the result is that of the others alone."""
+    root = sites_config.parent
+    write_llava(root / "fourth", 12, first=300)
+    four = ["federate.silos=['clinic','lab','practice','heldout4']", f"build={tmp_path}", *QUICK]
+    four += [
+        f"extract.silos.heldout4={{name='llava_json',path='{root}/fourth/pairs.json',images='{root}/fourth'}}"
+    ]
+    from click.testing import CliRunner
+
+    words = [word for each in four for word in ("--set", each)]
+    assert CliRunner().invoke(main, ["extract", str(sites_config), *words]).exit_code == 0
+    four += ["federate.privacy.secure=true", "sites.quorum=3", "federate.rounds=1"]
+    experiment = load(sites_config, four)
+    clients = {node: Service(experiment, silo) for node, silo in enumerate(experiment.federate.silos)}
+
+    class Dies(Service):
+        def handle(self, request: dict) -> dict:
+            if request.get("step", {}).get("step") == "mask":
+                raise UserError("gone")
+            return super().handle(request)
+
+    clients[2] = Dies(experiment, "practice")
+    run(experiment, over(FakeLink(clients)))
+    assert "practice dropped out of the secure sum: gone" in capsys.readouterr().out
+    others = load(
+        sites_config,
+        [*four, "federate.privacy.secure=false", "federate.silos=['clinic','lab','heldout4']", "run=o"],
+    )
+    run(others)
+    ours, theirs = (load_file(each.run_path / "projector.safetensors") for each in (experiment, others))
+    for key, tensor in ours.items():
+        assert float((tensor - theirs[key]).norm() / tensor.norm()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["federate.strategy.name=krum"], "strategy 'krum', as configured, has to see every client's update"),
+        (["federate.strategy={name='fedcmp',basis='randomised'}"], "as configured, has to see every"),
+        (["federate.strategy.name=local_only"], "has to see every client's update"),
+        (["federate.optimizer.carry=true"], "moments that clients carry on would reveal their updates"),
+        (["federate.clients_per_round=2"], "a sum over 2 clients hides nobody; at least 3 must take part"),
+    ],
+)
+def test_what_cannot_be_secure_is_said(
+    sites_config: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    experiment = load(sites_config, ["federate.privacy.secure=true", f"build={tmp_path}", *overrides])
+    with pytest.raises(UserError, match=message):
+        run(experiment)
 
 
 def quorum_of_two(config: Path, build: Path, *more: str) -> Experiment:
@@ -221,7 +317,9 @@ def test_too_few_sites_end_the_round_and_the_run_goes_on_later(
             del link.services[12]
 
     link.on_train = leave
-    with pytest.raises(UserError, match=r"round 2 of 3: 2 of 3 sites answered, fewer than the 3 of sites.quorum"):
+    with pytest.raises(
+        UserError, match=r"round 2 of 3: 2 of 3 sites answered, fewer than the 3 of sites.quorum"
+    ):
         run(experiment, over(link))
     run(experiment, over(FakeLink(services)))
     whole = load(sites_config, ["run=whole", f"build={tmp_path}"])
@@ -249,10 +347,14 @@ def test_a_site_that_leaves_and_returns_does_the_same_round(
     assert projector(experiment) == projector(whole)
 
 
-def test_a_site_that_never_came_is_named(sites_config: Path, services: dict[int, Service], tmp_path: Path) -> None:
+def test_a_site_that_never_came_is_named(
+    sites_config: Path, services: dict[int, Service], tmp_path: Path
+) -> None:
     experiment = load(sites_config, [*QUICK, "sites.quorum=1", f"build={tmp_path}"])
     link = FakeLink({node: services[node] for node in (10, 11)})
-    with pytest.raises(UserError, match=r"only 2 of 3 sites came within sites.join_timeout = 1 s; missing: practice"):
+    with pytest.raises(
+        UserError, match=r"only 2 of 3 sites came within sites.join_timeout = 1 s; missing: practice"
+    ):
         run(experiment, over(link))
 
 
@@ -325,7 +427,9 @@ def test_what_cannot_run_over_sites_is_refused(sites_config: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             Service(load(sites_config, [override]), "clinic")
-    with pytest.raises(UserError, match="--silo labb: not in federate.silos; there are clinic, lab, practice"):
+    with pytest.raises(
+        UserError, match=r"--silo labb: not in federate.silos; there are clinic, lab, practice"
+    ):
         Service(load(sites_config), "labb")
 
 

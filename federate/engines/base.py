@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,10 @@ class Engine(ABC):
     @abstractmethod
     def training(self, start: int) -> AbstractContextManager[Train]:
         """Make ready to train from round `start` on."""
+
+    @abstractmethod
+    def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Take a step of a secure round with some clients; returns what those said who answered."""
 
     @property
     @abstractmethod

@@ -79,8 +79,8 @@ def serve(server: socket.socket, service: Service) -> None:
             return
         with connection:
             try:
-                _, *parts = _read(connection)
-                text, tensors = answered(service, (parts[0], parts[1]))
+                _, text, tensors = _read(connection)
+                text, tensors = answered(service, (text, tensors))
                 _write(connection, b"\0", text, tensors)
             except OSError as error:
                 say(f"the server no longer waits for an answer ({error})")

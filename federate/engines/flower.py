@@ -109,7 +109,7 @@ def serve(grid: Grid, context: Context) -> None:
     from pipeline.config import load
     from pipeline.errors import UserError
 
-    task = {"overrides": [], "outcome": None}
+    task: dict[str, Any] = {"overrides": [], "outcome": None}
     if context.run_config["task"]:
         task = json.loads(Path(str(context.run_config["task"])).read_text())
         threading.Thread(target=_end_with, args=(Path(task["alive"]),), daemon=True).start()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from federate.engines.base import Card, Engine
 from federate.plan import Plan
@@ -50,6 +50,11 @@ class Here(Engine):
         with progress(self._experiment.run, steps, "steps") as task:
             advance = task.advance
             yield site
+
+    def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Every client answers."""
+        assert self._site is not None
+        return {client: self._site.secure(client, request) for client, request in requests.items()}
 
     @property
     def d_llm(self) -> int:

@@ -89,7 +89,9 @@ def _serve(config: Path, address: str, keys: Keys, home: Path) -> None:
         command += ["--insecure"]
         connection += "insecure = true\n"
     else:
-        _required("--ca, --certificate, --key and --site-keys", keys.ca, keys.certificate, keys.key, keys.sites)
+        _required(
+            "--ca, --certificate, --key and --site-keys", keys.ca, keys.certificate, keys.key, keys.sites
+        )
         command += ["--ssl-ca-certfile", str(keys.ca), "--ssl-certfile", str(keys.certificate)]
         command += ["--ssl-keyfile", str(keys.key), "--enable-supernode-auth"]
         connection += f'root-certificates = "{Path(str(keys.ca)).resolve()}"\n'
@@ -133,7 +135,9 @@ def _follow(run: Child, superlink: Child) -> None:
         while not run.ended():
             _pass_on(run)
             if superlink.ended():
-                raise UserError(f"the SuperLink ended: {superlink.complaint()}; run the same command to go on")
+                raise UserError(
+                    f"the SuperLink ended: {superlink.complaint()}; run the same command to go on"
+                )
             time.sleep(0.1)
         _pass_on(run)
     finally:

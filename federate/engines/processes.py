@@ -19,7 +19,9 @@ from pipeline.errors import UserError
 
 _GUARD = Path(__file__).parent / "guard.py"
 _COLOUR = re.compile(r"\x1b\[\d*m")
-_NO_REASON = re.compile(r"^(INFO|Exit Code)|https?://|Connection attempt failed|could not establish a connection")
+_NO_REASON = re.compile(
+    r"^(INFO|Exit Code)|https?://|Connection attempt failed|could not establish a connection"
+)
 _LINES = 40
 _UNREAD = 10_000
 _GRACE = 10.0

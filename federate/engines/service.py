@@ -44,11 +44,14 @@ class Service:
 
         Raises:
             UserError: It is not what the site has agreed to, or training failed.
+            ValueError: A step of a secure round would reveal too much.
         """
         if request["kind"] == "hello":
             card = self._card.plain()
             return {"silo": self.silo, "card": card, "terms": self._terms, "d_llm": self._site.d_llm}
         self._agree(request["silo"], request["terms"])
+        if request["kind"] == "secure":
+            return {"answer": self._site.secure(self.silo, request["step"])}
         (result,) = self._site([job_of(request["job"])])
         return {"result": result_as_dict(result)}
 
@@ -71,11 +74,11 @@ def check_sites(experiment: Experiment, pooled: bool) -> None:
     """
     if pooled:
         raise UserError(
-            f"federate.strategy.name = '{experiment.federate.strategy.name}': it pools the silos' data, which "
-            "stay at their sites; use --engine local"
+            f"federate.strategy.name = '{experiment.federate.strategy.name}': it pools the silos' data, "
+            "which stay at their sites; use --engine local"
         )
     if experiment.federate.together > 1:
         raise UserError(
-            f"federate.together = {experiment.federate.together}: sites train alone; set it to 1, as the bytes "
-            "of a run depend on it"
+            f"federate.together = {experiment.federate.together}: sites train alone; set it to 1, as the "
+            "bytes of a run depend on it"
         )

@@ -63,7 +63,9 @@ class _Round:
     def unsent(self) -> list[str]:
         """Silos that nothing was sent to, or whose site left before it answered."""
         busy = {silo for silo, _ in self.waiting.values()}
-        return [s for s in self.requests if s not in busy and s not in self.replies and s not in self.failures]
+        return [
+            s for s in self.requests if s not in busy and s not in self.replies and s not in self.failures
+        ]
 
 
 class Sites(Engine):
@@ -113,7 +115,8 @@ class Sites(Engine):
             absent = ", ".join(silo for silo in silos if silo not in self._cards)
             raise UserError(
                 f"only {len(self._cards)} of {len(silos)} sites came within sites.join_timeout = "
-                f"{options.join_timeout:g} s; missing: {absent}; start them with 'fedcmp site' and run this again"
+                f"{options.join_timeout:g} s; missing: {absent}; start them with 'fedcmp site', then run "
+                "this again"
             )
         cards = {silo: self._cards.get(silo) or known[silo] for silo in silos}
         write_json(path, {silo: card.plain() for silo, card in cards.items()})
@@ -129,20 +132,14 @@ class Sites(Engine):
 
     def _train(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """One round."""
-        began, options = time.monotonic(), self._experiment.sites
-        agreed = terms(self._experiment, next(iter(self._cards.values())))
-        requests = {
-            job.client: pack({"kind": "train", "silo": job.client, "terms": agreed, "job": job_as_dict(job)})
-            for job in jobs
-        }
-        round_ = _Round(requests, began + options.round_timeout)
-        self._exchange(round_, self._quorum(len(jobs)))
+        began, needed = time.monotonic(), self._quorum(len(jobs))
+        round_ = self._ask({job.client: {"kind": "train", "job": job_as_dict(job)} for job in jobs}, needed)
         results = {silo: result_of(reply["result"]) for silo, reply in round_.replies.items()}
         missing = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(round_.failures.items()))
         name = f"round {jobs[0].round + 1} of {jobs[0].rounds}"
-        if len(results) < self._quorum(len(jobs)):
+        if len(results) < needed:
             raise UserError(
-                f"{name}: {len(results)} of {len(jobs)} sites answered, fewer than the {self._quorum(len(jobs))} of "
+                f"{name}: {len(results)} of {len(jobs)} sites answered, fewer than the {needed} of "
                 f"sites.quorum ({missing}); run this again to go on after round {jobs[0].round}"
             )
         say(
@@ -150,6 +147,23 @@ class Sites(Engine):
             + (f"; missing: {missing}" if missing else "")
         )
         return [results[job.client] for job in jobs if job.client in results]
+
+    def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """A step of a secure round; sites that do not answer in time have dropped out of it."""
+        round_ = self._ask({silo: {"kind": "secure", "step": step} for silo, step in requests.items()}, 1)
+        for silo, reason in sorted(round_.failures.items()):
+            say(f"{silo} dropped out of the secure sum: {reason}")
+        return {silo: reply["answer"] for silo, reply in round_.replies.items()}
+
+    def _ask(self, requests: Mapping[str, dict[str, Any]], enough: int) -> _Round:
+        """Send every site its request, with what both have agreed to, and gather the answers."""
+        agreed = terms(self._experiment, next(iter(self._cards.values())))
+        payloads = {
+            silo: pack(request | {"silo": silo, "terms": agreed}) for silo, request in requests.items()
+        }
+        round_ = _Round(payloads, time.monotonic() + self._experiment.sites.round_timeout)
+        self._exchange(round_, enough)
+        return round_
 
     def _exchange(self, round_: _Round, enough: int) -> None:
         """Send requests and gather answers, until nothing more can come or time is up."""
@@ -240,7 +254,7 @@ class Sites(Engine):
         if found:
             others = "the server" if first == silo else f"the server and site '{first}'"
             return (
-                f"site '{silo}' has agreed to something else than {others} ({'; '.join(found)}); give all of them "
-                "the same experiment, LLM and encoder"
+                f"site '{silo}' has agreed to something else than {others} ({'; '.join(found)}); give all "
+                "of them the same experiment, LLM and encoder"
             )
         return None
