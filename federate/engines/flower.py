@@ -152,7 +152,10 @@ def simulate(experiment: Any) -> None:
     def answer(parts: tuple[str, bytes], context: Context, seconds: float) -> tuple[str, bytes]:
         return _simulated(parts, text, silos[int(context.node_config["partition-id"])])
 
-    run_simulation(app, _client_app(answer), num_supernodes=len(silos))
+    # A secure round goes on where it was begun: one process plays all nodes.
+    one = {"init_args": {"num_cpus": 2}, "client_resources": {"num_cpus": 2, "num_gpus": 0.0}}
+    backend = one if experiment.federate.secure else {}
+    run_simulation(app, _client_app(answer), num_supernodes=len(silos), backend_config=backend)
 
 
 def _simulated(parts: tuple[str, bytes], experiment: str, silo: str) -> tuple[str, bytes]:
