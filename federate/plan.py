@@ -58,6 +58,11 @@ def plan(experiment: Experiment, strategy: Strategy) -> Plan:
         raise UserError(f"{where}: silos that train alone take part in every round; remove it")
     if options.secure:
         _refuse_insecure(options, made, strategy)
+    if options.clipped is not None and (strategy.sees() != "mean" or strategy.pooled or strategy.personal):
+        raise UserError(
+            f"federate.privacy.clip: strategy '{options.strategy.name}' looks at more than the mean update, "
+            "which is all that is kept private; use one that does not (docs/privacy.md)"
+        )
     return made
 
 

@@ -96,6 +96,8 @@ def _train(
             secure=Secure(engine.exchange, options.privacy.threshold)
             if options.privacy and options.secure
             else None,
+            privacy=options.clipped,
+            traffic=engine.traffic,
         )
     names = {"projector.safetensors": done.state}
     names |= {f"silos/{client}.safetensors": state for client, state in done.personal.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ import torch
 from federate import history
 from federate.client import Job, LocalResult
 from federate.strategies.base import Aggregate, Memory, State, Strategy, Update, check
+from pipeline.config import Privacy
+from pipeline.console import say
 from pipeline.errors import DivergedError, DroppedOutError, UserError
 from pipeline.manifest import write_atomic
 
@@ -33,6 +35,7 @@ class Progress:
     memory: Memory = field(default_factory=dict)
     personal: dict[str, State] = field(default_factory=dict)
     optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    noise: dict[str, list[float]] = field(default_factory=dict)
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write a checkpoint atomically."""
@@ -83,6 +86,8 @@ def run_rounds(
     history_path: Path,
     checkpoint: Callable[[Progress], None],
     secure: Secure | None = None,
+    privacy: Privacy | None = None,
+    traffic: Callable[[], int] = lambda: 0,
 ) -> Progress:
     """Run what is left of the rounds.
 
@@ -96,6 +101,8 @@ def run_rounds(
         history_path: JSON lines to append to.
         checkpoint: Called after every round.
         secure: How to sum what clients keep to themselves; None where they send their updates.
+        privacy: How clients clip and noise their updates, if they do.
+        traffic: Bytes that travelled since it was asked last.
 
     Returns:
         The progress after the last round.
@@ -119,39 +126,69 @@ def run_rounds(
             for client in schedule[round_]
         ]
         results = train(jobs)
-        aggregate = _aggregated(strategy, progress, results, secure)
-        history.append(history_path, _rows(jobs, results, progress.state, aggregate))
+        # A sum in which all count alike is as sensitive as one client's clipped update.
+        samples = {result.client: 1 if privacy else result.samples for result in results}
+        aggregate = _aggregated(strategy, progress, results, samples, secure)
+        rows, noise = _rows(jobs, results, progress.state, aggregate), dict(progress.noise)
+        if privacy is not None:
+            multiplier = privacy.noise_multiplier * (len(results) / len(jobs)) ** 0.5
+            noise |= {client: [*noise.get(client, []), multiplier] for client in samples}
+            rows[-1]["epsilon"] = _told(round_, noise, privacy)
+        rows[-1]["bytes"] = traffic()
+        history.append(history_path, rows)
         personal, optimizers = dict(progress.personal), dict(progress.optimizers)
         if strategy.personal:
             personal |= {result.client: result.state for result in results}
         if carry:
             optimizers |= {r.client: r.optimizer for r in results if r.optimizer is not None}
-        progress = Progress(aggregate.state, round_ + 1, aggregate.memory, personal, optimizers)
+        progress = Progress(aggregate.state, round_ + 1, aggregate.memory, personal, optimizers, noise)
         checkpoint(progress)
     return progress
 
 
+def _told(round_: int, noise: Mapping[str, Sequence[float]], privacy: Privacy) -> float | None:
+    """ε of the client that has spent most, after the round; None where there is no noise."""
+    if not privacy.noise_multiplier:
+        return None
+    from federate.privacy import spent
+
+    epsilon = max(
+        spent(multipliers, privacy.delta) for multipliers in map(list, set(map(tuple, noise.values())))
+    )
+    say(f"round {round_ + 1}: epsilon = {epsilon:.2f} at delta = {privacy.delta:g}")
+    return epsilon
+
+
 def _fused(
-    strategy: Strategy, progress: Progress, results: Sequence[LocalResult], secure: Secure | None
+    strategy: Strategy,
+    progress: Progress,
+    results: Sequence[LocalResult],
+    samples: Mapping[str, int],
+    secure: Secure | None,
 ) -> Aggregate:
     if secure is None:
-        updates = [Update(r.client, r.state, r.samples, r.steps, r.gradient, r.alignment) for r in results]
+        updates = [
+            Update(r.client, r.state, samples[r.client], r.steps, r.gradient, r.alignment) for r in results
+        ]
         check(progress.state, updates)
         return strategy.aggregate(progress.state, updates, progress.memory)
     from federate.secure.cohort import aggregate
     from federate.secure.summation import threshold_of
 
-    samples = {result.client: result.samples for result in results}
     threshold = threshold_of(len(samples), secure.threshold)
     return aggregate(strategy, secure.exchange, progress.state, samples, threshold, progress.memory)
 
 
 def _aggregated(
-    strategy: Strategy, progress: Progress, results: Sequence[LocalResult], secure: Secure | None
+    strategy: Strategy,
+    progress: Progress,
+    results: Sequence[LocalResult],
+    samples: Mapping[str, int],
+    secure: Secure | None,
 ) -> Aggregate:
     remedy = "lower federate.optimizer.learning_rate or the strategy's step"
     try:
-        aggregate = _fused(strategy, progress, results, secure)
+        aggregate = _fused(strategy, progress, results, samples, secure)
     except DroppedOutError:
         raise
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,15 +13,18 @@ from federate.client import Job, LocalResult
 from federate.local import LocalEngine
 from federate.memo import Memo
 from federate.plan import Plan
+from federate.privacy import privatised
 from federate.secure.contribution import Own
-from federate.secure.party import Party
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache
-from pipeline.config import Experiment
+from pipeline.config import Experiment, Privacy
 from pipeline.device import pick_device
 from pipeline.identity import FORMAT, language_identity
 from pipeline.language import load_language
 from pipeline.manifest import fingerprint, provenance
+
+if TYPE_CHECKING:
+    from federate.secure.party import Party
 
 
 class Site:
@@ -68,7 +71,7 @@ class Site:
             for client, silos in plan.groups.items()
             if caches.keys() >= set(silos)
         }
-        self._secure = options.secure
+        self._secure, self._clipped, self._schedule = options.secure, options.clipped, plan.schedule
         self._own: dict[str, Own] = {}
         self._parties: dict[str, Party] = {}
         self._engine = LocalEngine(
@@ -86,11 +89,17 @@ class Site:
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Train the clients of a round; in secure runs their projectors stay here."""
         results = self._engine(jobs)
+        if self._clipped is not None:
+            results = [self._privatised(*pair, self._clipped) for pair in zip(jobs, results, strict=True)]
         if not self._secure:
             return results
         for job, result in zip(jobs, results, strict=True):
             self._own[job.client] = Own(job.client, job.start, result.state)
         return [replace(result, state={}) for result in results]
+
+    def _privatised(self, job: Job, result: LocalResult, options: Privacy) -> LocalResult:
+        clients = len(self._schedule[job.round])
+        return replace(result, state=privatised(job.start, result.state, options, clients))
 
     def secure(self, client: str, request: dict[str, Any]) -> dict[str, Any]:
         """Take a step of a secure round for a client.
@@ -103,6 +112,9 @@ class Site:
         own = self._own[client]
         if request["step"] == "agree":
             return dict(own.agreements(request["totals"], request["share"]))
+        # Only here, as it needs the extra [privacy].
+        from federate.secure.party import Party
+
         if request["step"] == "advertise":
             self._parties[client] = Party(client, own.contribute)
         if client not in self._parties:

@@ -86,11 +86,21 @@ class Privacy(Options):
     """What the server may see of a client.
 
     With `secure` it sees sums over clients alone; more than the share `threshold` of a round's clients
-    have to stay until its end, and at least three.
+    have to stay until its end, and at least three. `clip` is the norm that a client's update of a round
+    may have; the sum of all gets Gaussian noise of `noise_multiplier` times that, and ε is told at `delta`.
     """
 
     secure: bool = False
     threshold: float = Field(0.5, ge=0.5, lt=1)
+    clip: float | None = Field(None, gt=0)
+    noise_multiplier: float = Field(0.0, ge=0)
+    delta: float = Field(1e-5, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _noise_needs_clip(self) -> Privacy:
+        if self.noise_multiplier and self.clip is None:
+            raise ValueError("noise_multiplier needs clip, the norm that it is relative to")
+        return self
 
 
 class Federate(Options):
@@ -119,6 +129,11 @@ class Federate(Options):
     def secure(self) -> bool:
         """Whether clients keep their updates."""
         return self.privacy is not None and self.privacy.secure
+
+    @property
+    def clipped(self) -> Privacy | None:
+        """How updates are clipped and noised, if they are."""
+        return self.privacy if self.privacy is not None and self.privacy.clip is not None else None
 
     @field_validator("silos")
     @classmethod

@@ -1,8 +1,8 @@
 """What a round over real sites costs besides training: `python tests/bench_sites.py`.
 
-Two sites on loopback answer with what they were sent, of the size of a projector. `flower` is Flower's own floor: a
-client app that answers itself, waited for with `Grid.send_and_receive`. `fedcmp` relays to the site's
-daemon, packs and unpacks, and looks for answers more often.
+Two sites on loopback answer with what they were sent, of the size of a projector. `flower` is Flower's
+own floor: a client app that answers itself, waited for with `Grid.send_and_receive`. `fedcmp` relays to
+the site's daemon, packs and unpacks, and looks for answers more often.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZES = (1, 40, 100)
 ROUNDS = 4
 SITES = 2
 
-APP = '''
+APP = """
 import json, time
 from pathlib import Path
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -71,7 +71,7 @@ def main(grid, context):
                 seconds.append(time.monotonic() - began)
             out[f"{kind} {size}"] = seconds
             Path(str(context.run_config["out"])).write_text(json.dumps(out))
-'''
+"""
 
 
 class Echo:

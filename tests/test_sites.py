@@ -162,7 +162,7 @@ def projector(experiment: Experiment) -> bytes:
 
 def rows(experiment: Experiment) -> list[dict]:
     lines = (experiment.run_path / "history.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "bytes")} for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +186,9 @@ def test_sites_end_in_the_bytes_of_the_local_engine(
     run(remote, over(FakeLink({node: Service(remote, silo) for node, silo in enumerate(SILOS)})))
     assert projector(local) == projector(remote)
     assert rows(local) == rows(remote)
+    travelled = [json.loads(line) for line in (remote.run_path / "history.jsonl").read_text().splitlines()]
+    there_and_back = 2 * len(projector(remote)) * (2 if "federate.clients_per_round=2" in options else 3)
+    assert all(row["bytes"] > there_and_back for row in travelled if row["client"] is None)
 
 
 @pytest.mark.parametrize("name", ["fedcmp", "fedadam"])

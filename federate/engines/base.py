@@ -72,6 +72,10 @@ class Engine(ABC):
     def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Take a step of a secure round with some clients; returns what those said who answered."""
 
+    def traffic(self) -> int:
+        """Bytes sent to clients and received from them since this was asked last."""
+        return 0
+
     @property
     @abstractmethod
     def d_llm(self) -> int:

@@ -153,7 +153,7 @@ def simulate(experiment: Any) -> None:
         return _simulated(parts, text, silos[int(context.node_config["partition-id"])])
 
     # A secure round goes on where it was begun: one process plays all nodes.
-    one = {"init_args": {"num_cpus": 2}, "client_resources": {"num_cpus": 2, "num_gpus": 0.0}}
+    one: dict[str, Any] = {"init_args": {"num_cpus": 2}, "client_resources": {"num_cpus": 2, "num_gpus": 0.0}}
     backend = one if experiment.federate.secure else {}
     run_simulation(app, _client_app(answer), num_supernodes=len(silos), backend_config=backend)
 

@@ -92,6 +92,7 @@ class Sites(Engine):
         self._late: dict[str, str] = {}
         self._d_llm = 0
         self._looked = float("-inf")
+        self._bytes = 0
 
     @property
     def d_llm(self) -> int:
@@ -148,6 +149,11 @@ class Sites(Engine):
         )
         return [results[job.client] for job in jobs if job.client in results]
 
+    def traffic(self) -> int:
+        """Bytes of messages, before Flower spares what it has sent already."""
+        taken, self._bytes = self._bytes, 0
+        return taken
+
     def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """A step of a secure round; sites that do not answer in time have dropped out of it."""
         round_ = self._ask({silo: {"kind": "secure", "step": step} for silo, step in requests.items()}, 1)
@@ -174,6 +180,7 @@ class Sites(Engine):
                     seconds = round_.deadline - time.monotonic()
                     message = self._link.send(self._node[silo], "train", round_.requests[silo], seconds)
                     round_.waiting[message] = silo, self._node[silo]
+                    self._bytes += round_.requests[silo].size
             self._gather(round_)
             answered = len(round_.replies)
             absent = len(round_.unsent)
@@ -194,6 +201,7 @@ class Sites(Engine):
                 continue
             silo, node = round_.waiting.pop(message)
             if isinstance(answer, Payload):
+                self._bytes += answer.size
                 round_.replies[silo] = unpack(answer)
             elif answer.gone:
                 self._leave(node)
