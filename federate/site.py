@@ -13,6 +13,7 @@ from federate.client import Job, LocalResult
 from federate.local import LocalEngine
 from federate.memo import Memo
 from federate.plan import Plan
+from federate.poison import poisoned
 from federate.privacy import privatised
 from federate.secure.contribution import Own
 from pipeline import projector as projectors
@@ -55,7 +56,7 @@ class Site:
         )
         first = next(iter(caches.values()))
         scratch = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
-        turns = plan.turns()
+        turns, poison = plan.turns(), options.poison or {}
         self.d_llm = language.d_llm
         self.streams = {
             client: Stream(
@@ -67,11 +68,13 @@ class Site:
                 turns=turns[client],
                 seed=experiment.seed,
                 visual_tokens=scratch.tokens(first.patches),
+                mismatched=client in poison and poison[client].kind == "captions",
             )
             for client, silos in plan.groups.items()
             if caches.keys() >= set(silos)
         }
         self._secure, self._clipped, self._schedule = options.secure, options.clipped, plan.schedule
+        self._poison, self._seed = poison, experiment.seed
         self._own: dict[str, Own] = {}
         self._parties: dict[str, Party] = {}
         self._engine = LocalEngine(
@@ -89,6 +92,8 @@ class Site:
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Train the clients of a round; in secure runs their projectors stay here."""
         results = self._engine(jobs)
+        if self._poison:
+            results = [self._poisoned(*pair) for pair in zip(jobs, results, strict=True)]
         if self._clipped is not None:
             results = [self._privatised(*pair, self._clipped) for pair in zip(jobs, results, strict=True)]
         if not self._secure:
@@ -96,6 +101,13 @@ class Site:
         for job, result in zip(jobs, results, strict=True):
             self._own[job.client] = Own(job.client, job.start, result.state)
         return [replace(result, state={}) for result in results]
+
+    def _poisoned(self, job: Job, result: LocalResult) -> LocalResult:
+        if job.client not in self._poison:
+            return result
+        options = self._poison[job.client]
+        state = poisoned(job.start, result.state, options, self._seed, job.client, job.round)
+        return replace(result, state=state)
 
     def _privatised(self, job: Job, result: LocalResult, options: Privacy) -> LocalResult:
         clients = len(self._schedule[job.round])

@@ -103,6 +103,13 @@ class Privacy(Options):
         return self
 
 
+class Poison(Options):
+    """A bad site, for research: what it sends, and how many times the size of its update."""
+
+    kind: Literal["captions", "scaled", "sign_flipped", "random", "not_finite"]
+    scale: float = Field(1.0, gt=0)
+
+
 class Federate(Options):
     """Stage two: one pass over every silo's training texts, split evenly over its rounds.
 
@@ -124,6 +131,7 @@ class Federate(Options):
     optimizer: Optimizer = Optimizer()
     strategy: Component = Component(name="fedavg")
     privacy: Privacy | None = None
+    poison: dict[Name, Poison] | None = None
 
     @property
     def secure(self) -> bool:
@@ -134,6 +142,13 @@ class Federate(Options):
     def clipped(self) -> Privacy | None:
         """How updates are clipped and noised, if they are."""
         return self.privacy if self.privacy is not None and self.privacy.clip is not None else None
+
+    @model_validator(mode="after")
+    def _poisoned_are_silos(self) -> Federate:
+        strangers = sorted(set(self.poison or {}) - set(self.silos))
+        if strangers:
+            raise ValueError(f"poison names {', '.join(strangers)}, which are none of the silos")
+        return self
 
     @field_validator("silos")
     @classmethod

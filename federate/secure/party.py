@@ -98,7 +98,10 @@ class Party:
         if len(sharers) < max(self._threshold, LEAST):
             raise ValueError(f"client '{self._name}' refuses a sum of {len(sharers)} clients")
         what = context(self._roster, sharers, self._threshold, request["request"])
-        total = encode(self._contribute(request["request"]))
+        try:
+            total = encode(self._contribute(request["request"]))
+        except ValueError as error:
+            raise ValueError(f"client '{self._name}': {error}") from None
         add_mask(total, derive(self._seed, b"self\0" + what), 1)
         others = {
             other: bytes.fromhex(self._roster[other]["mask"]) for other in sharers if other != self._name
