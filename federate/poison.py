@@ -14,9 +14,9 @@ from pipeline.config import Poison
 def poisoned(start: State, state: State, options: Poison, seed: int, client: str, round_: int) -> State:
     """What a bad site sends in place of its projector.
 
-    `scaled` multiplies its update, `sign_flipped` turns it round and multiplies it, `random` sends noise of
-    its update's norm, multiplied, and
-    `not_finite` no numbers. Bad captions act in training and change nothing here.
+    `scaled` multiplies its update, `sign_flipped` turns it round and multiplies it, `random` sends noise
+    of its update's norm, multiplied, and `not_finite` no numbers. Bad captions act in training and change
+    nothing here.
 
     Args:
         start: Where it started.
