@@ -32,7 +32,7 @@ def test_every_shipped_ablation_is_valid(path: Path, monkeypatch: pytest.MonkeyP
             experiment = trial(ablation, scenario, strategy, 3, options).experiment
             # Data are written by `make ablate` for the scenarios of the world.
             assert experiment.experiment in {f"{name}-3" for name in SCENARIOS}
-            assert str(experiment.features) == f"build/features/{scenario}-3"
+            assert str(experiment.features) == f"build/features/{experiment.experiment}"
             STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
 
 
