@@ -27,6 +27,8 @@ from pipeline.manifest import fingerprint, provenance
 if TYPE_CHECKING:
     from federate.secure.party import Party
 
+_SUMS = 2
+
 
 class Site:
     """Trains clients whose silos are on this machine.
@@ -76,6 +78,7 @@ class Site:
         self._secure, self._clipped, self._schedule = options.secure, options.clipped, plan.schedule
         self._poison, self._seed = poison, experiment.seed
         self._own: dict[str, Own] = {}
+        self._sums: dict[str, int] = {}
         self._parties: dict[str, Party] = {}
         self._engine = LocalEngine(
             self.streams,
@@ -100,6 +103,7 @@ class Site:
             return results
         for job, result in zip(jobs, results, strict=True):
             self._own[job.client] = Own(job.client, job.start, result.state)
+            self._sums[job.client] = 0
         return [replace(result, state={}) for result in results]
 
     def _poisoned(self, job: Job, result: LocalResult) -> LocalResult:
@@ -128,6 +132,9 @@ class Site:
         from federate.secure.party import Party
 
         if request["step"] == "advertise":
+            self._sums[client] += 1
+            if self._sums[client] > _SUMS:
+                raise ValueError(f"client '{client}' refuses: many sums of one update would reveal it")
             self._parties[client] = Party(client, own.contribute)
         if client not in self._parties:
             raise ValueError(f"client '{client}' is in no secure sum")

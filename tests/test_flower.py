@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 
 pytest.importorskip("flwr", reason="needs the extra [flower]")
 
-PATIENCE = 90.0
+PATIENCE = 240.0
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0"}
 
 
@@ -177,7 +177,7 @@ def test_killed_servers_and_sites_of_a_real_deployment(
     with refused("does not accept site 'clinic': .*code: 2004"):
         launch.site(Echo(), "clinic", address, stranger, patience=3)  # type: ignore[arg-type]
     until(log, "continuing after round 1 of 3")
-    time.sleep(1)
+    time.sleep(0.3)
     sites["practice"].send_signal(signal.SIGKILL)
     assert second.wait(PATIENCE) == 0, log.read_text()
     assert re.search(r"round 2 of 3: 2 of 3 sites in .* s; missing: practice", log.read_text())

@@ -265,6 +265,32 @@ def test_a_site_lost_within_a_secure_round_is_left_out(
         assert float((tensor - theirs[key]).norm() / tensor.norm()) < 1e-4
 
 
+def test_a_site_adds_one_update_to_two_sums_at_most(sites_config: Path, tmp_path: Path) -> None:
+    options = ["federate.privacy.secure=true", "federate.strategy.name=fedcmp", f"build={tmp_path}"]
+    remote = load(sites_config, [*options, "federate.rounds=1", *QUICK])
+    link = FakeLink({node: Service(remote, silo) for node, silo in enumerate(SILOS)})
+    run(remote, over(link))
+    site = link.services[0]._site
+    site.secure("clinic", {"step": "advertise"})
+    with pytest.raises(ValueError, match="many sums of one update would reveal it"):
+        site.secure("clinic", {"step": "advertise"})
+
+
+def test_an_answer_that_cannot_be_read_counts_as_none(
+    sites_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = quorum_of_two(sites_config, tmp_path, "federate.rounds=1")
+
+    class Odd(Service):
+        def handle(self, request: dict) -> dict:
+            return super().handle(request) if request["kind"] == "hello" else {"result": {"state": 1}}
+
+    services = {node: Service(experiment, silo) for node, silo in enumerate(SILOS)}
+    services[1] = Odd(experiment, "lab")
+    run(experiment, over(FakeLink(services)))
+    assert "missing: lab: sent an answer that cannot be read" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

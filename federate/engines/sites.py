@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from federate.client import Job, LocalResult
@@ -55,8 +55,9 @@ class _Round:
 
     requests: Mapping[str, Payload]
     deadline: float
+    read: Callable[[str, dict[str, Any]], Any]
     waiting: dict[str, tuple[str, int]] = field(default_factory=dict)
-    replies: dict[str, dict[str, Any]] = field(default_factory=dict)
+    replies: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -134,8 +135,12 @@ class Sites(Engine):
     def _train(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """One round."""
         began, needed = time.monotonic(), self._quorum(len(jobs))
-        round_ = self._ask({job.client: {"kind": "train", "job": job_as_dict(job)} for job in jobs}, needed)
-        results = {silo: result_of(reply["result"]) for silo, reply in round_.replies.items()}
+        requests = {job.client: {"kind": "train", "job": job_as_dict(job)} for job in jobs}
+        # A site speaks for its own silo alone.
+        round_ = self._ask(
+            requests, needed, lambda silo, reply: replace(result_of(reply["result"]), client=silo)
+        )
+        results = dict(round_.replies)
         missing = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(round_.failures.items()))
         name = f"round {jobs[0].round + 1} of {jobs[0].rounds}"
         if len(results) < needed:
@@ -156,18 +161,21 @@ class Sites(Engine):
 
     def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """A step of a secure round; sites that do not answer in time have dropped out of it."""
-        round_ = self._ask({silo: {"kind": "secure", "step": step} for silo, step in requests.items()}, 1)
+        asked = {silo: {"kind": "secure", "step": step} for silo, step in requests.items()}
+        round_ = self._ask(asked, 1, lambda silo, reply: dict(reply["answer"]))
         for silo, reason in sorted(round_.failures.items()):
             say(f"{silo} dropped out of the secure sum: {reason}")
-        return {silo: reply["answer"] for silo, reply in round_.replies.items()}
+        return round_.replies
 
-    def _ask(self, requests: Mapping[str, dict[str, Any]], enough: int) -> _Round:
+    def _ask(
+        self, requests: Mapping[str, dict[str, Any]], enough: int, read: Callable[[str, dict[str, Any]], Any]
+    ) -> _Round:
         """Send every site its request, with what both have agreed to, and gather the answers."""
         agreed = terms(self._experiment, next(iter(self._cards.values())))
         payloads = {
             silo: pack(request | {"silo": silo, "terms": agreed}) for silo, request in requests.items()
         }
-        round_ = _Round(payloads, time.monotonic() + self._experiment.sites.round_timeout)
+        round_ = _Round(payloads, time.monotonic() + self._experiment.sites.round_timeout, read)
         self._exchange(round_, enough)
         return round_
 
@@ -202,7 +210,10 @@ class Sites(Engine):
             silo, node = round_.waiting.pop(message)
             if isinstance(answer, Payload):
                 self._bytes += answer.size
-                round_.replies[silo] = unpack(answer)
+                try:
+                    round_.replies[silo] = round_.read(silo, unpack(answer))
+                except (ValueError, KeyError, TypeError) as error:
+                    round_.failures[silo] = f"sent an answer that cannot be read ({error})"
             elif answer.gone:
                 self._leave(node)
                 self._known.discard(node)  # to be greeted again
