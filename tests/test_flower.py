@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -205,6 +206,13 @@ def test_a_port_where_nobody_answers(tmp_path: Path) -> None:
         address = f"127.0.0.1:{free_port()}"
         launch.site(Echo(), "clinic", address, launch.Keys(insecure=True), patience=2)  # type: ignore[arg-type]
     assert time.monotonic() - began < 30
+
+
+def test_an_address_that_is_taken(sites_config: Path) -> None:  # noqa: F811
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"--address {address}: another program listens there"):
+            launch.federate(load(sites_config), sites_config, (), address, launch.Keys(insecure=True))
 
 
 def test_keys_are_asked_for(sites_config: Path) -> None:  # noqa: F811

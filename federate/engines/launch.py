@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from federate.engines import daemon
-from federate.engines.processes import Child, environment, free_port, wait_for_port
+from federate.engines.processes import Child, environment, free_port, listens, wait_for_port
 from federate.engines.service import Service
 from pipeline.config import Experiment
 from pipeline.console import say
@@ -96,6 +96,8 @@ def _serve(config: Path, address: str, keys: Keys, home: Path) -> None:
         command += ["--ssl-keyfile", str(keys.key), "--enable-supernode-auth"]
         connection += f'root-certificates = "{Path(str(keys.ca)).resolve()}"\n'
     (home / "config.toml").write_text(connection)
+    if listens(address):
+        raise UserError(f"--address {address}: another program listens there; give another one")
     superlink = Child(command, variables)
     try:
         wait_for_port(address, superlink, _START_SECONDS)

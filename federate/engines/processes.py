@@ -128,19 +128,26 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def listens(address: str) -> bool:
+    """Whether a program of this machine accepts connections at host:port."""
+    host, _, port = address.rpartition(":")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host)
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 def wait_for_port(address: str, child: Child, seconds: float) -> None:
     """Wait until a child listens.
 
     Raises:
         UserError: It ended, or does not listen in time.
     """
-    host, _, port = address.rpartition(":")
-    host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not child.ended():
-        try:
-            socket.create_connection((host, int(port)), timeout=1).close()
+        if listens(address):
             return
-        except OSError:
-            time.sleep(0.1)
+        time.sleep(0.1)
     raise UserError(f"no SuperLink at {address}: {child.complaint()}; give another --address")
