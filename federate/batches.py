@@ -51,6 +51,7 @@ class Stream:
         turns: Rounds the client takes part in, which the pass is split over.
         seed: Seed of the experiment.
         visual_tokens: Tokens an image takes in a prompt; as many as it has cached patches if None.
+        mismatched: Give every picture the text of another one.
 
     Raises:
         UserError: There are fewer training texts than turns.
@@ -67,6 +68,7 @@ class Stream:
         turns: int,
         seed: int,
         visual_tokens: int | None = None,
+        mismatched: bool = False,
     ) -> None:
         self._caches = list(caches.values())
         self._language = language
@@ -78,6 +80,7 @@ class Stream:
         samples = np.stack([where, np.concatenate(texts)], axis=1)
         name = int.from_bytes(hashlib.sha256("\0".join(caches).encode()).digest()[:8], "little")
         self._samples = np.random.default_rng([seed, name]).permutation(samples)
+        self._mismatched = mismatched
         if not len(samples):
             others = sum(cache.texts for cache in self._caches)
             raise UserError(
@@ -103,7 +106,8 @@ class Stream:
     def content(self, turn: int) -> str:
         """SHA-256 of what a turn takes, from the caches' own hashes."""
         silos = [cache.content for cache in self._caches]
-        return fingerprint([silos, self.samples(turn).tolist()])
+        flags = ["mismatched"] if self._mismatched else []
+        return fingerprint([silos, self.samples(turn).tolist(), *flags])
 
     def steps(self, turn: int) -> int:
         """Local steps of a turn."""
@@ -123,8 +127,9 @@ class Stream:
                     yield Batch(next(features), ids, labels)
 
     def _tokens(self, samples: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        described = np.roll(samples, 1, axis=0) if self._mismatched else samples
         tokens = tokenise_all(
-            [self._caches[silo].text(index) for silo, index in samples],
+            [self._caches[silo].text(index) for silo, index in described],
             self._template,
             self._language.tokenizer,
             patches=self._visual_tokens,

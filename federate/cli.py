@@ -6,23 +6,122 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli import experiment_options
+from pipeline.cli import F, experiment_options
+
+_KEY_OPTIONS = (
+    click.option("--insecure", is_flag=True, help="Neither encryption nor keys: for a network you trust."),
+    click.option("--ca", type=click.Path(path_type=Path), help="Certificate authority of the server."),
+)
+
+
+def _key_options(command: F) -> F:
+    for option in _KEY_OPTIONS:
+        command = option(command)
+    return command
 
 
 @click.command()
 @experiment_options
-def federate(config: Path, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "flower", "simulation"]),
+    default="local",
+    show_default=True,
+    help="Where silos train: in this process, at their sites, or in Flower's simulation.",
+)
+@click.option(
+    "--address",
+    default="127.0.0.1:18080",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Where this machine listens for sites.",
+)
+@_key_options
+@click.option("--certificate", type=click.Path(path_type=Path), help="The server's certificate.")
+@click.option("--key", type=click.Path(path_type=Path), help="The server's private key.")
+@click.option(
+    "--site-keys", type=click.Path(path_type=Path), metavar="DIR", help="Public keys of the sites, NAME.pub."
+)
+def federate(
+    config: Path,
+    overrides: tuple[str, ...],
+    engine: str,
+    address: str,
+    insecure: bool,
+    ca: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+    site_keys: Path | None,
+) -> None:
     """Train the projector federatedly from the caches, against the frozen LLM.
 
     \b
     Example:
       fedcmp federate configs/demo/fedcmp.toml
       fedcmp federate configs/demo/fedavg.toml --set federate.rounds=5 --set run=short
+      fedcmp federate configs/demo/fedcmp.toml --engine flower --insecure
     """
-    from federate.run import run
     from pipeline.config import load
 
-    run(load(config, overrides))
+    experiment = load(config, overrides)
+    if engine == "local":
+        from federate.run import run
+
+        run(experiment)
+        return
+    from federate.engines.processes import need_flower
+
+    need_flower()
+    if engine == "simulation":
+        from federate.engines.flower import simulate
+
+        simulate(experiment)
+        return
+    from federate.engines import launch
+
+    keys = launch.Keys(ca=ca, certificate=certificate, key=key, sites=site_keys, insecure=insecure)
+    launch.federate(experiment, config, overrides, address, keys)
+
+
+@click.command()
+@experiment_options
+@click.option("--silo", required=True, help="This site's silo.")
+@click.option("--superlink", required=True, metavar="HOST:PORT", help="The server.")
+@_key_options
+@click.option("--key", type=click.Path(path_type=Path), help="This site's private key.")
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=1),
+    default=3600.0,
+    show_default=True,
+    help="Seconds without a server after which to give up.",
+)
+def site(
+    config: Path,
+    overrides: tuple[str, ...],
+    silo: str,
+    superlink: str,
+    insecure: bool,
+    ca: Path | None,
+    key: Path | None,
+    patience: float,
+) -> None:
+    """Hold a silo's cache and the frozen LLM ready to train for a server.
+
+    \b
+    Example:
+      fedcmp site configs/demo/fedcmp.toml --silo photo --superlink 127.0.0.1:18080 --insecure
+    """
+    from federate.engines.processes import need_flower
+    from pipeline.config import load
+
+    experiment = load(config, overrides)
+    need_flower()
+    from federate.engines import launch
+    from federate.engines.service import Service
+
+    keys = launch.Keys(ca=ca, key=key, insecure=insecure)
+    launch.site(Service(experiment, silo), silo, superlink, keys, patience)
 
 
 @click.command()

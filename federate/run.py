@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from federate import history
-from pipeline.cache import FeatureCache, differences, open_cache, same_key
-from pipeline.config import Experiment, Federate
-from pipeline.console import progress, say, table
+from federate.engines.base import Card, Engine
+from federate.plan import Plan, plan
+from pipeline.cache import differences
+from pipeline.config import Experiment
+from pipeline.console import say, table
 from pipeline.device import pick_device
-from pipeline.errors import UserError
-from pipeline.identity import FORMAT, language_options, run_identity
+from pipeline.identity import run_identity
 from pipeline.manifest import fingerprint, locked, provenance, read_json, write_json
 
 if TYPE_CHECKING:
-    from federate.memo import Memo
+    from federate.server import Progress
     from federate.strategies.base import Strategy
+    from pipeline.projectors.base import Projector
 
 
-def run(experiment: Experiment) -> Path:
+def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | None = None) -> Path:
     """Train a run, continue it, or find it done.
+
+    Args:
+        experiment: The experiment.
+        engine: Makes what reaches the clients; they are all in this process by default.
 
     Returns:
         The run's directory.
@@ -30,17 +35,18 @@ def run(experiment: Experiment) -> Path:
     Raises:
         UserError: A cache is missing or of another encoder, or an option is wrong.
     """
+    from federate.engines.here import Here
     from federate.strategies.base import STRATEGIES
 
-    caches = {name: open_cache(experiment, name) for name in experiment.federate.silos}
-    same_key(caches)
     strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
+    clients = (engine or Here)(experiment, plan(experiment, strategy))
     out = experiment.run_path
-    wanted = run_identity(experiment) | {
-        "strategy": strategy.model_dump(mode="json"),
-        "caches": {name: cache.content for name, cache in caches.items()},
-    }
     with locked(out / ".lock", str(out)):
+        cards = clients.cards()
+        wanted = run_identity(experiment, next(iter(cards.values())).language) | {
+            "strategy": strategy.model_dump(mode="json"),
+            "caches": {name: cards[name].content for name in experiment.federate.silos},
+        }
         manifest = read_json(out / "manifest.json")
         if manifest is not None:
             changed = differences(wanted, manifest.get("identity", {}))
@@ -49,7 +55,7 @@ def run(experiment: Experiment) -> Path:
                 return out
             say(f"{out}: training again, because {'; '.join(changed)}")
             (out / "manifest.json").unlink()
-        _train(experiment, strategy, caches, wanted)
+        _train(experiment, strategy, clients, cards, wanted)
     if experiment.federate.rounds:
         _summary(experiment.run, out)
     say(f"Projector and history in {out}")
@@ -57,87 +63,41 @@ def run(experiment: Experiment) -> Path:
 
 
 def _train(
-    experiment: Experiment, strategy: Strategy, caches: dict[str, FeatureCache], wanted: dict[str, Any]
+    experiment: Experiment,
+    strategy: Strategy,
+    engine: Engine,
+    cards: Mapping[str, Card],
+    wanted: dict[str, Any],
 ) -> None:
-    import torch
-
-    from federate.batches import Stream
-    from federate.local import LocalEngine
-    from federate.participation import participants
-    from federate.server import Progress, run_rounds
+    from federate.server import Progress, Secure, run_rounds
     from pipeline import projector as projectors
-    from pipeline.language import load_language
-    from pipeline.pretrained import start_from
 
     options, out = experiment.federate, experiment.run_path
-    first = next(iter(caches.values()))
-    device = pick_device(experiment.device)
-    language = load_language(
-        experiment.language.path,
-        **language_options(experiment),
-        checkpointing=options.checkpointing,
-        compiled=options.compile,
-    )
-    projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
-    visual_tokens = projector.tokens(first.patches)
-    if options.initial is None:
-        projectors.initialise(projector, torch.Generator().manual_seed(experiment.seed))
-    else:
-        start_from(options.initial, projector)
-    projector.to(device)
-    groups = {"all": options.silos} if strategy.pooled else {name: (name,) for name in options.silos}
-    schedule = participants(list(groups), options.rounds, options.clients_per_round, experiment.seed)
-    turns = Counter(client for round_ in schedule for client in round_)
-    _refuse_absent(groups, turns, strategy, options)
-    streams = {
-        client: Stream(
-            {silo: caches[silo] for silo in silos},
-            language,
-            template=experiment.language.template,
-            max_length=experiment.language.max_length,
-            batch_size=options.batch_size,
-            turns=turns[client],
-            seed=experiment.seed,
-            visual_tokens=visual_tokens,
-        )
-        for client, silos in groups.items()
-    }
+    outline = plan(experiment, strategy)
     checkpoint_path, print_of_run = out / "checkpoint.pt", fingerprint(wanted)
     saved = Progress.load(checkpoint_path, print_of_run)
     if saved is not None:
         say(f"{out}: continuing after round {saved.round} of {options.rounds}")
     elif checkpoint_path.exists():
         say(f"{out}: the checkpoint there is of another configuration; starting anew")
-    if saved is None:
-        state = projectors.state_of(projector)
-        samples = {client: stream.size for client, stream in streams.items()}
-        saved = Progress(state, memory=strategy.begin(state, samples))
-    done_turns = Counter(client for round_ in schedule[: saved.round] for client in round_)
-    steps = sum(
-        stream.steps(turn)
-        for client, stream in streams.items()
-        for turn in range(done_turns[client], turns[client])
-    )
-    with progress(experiment.run, steps, "steps") as task:
-        engine = LocalEngine(
-            streams,
-            projector,
-            language,
-            options.optimizer,
-            batch_size=options.batch_size,
-            together=options.together,
-            micro_batch=options.micro_batch or options.batch_size,
-            memo=_memo(experiment, wanted, device),
-            advance=task.advance,
-        )
+    first = cards[options.silos[0]]
+    with engine.training(saved.round if saved else 0) as train:
+        projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=engine.d_llm)
+        if saved is None:
+            saved = _beginning(experiment, strategy, outline, cards, projector)
         done = run_rounds(
             saved,
             strategy,
-            schedule,
-            engine,
+            outline.schedule,
+            train,
             carry=options.optimizer.carry,
             history_path=out / "history.jsonl",
             checkpoint=lambda state: state.save(checkpoint_path, print_of_run),
+            secure=Secure(engine.exchange, options.privacy.threshold)
+            if options.privacy and options.secure
+            else None,
+            privacy=options.clipped,
+            traffic=engine.traffic,
         )
     names = {"projector.safetensors": done.state}
     names |= {f"silos/{client}.safetensors": state for client, state in done.personal.items()}
@@ -151,50 +111,32 @@ def _train(
             "strategy": options.strategy.name if options.rounds else "none",
             "identity": wanted,
             "fingerprint": print_of_run,
-            "cache_key": first.cache_key,
-            "features": {"patches": first.patches, "key": first.manifest["key"]},
+            "cache_key": fingerprint(first.key),
+            "features": {"patches": first.patches, "key": first.key},
             "projectors": {name: projectors.content_hash(state) for name, state in names.items()},
-            "made_by": provenance(device),
+            "made_by": provenance(pick_device(experiment.device)),
         },
     )
     checkpoint_path.unlink(missing_ok=True)
 
 
-def _refuse_absent(
-    clients: Iterable[str], turns: Mapping[str, int], strategy: Strategy, options: Federate
-) -> None:
-    """Every client must take part, and in every round where it trains alone."""
-    where = f"federate.clients_per_round = {options.clients_per_round}"
-    never = [client for client in clients if options.rounds and not turns[client]]
-    if never:
-        raise UserError(
-            f"{where}: {', '.join(never)} would never take part in {options.rounds} rounds; raise it, or "
-            "federate.rounds"
-        )
-    if strategy.personal and options.clients_per_round:
-        raise UserError(f"{where}: silos that train alone take part in every round; remove it")
-
-
-def _memo(experiment: Experiment, wanted: dict[str, Any], device: str) -> Memo | None:
-    """Local updates shared by runs with the same LLM, data handling and arithmetic."""
+def _beginning(
+    experiment: Experiment, strategy: Strategy, outline: Plan, cards: Mapping[str, Card], projector: Projector
+) -> Progress:
+    """What a run starts from: initial weights, and the strategy's memory."""
     import torch
 
-    from federate.memo import Memo
+    from federate.server import Progress
+    from pipeline import projector as projectors
+    from pipeline.pretrained import start_from
 
-    if experiment.memo is None:
-        return None
-    options = wanted["federate"]
-    shared = ("batch_size", "micro_batch", "projector", "optimizer")
-    context = {
-        "options": {name: options[name] for name in shared},
-        "language": wanted["language"],
-        "compile": experiment.federate.compile,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "format": FORMAT,
-        "made_by": provenance(device)["packages"],
-    }
-    return Memo(experiment.memo.path, experiment.memo.limit, context)
+    if experiment.federate.initial is None:
+        projectors.initialise(projector, torch.Generator().manual_seed(experiment.seed))
+    else:
+        start_from(experiment.federate.initial, projector)
+    state = projectors.state_of(projector)
+    samples = {client: sum(cards[silo].samples for silo in silos) for client, silos in outline.groups.items()}
+    return Progress(state, memory=strategy.begin(state, samples))
 
 
 def _summary(name: str, out: Path) -> None:

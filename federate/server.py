@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from federate import history
 from federate.client import Job, LocalResult
 from federate.strategies.base import Aggregate, Memory, State, Strategy, Update, check
-from pipeline.errors import DivergedError, UserError
+from pipeline.config import Privacy
+from pipeline.console import say
+from pipeline.errors import DivergedError, DroppedOutError, UserError
 from pipeline.manifest import write_atomic
+
+if TYPE_CHECKING:
+    from federate.secure.summation import Exchange
 
 
 @dataclass
@@ -30,6 +35,7 @@ class Progress:
     memory: Memory = field(default_factory=dict)
     personal: dict[str, State] = field(default_factory=dict)
     optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    noise: dict[str, list[float]] = field(default_factory=dict)
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write a checkpoint atomically."""
@@ -57,6 +63,19 @@ class Progress:
 Train = Callable[[Sequence[Job]], Sequence[LocalResult]]
 
 
+@dataclass(frozen=True)
+class Secure:
+    """How clients that keep their updates are reached.
+
+    Attributes:
+        exchange: Takes a step of the protocol with some clients.
+        threshold: Share of a round's clients of which more have to stay until its end.
+    """
+
+    exchange: Exchange
+    threshold: float
+
+
 def run_rounds(
     progress: Progress,
     strategy: Strategy,
@@ -66,6 +85,9 @@ def run_rounds(
     carry: bool,
     history_path: Path,
     checkpoint: Callable[[Progress], None],
+    secure: Secure | None = None,
+    privacy: Privacy | None = None,
+    traffic: Callable[[], int] = lambda: 0,
 ) -> Progress:
     """Run what is left of the rounds.
 
@@ -73,10 +95,14 @@ def run_rounds(
         progress: Where to go on.
         strategy: What clients minimise and how their projectors are aggregated.
         schedule: Who takes part in each round.
-        train: Does the clients' local training, here or elsewhere.
+        train: Does the clients' local training, here or elsewhere; where clients did not answer, it
+            returns the results of the others, at least one.
         carry: Whether clients keep their optimisers' moments.
         history_path: JSON lines to append to.
         checkpoint: Called after every round.
+        secure: How to sum what clients keep to themselves; None where they send their updates.
+        privacy: How clients clip and noise their updates, if they do.
+        traffic: Bytes that travelled since it was asked last.
 
     Returns:
         The progress after the last round.
@@ -100,24 +126,71 @@ def run_rounds(
             for client in schedule[round_]
         ]
         results = train(jobs)
-        updates = [Update(r.client, r.state, r.samples, r.steps, r.gradient, r.alignment) for r in results]
-        aggregate = _aggregated(strategy, progress, updates)
-        history.append(history_path, _rows(jobs, results, progress.state, aggregate))
+        # A sum in which all count alike is as sensitive as one client's clipped update.
+        samples = {result.client: 1 if privacy else result.samples for result in results}
+        aggregate = _aggregated(strategy, progress, results, samples, secure)
+        rows, noise = _rows(jobs, results, progress.state, aggregate), dict(progress.noise)
+        if privacy is not None:
+            multiplier = privacy.noise_multiplier * (len(results) / len(jobs)) ** 0.5
+            noise |= {client: [*noise.get(client, []), multiplier] for client in samples}
+            rows[-1]["epsilon"] = _told(round_, noise, privacy)
+        rows[-1]["bytes"] = traffic()
+        history.append(history_path, rows)
         personal, optimizers = dict(progress.personal), dict(progress.optimizers)
         if strategy.personal:
             personal |= {result.client: result.state for result in results}
         if carry:
             optimizers |= {r.client: r.optimizer for r in results if r.optimizer is not None}
-        progress = Progress(aggregate.state, round_ + 1, aggregate.memory, personal, optimizers)
+        progress = Progress(aggregate.state, round_ + 1, aggregate.memory, personal, optimizers, noise)
         checkpoint(progress)
     return progress
 
 
-def _aggregated(strategy: Strategy, progress: Progress, updates: Sequence[Update]) -> Aggregate:
+def _told(round_: int, noise: Mapping[str, Sequence[float]], privacy: Privacy) -> float | None:
+    """ε of the client that has spent most, after the round; None where there is no noise."""
+    if not privacy.noise_multiplier:
+        return None
+    from federate.privacy import spent
+
+    epsilon = max(
+        spent(multipliers, privacy.delta) for multipliers in map(list, set(map(tuple, noise.values())))
+    )
+    say(f"round {round_ + 1}: epsilon = {epsilon:.2f} at delta = {privacy.delta:g}")
+    return epsilon
+
+
+def _fused(
+    strategy: Strategy,
+    progress: Progress,
+    results: Sequence[LocalResult],
+    samples: Mapping[str, int],
+    secure: Secure | None,
+) -> Aggregate:
+    if secure is None:
+        updates = [
+            Update(r.client, r.state, samples[r.client], r.steps, r.gradient, r.alignment) for r in results
+        ]
+        check(progress.state, updates)
+        return strategy.aggregate(progress.state, updates, progress.memory)
+    from federate.secure.cohort import aggregate
+    from federate.secure.summation import threshold_of
+
+    threshold = threshold_of(len(samples), secure.threshold)
+    return aggregate(strategy, secure.exchange, progress.state, samples, threshold, progress.memory)
+
+
+def _aggregated(
+    strategy: Strategy,
+    progress: Progress,
+    results: Sequence[LocalResult],
+    samples: Mapping[str, int],
+    secure: Secure | None,
+) -> Aggregate:
     remedy = "lower federate.optimizer.learning_rate or the strategy's step"
     try:
-        check(progress.state, updates)
-        aggregate = strategy.aggregate(progress.state, updates, progress.memory)
+        aggregate = _fused(strategy, progress, results, samples, secure)
+    except DroppedOutError:
+        raise
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise DivergedError(f"round {progress.round}: {error}; {remedy}") from None
     for name, tensor in aggregate.state.items():
@@ -129,25 +202,31 @@ def _aggregated(strategy: Strategy, progress: Progress, updates: Sequence[Update
 def _rows(
     jobs: Sequence[Job], results: Sequence[LocalResult], before: State, aggregate: Aggregate
 ) -> list[dict[str, Any]]:
-    """The round in the history: a row a client, and one of the server."""
+    """The round in the history: a row a client that answered, and one of the server."""
+    of = {job.client: job for job in jobs}
     rows: list[dict[str, Any]] = [
         {
-            "round": job.round,
+            "round": jobs[0].round,
             "client": result.client,
             "loss": result.loss,
             "samples": result.samples,
             "tokens": result.tokens,
             "seconds": round(result.seconds, 3),
             "recalled": result.recalled,
-            "update_norm": history.distance(result.state, job.start),
-            **{name: figure[result.client] for name, figure in aggregate.figures.items()},
+            **(
+                {"update_norm": history.distance(result.state, of[result.client].start)}
+                if result.state
+                else {}
+            ),
+            **{name: figure.get(result.client) for name, figure in aggregate.figures.items()},
         }
-        for job, result in zip(jobs, results, strict=True)
+        for result in results
     ]
     tokens = sum(result.tokens for result in results)
     whole = {
         "round": jobs[0].round,
         "client": None,
+        "missing": sorted(of.keys() - {result.client for result in results}),
         "loss": sum(result.loss * result.tokens for result in results) / tokens,
         "samples": sum(result.samples for result in results),
         "tokens": tokens,

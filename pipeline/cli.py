@@ -14,6 +14,7 @@ COMMANDS = {
     "extract": ("extract.cli:extract", "Encode every silo's images once and cache their patch features."),
     "partition": ("extract.cli:partition", "Split one data set into silos."),
     "federate": ("federate.cli:federate", "Train the projector federatedly from the caches."),
+    "site": ("federate.cli:site", "Hold a silo ready to train for a server elsewhere."),
     "merge": ("federate.cli:merge", "Merge trained projectors into one, without training."),
     "evaluate": ("evaluate.cli:evaluate", "Answer the benchmarks and score the answers."),
     "score": ("evaluate.cli:score", "Score saved answers again; no model is needed."),

@@ -86,6 +86,34 @@ class Optimizer(Options):
     carry: bool = False
 
 
+class Privacy(Options):
+    """What the server may see of a client.
+
+    With `secure` it sees sums over clients alone; more than the share `threshold` of a round's clients
+    have to stay until its end, and at least three. `clip` is the norm that a client's update of a round
+    may have; the sum of all gets Gaussian noise of `noise_multiplier` times that, and ε is told at `delta`.
+    """
+
+    secure: bool = False
+    threshold: float = Field(0.5, ge=0.5, lt=1)
+    clip: float | None = Field(None, gt=0)
+    noise_multiplier: float = Field(0.0, ge=0)
+    delta: float = Field(1e-5, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _noise_needs_clip(self) -> Privacy:
+        if self.noise_multiplier and self.clip is None:
+            raise ValueError("noise_multiplier needs clip, the norm that it is relative to")
+        return self
+
+
+class Poison(Options):
+    """A bad site, for research: what it sends, and how many times the size of its update."""
+
+    kind: Literal["captions", "scaled", "sign_flipped", "random", "not_finite"]
+    scale: float = Field(1.0, gt=0)
+
+
 class Federate(Options):
     """Stage two: one pass over every silo's training texts, split evenly over its rounds.
 
@@ -110,6 +138,25 @@ class Federate(Options):
     initial: Path | None = None
     optimizer: Optimizer = Optimizer()
     strategy: Component = Component(name="fedavg")
+    privacy: Privacy | None = None
+    poison: dict[Name, Poison] | None = None
+
+    @property
+    def secure(self) -> bool:
+        """Whether clients keep their updates."""
+        return self.privacy is not None and self.privacy.secure
+
+    @property
+    def clipped(self) -> Privacy | None:
+        """How updates are clipped and noised, if they are."""
+        return self.privacy if self.privacy is not None and self.privacy.clip is not None else None
+
+    @model_validator(mode="after")
+    def _poisoned_are_silos(self) -> Federate:
+        strangers = sorted(set(self.poison or {}) - set(self.silos))
+        if strangers:
+            raise ValueError(f"poison names {', '.join(strangers)}, which are none of the silos")
+        return self
 
     @field_validator("silos")
     @classmethod
@@ -118,6 +165,18 @@ class Federate(Options):
         if twice:
             raise ValueError(f"names {', '.join(twice)} more than once")
         return silos
+
+
+class Sites(Options):
+    """Rounds over real sites; none of this decides what a run in which all take part ends in.
+
+    A round waits `round_timeout` seconds for its sites and goes on without those that did not answer if
+    `quorum` of them did, all by default. A run waits `join_timeout` seconds for its sites to appear.
+    """
+
+    quorum: int | None = Field(None, ge=1)
+    round_timeout: float = Field(3600.0, gt=0)
+    join_timeout: float = Field(600.0, gt=0)
 
 
 class Evaluate(Options):
@@ -155,6 +214,7 @@ class Experiment(Options):
     extract: Extract
     language: Language
     federate: Federate
+    sites: Sites = Sites()
     evaluate: Evaluate = Evaluate()
 
     @model_validator(mode="before")

@@ -20,6 +20,10 @@ class DivergedError(UserError):
     """Training left the finite numbers: the fault of options, not of files or machines."""
 
 
+class DroppedOutError(UserError):
+    """Too few clients stayed for a secure sum: run again when they are back."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for a close match, else the list of what is known."""
     names = sorted(known)

@@ -49,8 +49,13 @@ def language_options(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def run_identity(experiment: Experiment) -> dict[str, Any]:
-    """JSON value of every option that decides the trained projector."""
+def run_identity(experiment: Experiment, language: dict[str, Any] | None = None) -> dict[str, Any]:
+    """JSON value of every option that decides the trained projector.
+
+    Args:
+        experiment: The experiment.
+        language: The LLM's identity where it is not on this machine.
+    """
     federate = experiment.federate.model_dump(mode="json", exclude={"initial", "checkpointing"})
     if not experiment.federate.compile:
         del federate["compile"]  # runs from before the option stay valid
@@ -60,7 +65,7 @@ def run_identity(experiment: Experiment) -> dict[str, Any]:
         "format": FORMAT,
         "seed": experiment.seed,
         "federate": federate,
-        "language": language_identity(experiment)
+        "language": (language or language_identity(experiment))
         | {"template": experiment.language.template, "max_length": experiment.language.max_length},
     }
 

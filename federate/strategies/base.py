@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from pipeline.config import Options
 from pipeline.registry import Registry
+
+if TYPE_CHECKING:
+    from federate.strategies.cohort import Cohort
 
 State = dict[str, Tensor]
 Memory = dict[str, Tensor]
@@ -92,6 +95,14 @@ class Strategy(Options, ABC):
     def objective(self, client: str, memory: Memory) -> Objective:
         """What a client minimises besides its loss in the next round."""
         return Objective(self.proximal)
+
+    def sees(self) -> Literal["updates", "mean", "sums"]:
+        """What it has to know of a round: every update, their mean alone, or sums (`fuse`)."""
+        return "updates"
+
+    def fuse(self, state: State, cohort: Cohort, memory: Memory) -> Aggregate:
+        """What `aggregate` does, from sums over clients alone; of strategies that see `sums`."""
+        raise NotImplementedError
 
     @abstractmethod
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:

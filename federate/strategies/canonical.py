@@ -93,7 +93,11 @@ def agreement(matrices: Matrices, shares: Mapping[str, float]) -> dict[str, floa
     """c_k: cosine of X_k with the consensus Σ_{j≠k} p_j X_j of the others; 1 where there is none."""
     if len(matrices.new) == 1:
         return dict.fromkeys(matrices.new, 1.0)
-    total = matrices.sum(shares)
+    return agreement_with(matrices.sum(shares), matrices, shares)
+
+
+def agreement_with(total: Tensor, matrices: Matrices, shares: Mapping[str, float]) -> dict[str, float]:
+    """c_k of some clients, given Σ_j p_j X_j of all: what a client can compute for itself."""
     products = {client: (0.0, 0.0, 0.0) for client in matrices.new}
     for client, columns, x in matrices.pieces():
         # Multiplied first: a fused multiply-subtract leaves rounding noise where the others did not move.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field
 
@@ -28,6 +29,10 @@ class FedAvg(Strategy):
     """
 
     server_learning_rate: float = Field(1.0, gt=0)
+
+    def sees(self) -> Literal["mean"]:
+        """The mean update is enough."""
+        return "mean"
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Average client projectors by number of samples."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -31,6 +32,10 @@ class FedAvgM(Strategy):
 
     momentum: float = Field(0.9, ge=0, lt=1)
     server_learning_rate: float = Field(1.0, gt=0)
+
+    def sees(self) -> Literal["mean"]:
+        """The mean update is enough."""
+        return "mean"
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Average client projectors and carry the server's momentum on."""

@@ -7,7 +7,7 @@ the samples, U and e the eigenpairs of G = Σ_k p_k D_k D_kᵀ.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Literal
 
@@ -22,13 +22,9 @@ from federate.strategies.base import (
     State,
     Strategy,
     Update,
-    data_weights,
-    deltas,
-    weighted_sum,
 )
 from federate.strategies.canonical import (
     Matrices,
-    agreement,
     agreement_by_direction,
     canonical_basis,
     fuse_by_direction,
@@ -36,8 +32,7 @@ from federate.strategies.canonical import (
     polar,
     randomised_basis,
 )
-
-Weights = dict[str, float]
+from federate.strategies.cohort import Cohort, Gram, Open, Weights
 
 _FLOOR = 0.02
 _SMOOTHING = 0.6
@@ -92,41 +87,56 @@ class FedCmp(Strategy):
     server_learning_rate: float = Field(1.5, gt=0)
     seed: int = Field(0, ge=0)
 
+    def sees(self) -> Literal["updates", "sums"]:
+        """Sums, unless directions or the clients' whole weights are looked at."""
+        by_sums = self.reliability != "direction" and self.space == "updates" and self.basis == "exact"
+        return "sums" if by_sums else "updates"
+
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Fuse matrices in their canonical space; biases take the matrices' mean weights."""
-        shares = data_weights(updates)
+        return self.fuse(state, Open(state, updates), memory)
+
+    def fuse(self, state: State, cohort: Cohort, memory: Memory) -> Aggregate:
+        """Fuse from sums over clients; what else some options need, only `Open` has."""
+        matrices = [name for name, old in state.items() if old.ndim == 2]
+        biases = [name for name, old in state.items() if old.ndim != 2]
+        shares = cohort.shares
         kept: Memory = {"rounds": torch.tensor(_rounds(memory) + 1)}
         fused: State = {}
-        by_matrix: list[Weights] = []
-        for name in (name for name, old in state.items() if old.ndim == 2):
-            step, r, remembered = self._matrix(name, state[name], updates, shares, memory)
+        trust, remembered = self._trust(matrices, cohort, memory)
+        kept |= remembered
+        if self.reliability != "direction":
+            cohort.weigh(_weights(shares, trust, biases))
+        for name in matrices:
+            basis, spectrum, remembered = self._basis(name, self._source(cohort, name), shares, memory)
             kept |= remembered
-            fused[name] = self._stepped(state[name], step)
-            by_matrix.append(r)
-        r = {client: fmean(each[client] for each in by_matrix) if by_matrix else 1.0 for client in shares}
-        weights = _reweigh(shares, r)
-        for name in (name for name, old in state.items() if old.ndim != 2):
+            if self.reliability == "direction":
+                mean, trust[name] = self._directions(cohort, name, basis, spectrum, memory)
+            else:
+                mean = cohort.sum(name)
             step, remembered = self._with_momentum(
-                name, weighted_sum(deltas(name, state, updates), weights), memory, None
+                name, self._interference(mean, basis, spectrum), memory, basis
             )
             kept |= remembered
             fused[name] = self._stepped(state[name], step)
-        return Aggregate({name: fused[name] for name in state}, kept, {"reliability": r, "weight": weights})
+        if self.reliability == "direction":
+            cohort.weigh(_weights(shares, trust, biases))
+        for name in biases:
+            step, remembered = self._with_momentum(name, cohort.sum(name), memory, None)
+            kept |= remembered
+            fused[name] = self._stepped(state[name], step)
+        r = _mean_trust(shares, trust)
+        figures = {"reliability": r, "weight": _reweigh(shares, r)}
+        return Aggregate({name: fused[name] for name in state}, kept, figures)
 
-    def _matrix(
-        self, name: str, old: Tensor, updates: Sequence[Update], shares: Weights, memory: Memory
-    ) -> tuple[Tensor, Weights, Memory]:
-        """M of one matrix, every client's reliability in it, and what the next round needs."""
-        changes = Matrices.of(updates, name, old)
-        source = changes if self.space == "updates" else Matrices.of(updates, name, None)
-        basis, spectrum, of_basis = self._basis(name, source, shares, memory)
-        mean, r, of_mean = self._mean(name, changes, shares, memory, basis, spectrum)
-        step = self._interference(mean, basis, spectrum)
-        step, of_step = self._with_momentum(name, step, memory, basis)
-        return step, r, of_basis | of_mean | of_step
+    def _source(self, cohort: Cohort, name: str) -> Gram:
+        if self.space == "updates":
+            return cohort.gram(name)
+        assert isinstance(cohort, Open)
+        return cohort.matrices(name, whole=True)
 
     def _basis(
-        self, name: str, source: Matrices, shares: Weights, memory: Memory
+        self, name: str, source: Gram, shares: Weights, memory: Memory
     ) -> tuple[Tensor, Tensor, Memory]:
         """U and e of Ḡ = b Ḡ + (1 - b) G / tr G, and what the next round needs of Ḡ."""
         if self.basis == "exact":
@@ -137,7 +147,7 @@ class FedCmp(Strategy):
         return self._randomised(name, source, shares, memory, rank)
 
     def _exact(
-        self, name: str, source: Matrices, shares: Weights, memory: Memory, rank: int | None
+        self, name: str, source: Gram, shares: Weights, memory: Memory, rank: int | None
     ) -> tuple[Tensor, Tensor, Memory]:
         gram = source.gram(shares)
         trace = float(gram.diagonal().double().sum())
@@ -149,7 +159,7 @@ class FedCmp(Strategy):
         return basis, spectrum, {f"gram/{name}": gram} if self.basis_momentum else {}
 
     def _randomised(
-        self, name: str, source: Matrices, shares: Weights, memory: Memory, rank: int
+        self, name: str, source: Gram, shares: Weights, memory: Memory, rank: int
     ) -> tuple[Tensor, Tensor, Memory]:
         """Ḡ is remembered as the eigenpairs that the sketch found, with its whole trace."""
         old, old_values = memory.get(f"vectors/{name}"), memory.get(f"values/{name}")
@@ -180,26 +190,35 @@ class FedCmp(Strategy):
         share = 1.0 if old is None else 1 - self.basis_momentum
         return share / trace if trace > 0 else 0.0
 
-    def _mean(
-        self, name: str, changes: Matrices, shares: Weights, memory: Memory, basis: Tensor, spectrum: Tensor
-    ) -> tuple[Tensor, Weights, Memory]:
-        """F = Σ ω_k D_k, every client's reliability r_k, and what the next round needs of it."""
-        if self.reliability == "none":
-            return changes.sum(shares), dict.fromkeys(shares, 1.0), {}
+    def _trust(
+        self, names: Sequence[str], cohort: Cohort, memory: Memory
+    ) -> tuple[dict[str, Weights], Memory]:
+        """Every client's reliability r_k by matrix, and what the next round needs of it."""
+        trust = {name: dict.fromkeys(cohort.shares, 1.0) for name in names}
+        if self.reliability != "client":
+            return trust, {}
+        remembered: Weights = {}
+        for name, cosines in cohort.agreements(names).items():
+            smooth = _smooth(cosines, _recall(memory, f"cosine/{name}/"))
+            last = _recall(memory, f"reliability/{name}/")
+            r = {client: last.get(client, 1.0) for client in cohort.shares}
+            if _rounds(memory) >= self.warmup and median(smooth.values()) >= self.consensus:
+                r = self._by_client(smooth)
+            trust[name] = r
+            remembered |= {f"cosine/{name}/{client}": c for client, c in smooth.items()}
+            remembered |= {f"reliability/{name}/{client}": each for client, each in (last | r).items()}
+        return trust, {key: torch.tensor(each, dtype=torch.float64) for key, each in remembered.items()}
+
+    def _directions(
+        self, cohort: Cohort, name: str, basis: Tensor, spectrum: Tensor, memory: Memory
+    ) -> tuple[Tensor, Weights]:
+        """F = Σ ω_k D_k with weights by direction, and every client's reliability over all of them."""
+        assert isinstance(cohort, Open)
+        changes = cohort.matrices(name)
+        cosines = agreement_by_direction(changes, cohort.shares, basis)
         warm = _rounds(memory) >= self.warmup
-        if self.reliability == "direction":
-            cosines = agreement_by_direction(changes, shares, basis)
-            trust = self._by_direction(cosines) if warm else torch.ones_like(cosines)
-            return *_fuse_directions(changes, shares, trust, basis, spectrum), {}
-        smooth = _smooth(agreement(changes, shares), _recall(memory, f"cosine/{name}/"))
-        last = _recall(memory, f"reliability/{name}/")
-        r = {client: last.get(client, 1.0) for client in shares}
-        if warm and median(smooth.values()) >= self.consensus:
-            r = self._by_client(smooth)
-        remembered = {f"cosine/{name}/{client}": c for client, c in smooth.items()}
-        remembered |= {f"reliability/{name}/{client}": each for client, each in (last | r).items()}
-        tensors = {key: torch.tensor(each, dtype=torch.float64) for key, each in remembered.items()}
-        return changes.sum(_reweigh(shares, r)), r, tensors
+        trust = self._by_direction(cosines) if warm else torch.ones_like(cosines)
+        return _fuse_directions(changes, cohort.shares, trust, basis, spectrum)
 
     def _by_client(self, cosines: Weights) -> Weights:
         """r_k: full for whoever agrees at least κ times as well as the median client."""
@@ -271,6 +290,17 @@ def _fuse_directions(
     inside = fuse_by_direction(changes, weights / weights.sum(0), basis)
     mean = changes.sum(_reweigh(shares, r))
     return mean + basis @ (inside - basis.T @ mean), r
+
+
+def _mean_trust(shares: Weights, trust: Mapping[str, Weights]) -> Weights:
+    """Mean reliability over matrices."""
+    return {client: fmean(each[client] for each in trust.values()) if trust else 1.0 for client in shares}
+
+
+def _weights(shares: Weights, trust: Mapping[str, Weights], biases: Sequence[str]) -> dict[str, Weights]:
+    """ω_k of every parameter."""
+    weights = {name: _reweigh(shares, r) for name, r in trust.items()}
+    return weights | dict.fromkeys(biases, _reweigh(shares, _mean_trust(shares, trust)))
 
 
 def _rounds(memory: Memory) -> int:

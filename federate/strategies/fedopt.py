@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -47,6 +48,10 @@ class FedOpt(Strategy):
     @abstractmethod
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         """The new v from the old one and Δ²."""
+
+    def sees(self) -> Literal["mean"]:
+        """The mean update is enough."""
+        return "mean"
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Take the clients' mean update for a gradient of the server's optimiser."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -36,6 +37,10 @@ class Muon(Strategy):
 
     momentum: float = Field(0.3, ge=0, lt=1)
     server_learning_rate: float = Field(1.0, gt=0)
+
+    def sees(self) -> Literal["mean"]:
+        """The mean update is enough."""
+        return "mean"
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Average client projectors, then orthogonalise the server's momentum."""

@@ -1,0 +1,96 @@
+"""What an engine is: where the clients of a run are, and how they are reached."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.cache import FeatureCache
+from pipeline.config import Experiment
+from pipeline.identity import language_identity
+
+if TYPE_CHECKING:
+    from federate.server import Train
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the server has to know of a silo; plain data, and nothing of any image or text.
+
+    Attributes:
+        content: SHA-256 of its feature cache.
+        key: What made the features: encoder, preprocessing, dtype.
+        patches: Tokens an image.
+        d_vision: Width of a token.
+        samples: Training texts.
+        language: The frozen LLM's files and dtype.
+    """
+
+    content: str
+    key: dict[str, Any]
+    patches: int
+    d_vision: int
+    samples: int
+    language: dict[str, Any]
+
+    @classmethod
+    def of(cls, cache: FeatureCache, experiment: Experiment) -> Card:
+        """The card of a silo on this machine."""
+        return cls(
+            content=cache.content,
+            key=cache.manifest["key"],
+            patches=cache.patches,
+            d_vision=cache.d_vision,
+            samples=len(cache.usable_texts("train")),
+            language=language_identity(experiment),
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+class Engine(ABC):
+    """Where the clients of a run are."""
+
+    @abstractmethod
+    def cards(self) -> dict[str, Card]:
+        """Every silo's card.
+
+        Raises:
+            UserError: A silo is missing, or does not fit the others or the experiment.
+        """
+
+    @abstractmethod
+    def training(self, start: int) -> AbstractContextManager[Train]:
+        """Make ready to train from round `start` on."""
+
+    @abstractmethod
+    def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Take a step of a secure round with some clients; returns what those said who answered."""
+
+    def traffic(self) -> int:
+        """Bytes sent to clients and received from them since this was asked last."""
+        return 0
+
+    @property
+    @abstractmethod
+    def d_llm(self) -> int:
+        """Width of the LLM's embeddings; known while training."""
+
+
+def terms(experiment: Experiment, card: Card) -> dict[str, Any]:
+    """What server and sites must agree on: all that decides the bytes of a site's results.
+
+    The initial projector is the server's alone, as every job brings the weights to start from.
+    """
+    return {
+        "seed": experiment.seed,
+        "federate": experiment.federate.model_dump(mode="json", exclude={"initial", "checkpointing"}),
+        "language": card.language
+        | {"template": experiment.language.template, "max_length": experiment.language.max_length},
+        "features": card.key,
+    }

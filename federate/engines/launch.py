@@ -1,0 +1,246 @@
+"""`fedcmp federate --engine flower` and `fedcmp site`: Flower's processes started, watched and stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from federate.engines import daemon
+from federate.engines.processes import Child, environment, free_port, listens, wait_for_port
+from federate.engines.service import Service
+from pipeline.config import Experiment
+from pipeline.console import say
+from pipeline.errors import UserError
+from pipeline.manifest import locked
+
+APP = Path(__file__).parent / "app"
+_DECORATION = re.compile(r"^(\x1b\[\d+m)?INFO|^Using SuperLink|^Successfully (started|installed)")
+_START_SECONDS = 60.0
+_CONTACT_SECONDS = 20.0
+_REFUSED_SECONDS = 60.0
+_BACKOFF = (1.0, 2.0, 5.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """How server and sites know each other: TLS and node keys, or neither on a trusted network.
+
+    Attributes:
+        ca: Certificate authority.
+        certificate: The server's certificate.
+        key: The server's private key, or the site's.
+        sites: Folder with the public keys of all sites, for the server.
+        insecure: Neither encryption nor authentication.
+    """
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    sites: Path | None = None
+    insecure: bool = False
+
+
+def federate(
+    experiment: Experiment, config: Path, overrides: Sequence[str], address: str, keys: Keys
+) -> None:
+    """Start a SuperLink, run the experiment over its sites, and stop it.
+
+    Args:
+        experiment: The experiment, read already.
+        config: Its file.
+        overrides: As given on the command line.
+        address: Where sites reach this machine, as host:port.
+        keys: How they are known.
+
+    Raises:
+        UserError: Whatever stops the run.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedcmp-server-") as folder:
+        home, outcome = Path(folder), Path(folder) / "outcome.txt"
+        task = {"overrides": list(overrides), "outcome": str(outcome), "alive": str(home / "alive")}
+        (home / "task.json").write_text(json.dumps(task))
+        # Held while this process lives, however it ends.
+        with locked(home / "alive", folder):
+            _serve(config, address, keys, home)
+        if outcome.is_file():
+            raise UserError(outcome.read_text())
+    if not (experiment.run_path / "manifest.json").is_file():
+        raise UserError(f"{experiment.run_path}: the run ended early; run the same command to go on")
+
+
+def _serve(config: Path, address: str, keys: Keys, home: Path) -> None:
+    """Run the task in `home` over a SuperLink of its own."""
+    variables = environment(home)
+    host, _, port = address.rpartition(":")
+    connection = f'[superlink.run]\naddress = "{_loopback(host)}:{port}"\n'
+    command = ["flower-superlink", "--host", host.strip("[]"), "--port", port]
+    command += ["--disable-runtime-dependency-installation"]
+    if keys.insecure:
+        command += ["--insecure"]
+        connection += "insecure = true\n"
+    else:
+        _required(
+            "--ca, --certificate, --key and --site-keys", keys.ca, keys.certificate, keys.key, keys.sites
+        )
+        command += ["--ssl-ca-certfile", str(keys.ca), "--ssl-certfile", str(keys.certificate)]
+        command += ["--ssl-keyfile", str(keys.key), "--enable-supernode-auth"]
+        connection += f'root-certificates = "{Path(str(keys.ca)).resolve()}"\n'
+    (home / "config.toml").write_text(connection)
+    if listens(address):
+        raise UserError(f"--address {address}: another program listens there; give another one")
+    superlink = Child(command, variables)
+    try:
+        wait_for_port(address, superlink, _START_SECONDS)
+        for public in sorted(keys.sites.glob("*.pub")) if keys.sites else ():
+            _finished(["flwr", "supernode", "register", str(public), "run"], variables)
+        say(f"server at {address}, sites may come")
+        task = f'config="{config.resolve()}" task="{home / "task.json"}"'
+        command = ["flwr", "run", str(APP), "run", "--stream", "--run-config", task]
+        _follow(Child(command, variables), superlink)
+    finally:
+        superlink.stop()
+
+
+def _loopback(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+
+
+def _required(options: str, *values: Path | None) -> None:
+    if None in values:
+        raise UserError(f"give {options}, or --insecure on a network that you trust")
+
+
+def _finished(command: Sequence[str], variables: dict[str, str]) -> None:
+    child = Child(command, variables)
+    deadline = time.monotonic() + _START_SECONDS
+    while not child.ended() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    done = child.succeeded()
+    child.stop()
+    if not done:
+        raise UserError(f"{' '.join(command)}: {child.complaint()}")
+
+
+def _follow(run: Child, superlink: Child) -> None:
+    """Pass on what the run says until it ends."""
+    try:
+        while not run.ended():
+            _pass_on(run)
+            if superlink.ended():
+                raise UserError(
+                    f"the SuperLink ended: {superlink.complaint()}; run the same command to go on"
+                )
+            time.sleep(0.1)
+        _pass_on(run)
+    finally:
+        run.stop()
+
+
+def _pass_on(run: Child) -> None:
+    """Everything but what Flower says about itself."""
+    for line in run.new_lines():
+        if not _DECORATION.search(line):
+            print(line, flush=True)
+
+
+def site(service: Service, silo: str, superlink: str, keys: Keys, patience: float) -> None:
+    """Hold a silo and the LLM ready for a server until interrupted.
+
+    Args:
+        service: The silo and the LLM.
+        silo: Its name.
+        superlink: The server, as host:port.
+        keys: How they know each other.
+        patience: Seconds without a server after which to give up.
+
+    Raises:
+        UserError: The server cannot be reached or does not accept the site's key.
+    """
+    command = ["flower-supernode", "--superlink", superlink, "--host", "127.0.0.1"]
+    command += ["--max-wait-time", f"{min(_CONTACT_SECONDS, patience):g}"]
+    if keys.insecure:
+        command += ["--insecure"]
+    else:
+        _required("--ca and --key", keys.ca, keys.key)
+        command += ["--root-certificates", str(keys.ca), "--auth-supernode-private-key", str(keys.key)]
+    folder = Path(tempfile.mkdtemp(prefix="fedcmp-site-"))
+    path = folder / "site.sock"
+    command += ["--node-config", f'silo="{silo}" socket="{path}"']
+    try:
+        with daemon.listen(path) as server:
+            say(f"site {silo}: connecting to {superlink}")
+            watcher = _Watcher(command, environment(folder), silo, superlink, patience, server)
+            signal.signal(signal.SIGTERM, lambda *_: watcher.shut())
+            watcher.start()
+            try:
+                daemon.serve(server, service)
+            finally:
+                watcher.shut()
+                watcher.join()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if watcher.problem is not None:
+        raise UserError(watcher.problem)
+
+
+class _Watcher(threading.Thread):
+    """Keeps a SuperNode running: server restarts and lost connections end it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        variables: dict[str, str],
+        silo: str,
+        superlink: str,
+        patience: float,
+        server: socket.socket,
+    ) -> None:
+        super().__init__(daemon=True)
+        self._command, self._variables = command, variables
+        self._silo, self._superlink, self._patience, self._server = silo, superlink, patience, server
+        self._stopped = threading.Event()
+        self.problem: str | None = None
+
+    def shut(self) -> None:
+        """Stop the SuperNode and the daemon's waiting."""
+        self._stopped.set()
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+
+    def run(self) -> None:
+        """Start SuperNodes, one after the other."""
+        contact, tries = time.monotonic(), 0
+        while not self._stopped.is_set():
+            child = Child([*self._command, "--port", str(free_port())], self._variables)
+            connected = False
+            while not child.ended() and not self._stopped.wait(0.2):
+                if not connected and child.said("SuperNode ID"):
+                    connected, tries = True, 0
+                    say(f"site {self._silo}: connected to {self._superlink}")
+                if connected:
+                    contact = time.monotonic()
+            child.stop()
+            if self._stopped.is_set():
+                return
+            why, alone = child.complaint(), time.monotonic() - contact
+            # A server that has just started may not have registered this site's key yet.
+            if child.said("[code:") and alone > min(self._patience, _REFUSED_SECONDS):
+                self.problem = f"the server at {self._superlink} does not accept site '{self._silo}': {why}"
+            elif alone > self._patience:
+                self.problem = f"no server at {self._superlink} for {self._patience:g} s: {why}"
+            if self.problem is not None:
+                self.shut()
+                return
+            say(f"site {self._silo}: no connection to {self._superlink} ({why}), trying again")
+            self._stopped.wait(_BACKOFF[min(tries, len(_BACKOFF) - 1)])
+            tries += 1

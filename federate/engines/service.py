@@ -1,0 +1,84 @@
+"""What a site does for a server, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from federate.engines.base import Card, terms
+from federate.plan import plan
+from federate.site import Site
+from federate.strategies.base import STRATEGIES
+from federate.wire import job_of, result_as_dict
+from pipeline.cache import differences, open_cache
+from pipeline.config import Experiment
+from pipeline.errors import UserError
+
+
+class Service:
+    """One silo with its cache and the frozen LLM; answers the server's requests.
+
+    Args:
+        experiment: What the site has agreed to.
+        silo: Its name, one of `federate.silos`.
+
+    Raises:
+        UserError: The silo is not of the experiment, its cache or the LLM cannot be used, or the
+            experiment cannot run over sites.
+    """
+
+    def __init__(self, experiment: Experiment, silo: str) -> None:
+        strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
+        check_sites(experiment, strategy.pooled)
+        if silo not in experiment.federate.silos:
+            raise UserError(
+                f"--silo {silo}: not in federate.silos; there are {', '.join(experiment.federate.silos)}"
+            )
+        cache = open_cache(experiment, silo)
+        self.silo = silo
+        self._site = Site(experiment, plan(experiment, strategy), {silo: cache})
+        self._card = Card.of(cache, experiment)
+        self._terms = terms(experiment, self._card)
+
+    def handle(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer a request.
+
+        Raises:
+            UserError: It is not what the site has agreed to, or training failed.
+            ValueError: A step of a secure round would reveal too much.
+        """
+        if request["kind"] == "hello":
+            card = self._card.plain()
+            return {"silo": self.silo, "card": card, "terms": self._terms, "d_llm": self._site.d_llm}
+        self._agree(request["silo"], request["terms"])
+        if request["kind"] == "secure":
+            return {"answer": self._site.secure(self.silo, request["step"])}
+        (result,) = self._site([job_of(request["job"])])
+        return {"result": result_as_dict(result)}
+
+    def _agree(self, silo: str, asked: dict[str, Any]) -> None:
+        if silo != self.silo:
+            raise UserError(f"site '{self.silo}' refuses a task for silo '{silo}'")
+        found = differences(self._terms, asked)
+        if found:
+            raise UserError(
+                f"site '{self.silo}' refuses a task it has not agreed to ({'; '.join(found)}); give server "
+                "and site the same experiment, LLM and encoder"
+            )
+
+
+def check_sites(experiment: Experiment, pooled: bool) -> None:
+    """Refuse what cannot run over sites.
+
+    Raises:
+        UserError: Silos would have to be pooled, or trained together.
+    """
+    if pooled:
+        raise UserError(
+            f"federate.strategy.name = '{experiment.federate.strategy.name}': it pools the silos' data, "
+            "which stay at their sites; use --engine local"
+        )
+    if experiment.federate.together > 1:
+        raise UserError(
+            f"federate.together = {experiment.federate.together}: sites train alone; set it to 1, as the "
+            "bytes of a run depend on it"
+        )

@@ -1,0 +1,279 @@
+"""Rounds over sites that may be slow, silent or gone; knows neither Flower nor any other transport."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from federate.client import Job, LocalResult
+from federate.engines.base import Card, Engine, terms
+from federate.engines.service import check_sites
+from federate.plan import Plan
+from federate.strategies.base import STRATEGIES
+from federate.wire import Payload, job_as_dict, pack, result_of, unpack
+from pipeline.cache import differences
+from pipeline.config import Experiment
+from pipeline.console import say
+from pipeline.errors import UserError
+from pipeline.manifest import read_json, write_json
+
+if TYPE_CHECKING:
+    from federate.server import Train
+
+_POLL = 0.2
+_NODES_EVERY = 1.0
+_SITES = "sites.json"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A site's answer that it could not do what was asked; `gone` where nobody was there to do it."""
+
+    reason: str
+    gone: bool = False
+
+
+class Link(Protocol):
+    """How messages travel; nodes are the transport's names for connected sites."""
+
+    def nodes(self) -> set[int]:
+        """Who is connected."""
+
+    def send(self, node: int, kind: str, payload: Payload, seconds: float) -> str:
+        """Send a message that is void after so many seconds; returns its name."""
+
+    def receive(self, messages: Iterable[str]) -> dict[str, Payload | Failure]:
+        """Answers to messages that have arrived since."""
+
+
+@dataclass
+class _Round:
+    """Messages on their way, and what came of them."""
+
+    requests: Mapping[str, Payload]
+    deadline: float
+    read: Callable[[str, dict[str, Any]], Any]
+    waiting: dict[str, tuple[str, int]] = field(default_factory=dict)
+    replies: dict[str, Any] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def unsent(self) -> list[str]:
+        """Silos that nothing was sent to, or whose site left before it answered."""
+        busy = {silo for silo, _ in self.waiting.values()}
+        return [
+            s for s in self.requests if s not in busy and s not in self.replies and s not in self.failures
+        ]
+
+
+class Sites(Engine):
+    """Finds sites by name and does rounds with those that answer in time.
+
+    Args:
+        experiment: The experiment.
+        plan: Who takes part when; every client is a silo.
+        link: How messages travel.
+
+    Raises:
+        UserError: The experiment cannot run over sites.
+    """
+
+    def __init__(self, experiment: Experiment, plan: Plan, link: Link) -> None:
+        strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
+        check_sites(experiment, strategy.pooled)
+        self._experiment, self._plan, self._link = experiment, plan, link
+        self._cards: dict[str, Card] = {}
+        self._node: dict[str, int] = {}
+        self._known: set[int] = set()
+        self._greeted: dict[str, int] = {}
+        self._refused: dict[str, str] = {}
+        self._late: dict[str, str] = {}
+        self._d_llm = 0
+        self._looked = float("-inf")
+        self._bytes = 0
+
+    @property
+    def d_llm(self) -> int:
+        """Width of the LLM's embeddings."""
+        return self._d_llm
+
+    def cards(self) -> dict[str, Card]:
+        """Wait for the sites; those known from before an interruption may be missing up to the quorum."""
+        silos, options = self._experiment.federate.silos, self._experiment.sites
+        path = self._experiment.run_path / _SITES
+        known = {name: Card(**card) for name, card in (read_json(path) or {}).items()}
+        needed = self._quorum(len(silos)) if known.keys() >= set(silos) else len(silos)
+        say(f"waiting for {len(silos)} sites: {', '.join(silos)}")
+        deadline = time.monotonic() + options.join_timeout
+        while len(self._cards) < len(silos) and time.monotonic() < deadline:
+            self._look()
+            for reason in self._refused.values():
+                raise UserError(reason)
+            time.sleep(_POLL)
+        if len(self._cards) < needed:
+            absent = ", ".join(silo for silo in silos if silo not in self._cards)
+            raise UserError(
+                f"only {len(self._cards)} of {len(silos)} sites came within sites.join_timeout = "
+                f"{options.join_timeout:g} s; missing: {absent}; start them with 'fedcmp site', then run "
+                "this again"
+            )
+        cards = {silo: self._cards.get(silo) or known[silo] for silo in silos}
+        write_json(path, {silo: card.plain() for silo, card in cards.items()})
+        return cards
+
+    @contextmanager
+    def training(self, start: int) -> Iterator[Train]:
+        """Sites are ready when they have shown their cards."""
+        yield self._train
+
+    def _quorum(self, clients: int) -> int:
+        return min(self._experiment.sites.quorum or clients, clients)
+
+    def _train(self, jobs: Sequence[Job]) -> list[LocalResult]:
+        """One round."""
+        began, needed = time.monotonic(), self._quorum(len(jobs))
+        requests = {job.client: {"kind": "train", "job": job_as_dict(job)} for job in jobs}
+        # A site speaks for its own silo alone.
+        round_ = self._ask(
+            requests, needed, lambda silo, reply: replace(result_of(reply["result"]), client=silo)
+        )
+        results = dict(round_.replies)
+        missing = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(round_.failures.items()))
+        name = f"round {jobs[0].round + 1} of {jobs[0].rounds}"
+        if len(results) < needed:
+            raise UserError(
+                f"{name}: {len(results)} of {len(jobs)} sites answered, fewer than the {needed} of "
+                f"sites.quorum ({missing}); run this again to go on after round {jobs[0].round}"
+            )
+        say(
+            f"{name}: {len(results)} of {len(jobs)} sites in {time.monotonic() - began:.1f} s"
+            + (f"; missing: {missing}" if missing else "")
+        )
+        return [results[job.client] for job in jobs if job.client in results]
+
+    def traffic(self) -> int:
+        """Bytes of messages, before Flower spares what it has sent already."""
+        taken, self._bytes = self._bytes, 0
+        return taken
+
+    def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """A step of a secure round; sites that do not answer in time have dropped out of it."""
+        asked = {silo: {"kind": "secure", "step": step} for silo, step in requests.items()}
+        round_ = self._ask(asked, 1, lambda silo, reply: dict(reply["answer"]))
+        for silo, reason in sorted(round_.failures.items()):
+            say(f"{silo} dropped out of the secure sum: {reason}")
+        return round_.replies
+
+    def _ask(
+        self, requests: Mapping[str, dict[str, Any]], enough: int, read: Callable[[str, dict[str, Any]], Any]
+    ) -> _Round:
+        """Send every site its request, with what both have agreed to, and gather the answers."""
+        agreed = terms(self._experiment, next(iter(self._cards.values())))
+        payloads = {
+            silo: pack(request | {"silo": silo, "terms": agreed}) for silo, request in requests.items()
+        }
+        round_ = _Round(payloads, time.monotonic() + self._experiment.sites.round_timeout, read)
+        self._exchange(round_, enough)
+        return round_
+
+    def _exchange(self, round_: _Round, enough: int) -> None:
+        """Send requests and gather answers, until nothing more can come or time is up."""
+        while time.monotonic() < round_.deadline:
+            self._look()
+            for silo in round_.unsent:
+                if silo in self._node:
+                    seconds = round_.deadline - time.monotonic()
+                    message = self._link.send(self._node[silo], "train", round_.requests[silo], seconds)
+                    round_.waiting[message] = silo, self._node[silo]
+                    self._bytes += round_.requests[silo].size
+            self._gather(round_)
+            answered = len(round_.replies)
+            absent = len(round_.unsent)
+            if not round_.waiting and (answered >= enough or not absent or answered + absent < enough):
+                break
+            time.sleep(_POLL)
+        seconds = self._experiment.sites.round_timeout
+        for message, (silo, _) in round_.waiting.items():
+            round_.failures[silo] = f"no answer within sites.round_timeout = {seconds:g} s"
+            self._late[message] = silo
+        for silo in round_.unsent:
+            round_.failures.setdefault(silo, self._refused.get(silo, "not connected"))
+
+    def _gather(self, round_: _Round) -> None:
+        for message, answer in self._link.receive([*round_.waiting, *self._late]).items():
+            if message in self._late:
+                say(f"{self._late.pop(message)} answered an earlier round too late; its answer is dropped")
+                continue
+            silo, node = round_.waiting.pop(message)
+            if isinstance(answer, Payload):
+                self._bytes += answer.size
+                try:
+                    round_.replies[silo] = round_.read(silo, unpack(answer))
+                except (ValueError, KeyError, TypeError) as error:
+                    round_.failures[silo] = f"sent an answer that cannot be read ({error})"
+            elif answer.gone:
+                self._leave(node)
+                self._known.discard(node)  # to be greeted again
+            else:
+                round_.failures[silo] = answer.reason
+        for message, (_, node) in list(round_.waiting.items()):
+            if node not in self._known:
+                del round_.waiting[message]
+
+    def _look(self) -> None:
+        """See who has come and who has left."""
+        for message, answer in self._link.receive(list(self._greeted)).items():
+            self._meet(self._greeted.pop(message), answer)
+        if time.monotonic() - self._looked < _NODES_EVERY:
+            return
+        self._looked = time.monotonic()
+        nodes = self._link.nodes()
+        for node in self._known - nodes:
+            self._leave(node)
+        self._known &= nodes
+        for node in nodes - self._known:
+            self._known.add(node)
+            hello = pack({"kind": "hello"})
+            message = self._link.send(node, "hello", hello, self._experiment.sites.join_timeout)
+            self._greeted[message] = node
+
+    def _leave(self, node: int) -> None:
+        for silo, at in list(self._node.items()):
+            if at == node:
+                del self._node[silo]
+                say(f"{silo} has left")
+
+    def _meet(self, node: int, answer: Payload | Failure) -> None:
+        if isinstance(answer, Failure):
+            self._known.discard(node)  # to be greeted again
+            return
+        hello = unpack(answer)
+        silo, card = hello["silo"], Card(**hello["card"])
+        reason = self._objection(silo, card, hello["terms"])
+        if reason is not None:
+            say(reason)
+            self._refused[silo] = reason
+            return
+        self._refused.pop(silo, None)
+        self._cards[silo], self._node[silo], self._d_llm = card, node, hello["d_llm"]
+        say(f"{silo} is here")
+
+    def _objection(self, silo: str, card: Card, theirs: dict[str, Any]) -> str | None:
+        """Why a site cannot take part, or None."""
+        if silo not in self._experiment.federate.silos:
+            return f"site '{silo}' is none of federate.silos; stop it"
+        before = self._cards.get(silo)
+        if before is not None and before.content != card.content:
+            return f"site '{silo}' came back with another cache than this run began with; give it that one"
+        first = next(iter(self._cards), silo)
+        found = differences(terms(self._experiment, self._cards.get(first, card)), theirs)
+        if found:
+            others = "the server" if first == silo else f"the server and site '{first}'"
+            return (
+                f"site '{silo}' has agreed to something else than {others} ({'; '.join(found)}); give all "
+                "of them the same experiment, LLM and encoder"
+            )
+        return None

@@ -1,0 +1,145 @@
+"""A round's clients when their updates stay with them: what a strategy sees are secure sums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from federate.secure.contribution import parts_of
+from federate.secure.summation import Exchange, secure_sum
+from federate.strategies.base import Aggregate, Memory, State, Strategy, Update
+from federate.strategies.cohort import Cohort, Gram, Weights
+from pipeline.errors import DroppedOutError
+
+
+@dataclass(frozen=True)
+class _Summed:
+    """G of one matrix, summed already with p_k for weights."""
+
+    shape: torch.Size
+    total: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.total.dtype
+
+    def gram(self, weights: Mapping[str, float]) -> Tensor:
+        return self.total
+
+    def gram_times(self, weights: Mapping[str, float], right: Tensor) -> Tensor:
+        return self.total @ right
+
+    def trace(self, weights: Mapping[str, float]) -> float:
+        return float(self.total.diagonal().sum())
+
+
+class Masked(Cohort):
+    """Sums over clients by the protocol, at most two of them a round.
+
+    Args:
+        exchange: Reaches the clients.
+        state: Global projector they started from.
+        samples: Samples of every client, which the server knows.
+        threshold: Clients that have to stay until the end.
+        grams: Matrices whose G is needed.
+
+    Raises:
+        DroppedOutError: Too few clients stayed.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        state: State,
+        samples: Mapping[str, int],
+        threshold: int,
+        grams: Sequence[str],
+    ) -> None:
+        self._exchange, self._state, self._threshold = exchange, state, threshold
+        total = sum(samples.values())
+        expected = {client: n / total for client, n in samples.items()}
+        self.means, self._grams, survivors = self._summed(dict.fromkeys(state, expected), grams)
+        self.shares = {client: expected[client] for client in survivors}
+        self._rescale(self.means, dict.fromkeys(state, self.shares))
+        self._rescale(self._grams, dict.fromkeys(grams, self.shares))
+        whole = sum(self.shares.values())
+        self.shares = {client: share / whole for client, share in self.shares.items()}
+        self._sums = self.means
+
+    def _summed(self, weights: Mapping[str, Weights], grams: Sequence[str]) -> tuple[State, State, list[str]]:
+        clients = sorted(next(iter(weights.values())))
+        shares = next(iter(weights.values()))
+        request: dict[str, Any] = {"updates": dict(weights), "grams": dict.fromkeys(grams, shares)}
+        vector, survivors = secure_sum(self._exchange, clients, self._threshold, request)
+        updates, squares = parts_of(vector, self._state, list(weights), grams)
+        return updates, squares, survivors
+
+    def _rescale(self, sums: State, weights: Mapping[str, Weights]) -> None:
+        """Weights of clients that dropped out are missing from the sum."""
+        for name, total in sums.items():
+            total /= sum(weights[name].values())
+
+    def agreements(self, names: Sequence[str]) -> dict[str, Weights]:
+        """Every client compares itself with the broadcast consensus; its cosines are not secret."""
+        if len(self.shares) == 1:
+            return {name: dict.fromkeys(self.shares, 1.0) for name in names}
+        totals = {name: self.means[name] for name in names}
+        requests = {
+            client: {"step": "agree", "totals": totals, "share": share}
+            for client, share in self.shares.items()
+        }
+        replies = self._exchange(requests)
+        missing = sorted(self.shares.keys() - replies.keys())
+        if missing:
+            raise DroppedOutError(
+                f"{', '.join(missing)} left within a secure round; run this again when all are back"
+            )
+        return {name: {client: replies[client][name] for client in self.shares} for name in names}
+
+    def gram(self, name: str) -> Gram:
+        """G, summed in the first sum."""
+        return _Summed(self._state[name].shape, self._grams[name])
+
+    def weigh(self, weights: Mapping[str, Weights]) -> None:
+        """A second sum, where weights are not the shares already."""
+        if all(_close(each, self.shares) for each in weights.values()):
+            self._sums = self.means
+            return
+        self._sums, _, survivors = self._summed(weights, ())
+        self._rescale(self._sums, {n: {c: each[c] for c in survivors} for n, each in weights.items()})
+
+    def sum(self, name: str) -> Tensor:
+        """Σ_k ω_k D_k of a parameter."""
+        return self._sums[name].clone()
+
+
+def _close(a: Weights, b: Weights) -> bool:
+    return all(abs(a[client] - b[client]) <= 1e-12 for client in b)
+
+
+def aggregate(
+    strategy: Strategy,
+    exchange: Exchange,
+    state: State,
+    samples: Mapping[str, int],
+    threshold: int,
+    memory: Memory,
+) -> Aggregate:
+    """Fuse a round of which the server sees sums alone.
+
+    Raises:
+        DroppedOutError: Too few clients stayed.
+    """
+    sums = strategy.sees() == "sums"
+    matrices = [name for name, old in state.items() if old.ndim == 2]
+    cohort = Masked(exchange, state, samples, threshold, matrices if sums else ())
+    if sums:
+        return strategy.fuse(state, cohort, memory)
+    # To a strategy that needs the mean alone, the round is one client that moved by it.
+    moved = {name: old.double() + cohort.means[name] for name, old in state.items()}
+    fused = strategy.aggregate(state, [Update("mean", moved, sum(samples.values()))], memory)
+    return Aggregate(fused.state, fused.memory, {"weight": cohort.shares})

@@ -1,0 +1,69 @@
+"""What a client adds to a secure sum, and what it says about itself; the arithmetic is the strategies'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from federate.plan import LEAST
+from federate.strategies.base import State
+from federate.strategies.canonical import Matrices, agreement_with
+
+
+class Own:
+    """A client's update, which stays with it.
+
+    Args:
+        name: The client.
+        start: Projector it started from.
+        state: Projector it ended with.
+    """
+
+    def __init__(self, name: str, start: State, state: State) -> None:
+        self._name, self._start, self._state = name, start, state
+
+    def contribute(self, request: Mapping[str, Any]) -> np.ndarray:
+        """Weighted updates, then weighted Gram matrices, one after the other as a vector, float64.
+
+        Raises:
+            ValueError: The weights leave out so many that the sum would be nearly this client's own.
+        """
+        for name, weights in [*request["updates"].items(), *request["grams"].items()]:
+            if sum(weight > 0 for weight in weights.values()) < LEAST:
+                raise ValueError(
+                    f"client '{self._name}' refuses a sum of {name} over fewer than {LEAST} clients"
+                )
+        parts = [weights[self._name] * self._delta(name) for name, weights in request["updates"].items()]
+        parts += [
+            self._matrix(name).gram({self._name: weights[self._name]}).double()
+            for name, weights in request["grams"].items()
+        ]
+        return torch.cat([part.flatten() for part in parts]).numpy()
+
+    def agreements(self, totals: Mapping[str, Tensor], share: float) -> dict[str, float]:
+        """Cosine of every D_k with the others' consensus, from the broadcast Σ_j p_j D_j."""
+        own = {self._name: share}
+        return {
+            name: agreement_with(total, self._matrix(name), own)[self._name] for name, total in totals.items()
+        }
+
+    def _matrix(self, name: str) -> Matrices:
+        return Matrices({self._name: self._state[name]}, self._start[name])
+
+    def _delta(self, name: str) -> Tensor:
+        return self._state[name].double() - self._start[name].double()
+
+
+def parts_of(
+    vector: np.ndarray, state: State, updates: Sequence[str], grams: Sequence[str]
+) -> tuple[State, State]:
+    """The sums in a vector that `contribute` made, by name."""
+    shapes = [state[name].shape for name in updates]
+    shapes += [torch.Size((state[name].shape[0],) * 2) for name in grams]
+    pieces = torch.from_numpy(vector).split([shape.numel() for shape in shapes])
+    tensors = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    return dict(zip(updates, tensors, strict=False)), dict(zip(grams, tensors[len(updates) :], strict=True))

@@ -1,0 +1,80 @@
+"""The server's side of secure sums: it routes, adds up, and takes off the masks of the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from federate.plan import LEAST
+from federate.secure.masks import KeyPair, add_mask, add_pair_masks, derive
+from federate.secure.numbers import decode, recover
+from federate.secure.party import context
+from pipeline.errors import DroppedOutError
+
+Exchange = Callable[[Mapping[str, dict[str, Any]]], dict[str, dict[str, Any]]]
+
+
+def threshold_of(clients: int, share: float) -> int:
+    """Clients that have to stay until the end: more than the share, and enough to hide each other."""
+    return min(max(int(clients * share) + 1, LEAST), clients)
+
+
+def secure_sum(
+    exchange: Exchange, clients: Sequence[str], threshold: int, request: dict[str, Any]
+) -> tuple[np.ndarray, list[str]]:
+    """Sum of what clients contribute, of which nobody learns more.
+
+    Args:
+        exchange: Sends every client its request and returns the answers of those who answered.
+        clients: Who takes part; at least three.
+        threshold: How many have to stay until the end, more than half.
+        request: What to contribute, the same for all.
+
+    Returns:
+        The sum, float64, and who is in it.
+
+    Raises:
+        DroppedOutError: Too few clients stayed.
+    """
+
+    def ask(step: str, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        answers = exchange({client: {"step": step} | each for client, each in requests.items()})
+        if len(answers) < threshold:
+            raise DroppedOutError(
+                f"a secure sum needs {threshold} of {len(clients)} clients, and {len(answers)} answered "
+                f"'{step}' ({', '.join(sorted(answers)) or 'none'}); run this again when the others are back"
+            )
+        return answers
+
+    roster = ask("advertise", {client: {} for client in clients})
+    sealed = ask("share", {client: {"roster": roster, "threshold": threshold} for client in roster})
+    sharers = sorted(sealed)
+    inboxes = {
+        client: {
+            "inbox": {other: sealed[other][client] for other in sharers if other != client},
+            "request": request,
+        }
+        for client in sharers
+    }
+    masked = ask("mask", inboxes)
+    survivors = sorted(masked)
+    dropped = sorted(set(sharers) - set(survivors))
+    ending = {"survivors": survivors, "dropped": dropped}
+    shares = ask("unmask", dict.fromkeys(survivors, ending))
+    total = masked[survivors[0]]["masked"].numpy().view(np.uint64).copy()
+    for client in survivors[1:]:
+        total += masked[client]["masked"].numpy().view(np.uint64)
+    what = context(roster, sharers, threshold, request)
+    # Places are those of the roster, which is what clients split their secrets by.
+    place = {client: number for number, client in enumerate(sorted(roster))}
+    for client in survivors:
+        seed = recover({place[holder]: int(each["seeds"][client]) for holder, each in shares.items()})
+        add_mask(total, derive(seed, b"self\0" + what), -1)
+    mask_keys = {client: bytes.fromhex(roster[client]["mask"]) for client in survivors}
+    for client in dropped:
+        key = recover({place[holder]: int(each["keys"][client]) for holder, each in shares.items()})
+        # What the survivors' masks with this client add up to is the opposite of what its own would be.
+        add_pair_masks(total, KeyPair(key), client, mask_keys, what)
+    return decode(total), survivors

@@ -1,0 +1,278 @@
+"""Secure sums: exact numbers, masks that cancel, clients that drop out, refusals, and equal results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_strategies import SHAPES, draw
+
+from federate.secure import numbers
+from federate.secure.cohort import aggregate
+from federate.secure.contribution import Own
+from federate.secure.masks import KeyPair, add_mask, seal, unseal
+from federate.secure.party import Party
+from federate.secure.summation import secure_sum
+from federate.strategies.base import STRATEGIES, Memory, State, Strategy, Update
+from pipeline.config import Component
+
+VECTOR = np.array([1.5, -2.25, 0.0, 1e-9])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-4e6, 4e6), min_size=1, max_size=20))
+def test_numbers_come_back_to_half_a_unit(values: list[float]) -> None:
+    back = numbers.decode(numbers.encode(np.array(values)))
+    assert np.abs(back - values).max() <= 2.0**-41 + 1e-15 * np.abs(values).max()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -5e6])
+def test_what_does_not_fit_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="cannot be summed securely"):
+        numbers.encode(np.array([0.0, bad]))
+
+
+def test_any_threshold_of_shares_gives_the_secret_and_fewer_do_not() -> None:
+    secret = bytes(range(32))
+    shares = numbers.split(secret, 5, 3)
+    for chosen in combinations(range(5), 3):
+        assert numbers.recover({place: shares[place] for place in chosen}) == secret
+    for chosen in combinations(range(5), 2):
+        with pytest.raises(ValueError, match="too few"):
+            numbers.recover({place: shares[place] for place in chosen})
+
+
+def test_keys_agree_and_masks_are_undone() -> None:
+    one, two = KeyPair(), KeyPair()
+    assert one.agree(two.public, b"x") == two.agree(one.public, b"x") != one.agree(two.public, b"y")
+    assert KeyPair(one.private).public == one.public
+    total = np.arange(3_000_000, dtype=np.uint64)
+    add_mask(total, bytes(32), 1)
+    # The stream of RFC 8439, appendix A.1, test vector 1.
+    assert total[:1].tobytes().hex() == "76b8e0ada0f13d90"
+    add_mask(total, bytes(32), -1)
+    assert np.array_equal(total, np.arange(3_000_000))
+    sealed = seal(bytes(32), b"share")
+    assert unseal(bytes(32), sealed) == b"share"
+    with pytest.raises(ValueError, match="changed on its way"):
+        unseal(bytes(32), sealed[:-1] + bytes([sealed[-1] ^ 1]))
+
+
+class Clients:
+    """Parties in this process; `lost` says who is gone from which step on."""
+
+    def __init__(self, contribute: Mapping[str, Callable[[Any], np.ndarray]]) -> None:
+        self.contribute = contribute
+        self.parties: dict[str, Party] = {}
+        self.lost: dict[str, str] = {}
+        self.seen: list[tuple[str, str, dict]] = []
+
+    def __call__(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        replies = {}
+        for client, request in requests.items():
+            if request["step"] == self.lost.get(client):
+                continue
+            if request["step"] == "advertise":
+                self.parties[client] = Party(client, self.contribute[client])
+            replies[client] = self.parties[client].step(request)
+            self.seen.append((client, request["step"], replies[client]))
+        return replies
+
+
+def constant(names: str) -> Clients:
+    return Clients({name: lambda request, k=k: (k + 1) * VECTOR for k, name in enumerate(names)})
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [
+        ({}, "abcde"),
+        ({"b": "advertise"}, "acde"),
+        ({"b": "share"}, "acde"),
+        ({"b": "mask"}, "acde"),
+        ({"b": "mask", "e": "mask"}, "acd"),
+        ({"b": "unmask"}, "abcde"),
+        ({"a": "share", "b": "mask", "c": "unmask"}, "cde"),
+    ],
+)
+def test_sums_survive_clients_that_drop_out(lost: dict[str, str], expected: str) -> None:
+    clients = constant("abcde")
+    clients.lost = lost
+    threshold = 5 - len(lost)
+    if threshold < 3:
+        with pytest.raises(ValueError, match=r"a secure sum needs|refuses"):
+            secure_sum(clients, list("abcde"), 3, {})
+        return
+    total, survivors = secure_sum(clients, list("abcde"), 3, {})
+    assert survivors == list(expected)
+    assert np.abs(total - sum("abcde".index(c) + 1 for c in expected) * VECTOR).max() < 1e-11
+
+
+def test_what_the_server_gets_from_one_client_looks_random() -> None:
+    """Not the contribution, and never twice the same."""
+    size = 20_000
+    clients = Clients(dict.fromkeys("abc", lambda request: np.zeros(size)))
+    masked = []
+    for _ in range(2):
+        secure_sum(clients, list("abc"), 2, {})
+        masked += [
+            reply["masked"].numpy().view(np.uint64) for _, step, reply in clients.seen if step == "mask"
+        ]
+        clients.seen.clear()
+    assert len(masked) == 6
+    for one, two in combinations(masked, 2):
+        assert (one == two).mean() < 1e-3
+    for each in masked:
+        ones = np.unpackbits(each.view(np.uint8)).mean()
+        assert abs(ones - 0.5) < 5 * 0.5 / (64 * size) ** 0.5
+
+
+def test_clients_refuse_what_would_reveal_one_of_them() -> None:
+    with pytest.raises(ValueError, match="refuses a sum of 2 clients"):
+        secure_sum(constant("ab"), list("ab"), 2, {})
+    with pytest.raises(ValueError, match="threshold above one half"):
+        secure_sum(constant("abcd"), list("abcd"), 2, {})
+    clients = constant("abc")
+    secure_sum(clients, list("abc"), 3, {})
+    for again in ("share", "mask", "unmask"):
+        with pytest.raises(ValueError, match="expects"):
+            clients.parties["a"].step({"step": again})
+
+
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [
+        ({"survivors": ["a", "b", "c", "d"], "dropped": ["b"]}, "both in the sum and not"),
+        ({"survivors": ["a", "b", "c"], "dropped": []}, "both in the sum and not"),
+        ({"survivors": ["a", "b"], "dropped": ["c", "d"]}, "refuses to unmask a sum of 2"),
+        ({"survivors": ["b", "c", "d"], "dropped": ["a"]}, "refuses to unmask"),
+    ],
+)
+def test_no_client_gives_away_both_secrets_of_another(ending: dict, message: str) -> None:
+    clients = constant("abcd")
+
+    def stop(requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if next(iter(requests.values()))["step"] == "unmask":
+            return {"a": clients.parties["a"].step({"step": "unmask", **ending})}
+        return clients(requests)
+
+    with pytest.raises(ValueError, match=message):
+        secure_sum(stop, list("abcd"), 3, {})
+
+
+def test_clients_that_are_told_different_things_give_no_sum() -> None:
+    """A server that asks one client for something else learns noise."""
+    clients = constant("abc")
+
+    def lying(requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        changed = {name: dict(request) for name, request in requests.items()}
+        if changed["a"]["step"] == "mask":
+            changed["a"]["request"] = {"other": True}
+        return clients(changed)
+
+    total, _ = secure_sum(lying, list("abc"), 3, {})
+    assert np.abs(total).max() > 1000
+
+
+class Updates:
+    """Clients that keep their updates, in this process."""
+
+    def __init__(self, state: State, updates: list[Update]) -> None:
+        self.own = {update.client: Own(update.client, state, update.state) for update in updates}
+        self._sums = Clients({name: own.contribute for name, own in self.own.items()})
+
+    def __call__(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if next(iter(requests.values()))["step"] == "agree":
+            return {
+                name: self.own[name].agreements(request["totals"], request["share"])
+                for name, request in requests.items()
+            }
+        return self._sums(requests)
+
+
+def contrary(state: State, round_: int) -> list[Update]:
+    """Four clients that agree, more or less, and one that pulls elsewhere."""
+    common = draw(100 + round_)
+    updates = []
+    for k in range(5):
+        sign = -1.0 if k == 4 else 1.0
+        own = draw(10 * round_ + k)
+        moved = {n: state[n] + 1e-2 * (sign * common[n] + 0.3 * own[n]) for n in state}
+        updates.append(Update(f"c{k}", moved, 5 + 3 * k))
+    return updates
+
+
+@pytest.mark.parametrize(
+    "component",
+    [
+        {"name": "fedavg", "server_learning_rate": 1.5},
+        {"name": "fedavgm"},
+        {"name": "fedprox"},
+        {"name": "fedadam"},
+        {"name": "fedyogi"},
+        {"name": "muon"},
+        {"name": "fedcmp"},
+        {"name": "fedcmp", "warmup": 0},
+        {"name": "fedcmp", "reliability": "none"},
+        {"name": "fedcmp", "rank": 3, "momentum_kind": "procrustes"},
+    ],
+    ids=lambda component: ",".join(map(str, component.values())),
+)
+def test_secure_rounds_equal_plain_ones(component: dict) -> None:
+    """To 1e-4 of the step, over four rounds with memory of their own."""
+    strategy: Strategy = STRATEGIES.build(Component(**component), "strategy")
+    start = draw(0)
+    memory = strategy.begin(start, {f"c{k}": 1 for k in range(5)})
+    plain: tuple[State, Memory] = (start, memory)
+    masked: tuple[State, Memory] = (start, memory)
+    for round_ in range(4):
+        updates = contrary(plain[0], round_)
+        result = strategy.aggregate(plain[0], updates, plain[1])
+        moved = {u.client: {n: masked[0][n] + (u.state[n] - plain[0][n]) for n in start} for u in updates}
+        again = [Update(u.client, moved[u.client], u.samples) for u in updates]
+        samples = {update.client: update.samples for update in updates}
+        secure = aggregate(strategy, Updates(masked[0], again), masked[0], samples, 4, masked[1])
+        for name in SHAPES:
+            step = (result.state[name] - plain[0][name]).double()
+            other = (secure.state[name] - masked[0][name]).double()
+            # Weights of fedcmp's bad client are at the floor, so that the second sum matters.
+            assert float((step - other).norm() / step.norm()) < 1e-4, name
+        assert secure.figures.keys() == result.figures.keys()
+        plain, masked = (result.state, result.memory), (secure.state, secure.memory)
+    if component.get("reliability", "client") == "client" and component["name"] == "fedcmp":
+        assert secure.figures["reliability"]["c4"] == pytest.approx(0.02)
+
+
+def test_a_client_lost_between_the_sums_is_left_out_of_the_second() -> None:
+    state = draw(0)
+    updates = contrary(state, 0)
+    clients = Updates(state, updates)
+    strategy = STRATEGIES.build(Component(name="fedcmp", warmup=0), "strategy")
+    sessions = []
+
+    def losing(requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        step = next(iter(requests.values()))["step"]
+        sessions.append(step)
+        if sessions.count("advertise") == 2:
+            requests = {name: request for name, request in requests.items() if name != "c4"}
+        return clients(requests)
+
+    samples = {update.client: update.samples for update in updates}
+    secure = aggregate(strategy, losing, state, samples, 3, {})
+    plain = strategy.aggregate(state, updates, {})
+    # Its weight is at the floor, so little is lost with it.
+    for name in SHAPES:
+        step = plain.state[name] - state[name]
+        assert float((secure.state[name] - plain.state[name]).norm() / step.norm()) < 0.05
+
+
+def test_what_one_update_is_needed_for_is_not_secure() -> None:
+    for component in ({"name": "krum"}, {"name": "fedcmp", "reliability": "direction"}, {"name": "scaffold"}):
+        assert STRATEGIES.build(Component(**component), "strategy").sees() == "updates"
+    assert torch.is_tensor(draw(0)["linear_1.weight"])
