@@ -118,7 +118,7 @@ lint: $(READY)
 	$(PYTHON) -m mypy
 
 test: lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses auto --dist loadfile
 check: test
 
 clean:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 COMMANDS = {
+    "plan": ("pipeline.plan:plan", "Estimate disk, GPU hours and memory before there are any data."),
     "extract": ("extract.cli:extract", "Encode every silo's images once and cache their patch features."),
     "partition": ("extract.cli:partition", "Split one data set into silos."),
     "federate": ("federate.cli:federate", "Train the projector federatedly from the caches."),

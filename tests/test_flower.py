@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from test_sites import SILOS, Echo, projector, sites_config  # noqa: F401
 
@@ -53,6 +54,15 @@ def start() -> Iterator[object]:
             process.wait(20)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """This process computes with as many threads as the others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def until(log: Path, words: str) -> None:
@@ -97,7 +107,7 @@ def test_the_simulation_ends_in_the_bytes_of_the_local_engine(
     command = [sys.executable, "-m", "pipeline.cli", "federate", str(sites_config), "--engine", "simulation"]
     done = subprocess.run(
         [*command, *words(*options, "run=simulated")],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -127,6 +137,7 @@ def keys(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_killed_servers_and_sites_of_a_real_deployment(
     sites_config: Path,  # noqa: F811
     keys: Path,

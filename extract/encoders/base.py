@@ -38,7 +38,10 @@ class Encoder(Options, ABC):
 
     @abstractmethod
     def load(self, device: str, dtype: str) -> LoadedEncoder:
-        """Load the weights onto a device, to compute in `dtype` (autocast where it is not float32)."""
+        """Load the weights onto a device, to compute in `dtype` (autocast where it is not float32).
+
+        On the device `meta` there are shapes alone, and no weights need to be here.
+        """
 
 
 ENCODERS: Registry[Encoder] = Registry("encoder", "extract.encoders")

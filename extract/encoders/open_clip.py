@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,10 +78,14 @@ class _Found:
 class _Loaded(LoadedPatchEncoder):
     def __init__(self, options: OpenClip, device: str, dtype: str) -> None:
         library = _library()
-        found = _find(options)
+        empty = device == "meta"
+        found = _architecture(options) if empty else _find(options)
         where = f"extract.encoder.model = '{options.model}'"
         try:
-            model = library.create_model(found.name, found.pretrained, require_pretrained=True)
+            if empty:
+                model = _shapes(found.name, library)
+            else:
+                model = library.create_model(found.name, found.pretrained, require_pretrained=True)
         except Exception as error:
             raise unloadable(where, error) from None
         visual = model.visual.eval().requires_grad_(False)
@@ -128,6 +133,18 @@ class _Loaded(LoadedPatchEncoder):
         return prefix[:, :1], patches
 
 
+def _shapes(name: str, library: Any) -> Any:
+    """A model on the device `meta`."""
+    import torch
+
+    logging.disable(logging.WARNING)  # it warns that weights are missing
+    try:
+        with torch.device("meta"):
+            return library.create_model(name, load_weights=False, device="meta")
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _library() -> Any:
     """The open_clip package.
 
@@ -158,6 +175,14 @@ def _find(options: OpenClip) -> _Found:
             )
         return _in_directory(options.model, Path(place)) if schema == "local-dir" else _on_hub(options.model)
     return _by_name(options, library)
+
+
+def _architecture(options: OpenClip) -> _Found:
+    """A model of which no weights are needed."""
+    if ":" in options.model:
+        return _find(options)
+    name, config = _named(options, _library())
+    return _Found(name, None, config, (), _preprocessing(config, {}))
 
 
 def _in_directory(model: str, directory: Path) -> _Found:
@@ -199,8 +224,9 @@ def _described(model: str, settings: Any, weights: list[Path]) -> _Found:
     return _Found(model, None, config, tuple(weights), preprocessing)
 
 
-def _by_name(options: OpenClip, library: Any) -> _Found:
-    name, where = options.model.replace("/", "-"), f"extract.encoder.model = '{options.model}'"
+def _named(options: OpenClip, library: Any) -> tuple[str, dict[str, Any]]:
+    """open_clip's name of an architecture, and its configuration."""
+    name = options.model.replace("/", "-")
     if options.configs is not None:
         if not options.configs.is_dir():
             raise UserError(f"extract.encoder.configs = {options.configs}: no such directory")
@@ -208,7 +234,15 @@ def _by_name(options: OpenClip, library: Any) -> _Found:
     config = library.get_model_config(name)
     if config is None:
         hint = did_you_mean(name, library.list_models())
-        raise UserError(f"{where}: open_clip has no such architecture{hint}")
+        raise UserError(
+            f"extract.encoder.model = '{options.model}': open_clip has no such architecture{hint}"
+        )
+    return name, config
+
+
+def _by_name(options: OpenClip, library: Any) -> _Found:
+    name, config = _named(options, library)
+    where = f"extract.encoder.model = '{options.model}'"
     tag = options.pretrained
     if tag is None:
         raise UserError(f"{where}: 'pretrained' is missing; set it to the file of the weights, or to a tag")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
@@ -122,8 +123,8 @@ class LoadedPatchEncoder(LoadedEncoder):
         """Pixels `(batch, ...)` to features `(batch, patches, d_vision)` float32."""
         import torch
 
-        fast = self._dtype != "float32"
-        with torch.inference_mode(), torch.autocast(self._device, torch.bfloat16, enabled=fast):
+        faster = nullcontext() if self._dtype == "float32" else torch.autocast(self._device, torch.bfloat16)
+        with torch.inference_mode(), faster:
             cls, patches = self._states(pixels.to(self._device))
         if self._shared.tokens == "cls_patch":
             return torch.cat([cls, patches], 1).float()

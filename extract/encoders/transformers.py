@@ -80,7 +80,7 @@ class Transformers(PatchEncoder):
 class _Loaded(LoadedPatchEncoder):
     def __init__(self, options: Transformers, device: str, dtype: str) -> None:
         where = f"extract.encoder.path = {options.path}"
-        family, self._processor, tower = _read(options.path, where)
+        family, self._processor, tower = _read(options.path, where, device)
         config = tower.config
         any_size = family.positions == "any" or getattr(config, "is_native", False)
         self._naflex = family.positions == "naflex"
@@ -146,17 +146,23 @@ class _Loaded(LoadedPatchEncoder):
         return states[:, : min(self._prefix, 1)], states[:, self._prefix :]
 
 
-def _read(path: Path, where: str) -> tuple[_Family, Any, Any]:
+def _read(path: Path, where: str, device: str) -> tuple[_Family, Any, Any]:
     """Family, image processor and vision tower of a saved model."""
     try:
+        import torch
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        kind = AutoConfig.from_pretrained(path).model_type
+        config = AutoConfig.from_pretrained(path)
+        kind = config.model_type
         if kind not in _FAMILIES:
             raise UserError(f"{where}: a model of type '{kind}'; supported: {', '.join(_FAMILIES)}")
         processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        if device == "meta":
+            with torch.device(device):
+                model = AutoModel.from_config(config)
+            return _FAMILIES[kind], processor, getattr(model, "vision_model", model)
         model, report = AutoModel.from_pretrained(path, output_loading_info=True)
     except UserError:
         raise

@@ -142,15 +142,16 @@ def simulate(experiment: Any) -> None:
     Raises:
         UserError: As for any run.
     """
+    import torch
     from flwr.simulation import run_simulation
 
     app = ServerApp()
     app.main()(lambda grid, context: _run(experiment, grid))
     text = experiment.model_dump_json()
-    silos = experiment.federate.silos
+    silos, threads = experiment.federate.silos, torch.get_num_threads()
 
     def answer(parts: tuple[str, bytes], context: Context, seconds: float) -> tuple[str, bytes]:
-        return _simulated(parts, text, silos[int(context.node_config["partition-id"])])
+        return _simulated(parts, text, silos[int(context.node_config["partition-id"])], threads)
 
     # A secure round goes on where it was begun: one process plays all nodes.
     one: dict[str, Any] = {"init_args": {"num_cpus": 2}, "client_resources": {"num_cpus": 2, "num_gpus": 0.0}}
@@ -158,9 +159,12 @@ def simulate(experiment: Any) -> None:
     run_simulation(app, _client_app(answer), num_supernodes=len(silos), backend_config=backend)
 
 
-def _simulated(parts: tuple[str, bytes], experiment: str, silo: str) -> tuple[str, bytes]:
+def _simulated(parts: tuple[str, bytes], experiment: str, silo: str, threads: int) -> tuple[str, bytes]:
+    import torch
+
     from federate.engines.daemon import answered
 
+    torch.set_num_threads(threads)  # Ray gives its processes fewer, which would round in another way
     return answered(_service(experiment, silo), parts)
 
 
