@@ -37,11 +37,12 @@ INPUTS := FORCE
 -include configs/$(EXPERIMENT).mk
 
 ABLATION ?= methods
+BENCHES := cache aggregation training generation sites
 -include configs/ablations.mk
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help extract federate evaluate ablate results bench world test check lint clean FORCE
+.PHONY: help extract federate evaluate ablate results bench $(BENCHES:%=bench-%) world test check lint clean FORCE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
@@ -53,7 +54,7 @@ help:
 	@echo "make evaluate   answer and score the benchmarks, write build/report"
 	@echo "make ablate     compare strategies over scenarios and seeds: ABLATION=$(ABLATION)"
 	@echo "make results    every ablation of configs/ablations into docs/results.md"
-	@echo "make bench      speed and memory: cache, aggregation at the size of LLaVA-1.5-7B, answers"
+	@echo "make bench      speed and memory of cache, aggregation, training, answers and sites"
 	@echo "make test       lint, types and tests: exactly what CI runs"
 	@echo "make world      train the embedded default's two small models again"
 	@echo "make clean      remove build/"
@@ -104,10 +105,9 @@ ablate: $(WORLDS) | $(READY)
 results: $(WORLDS) | $(READY)
 	$(FEDCMP) ablate $(wildcard configs/ablations/*.toml) --out docs/results.md
 
-bench: $(READY)
-	$(PYTHON) tests/bench_cache.py
-	$(PYTHON) tests/bench_aggregation.py
-	$(PYTHON) tests/bench_generation.py
+bench: $(BENCHES:%=bench-%)
+$(BENCHES:%=bench-%): bench-%: | $(READY)
+	$(PYTHON) tests/bench_$*.py
 
 world: $(READY)
 	$(FEDCMP) world train

@@ -64,7 +64,7 @@ def section(
         plots[name] = dots({each: values[each] for each in order}, f"{tested}, a dot a seed")
         lines += [f"### {scenario}", "", *_markdown(columns, body), "", f"![{scenario}](results/{name})", ""]
     lines += _verdict(ablation, against_subject)
-    lines += [f"- diverged: {run}: {why}" for run, why in failures.items()]
+    lines += [f"- diverged: {run}: {why}" for run, why in sorted(failures.items())]
     saved = _saved(trials)
     say(saved)
     return Section("\n".join([*lines, "", saved, ""]), plots)

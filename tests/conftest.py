@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes started by tests share the cores too
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# Tests run side by side, and so do the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,0 +1,352 @@
+"""Training steps and extraction against Hugging Face: python tests/bench_training.py [--small]
+
+Random models in LLaVA's proportions: CLIP 384 x 6 at 336 pixels, Llama 256 x 6 with 32,000 words, float32,
+576 visual tokens and about 24 of text, batches of 8. `pixels` is the usual step of Hugging Face's
+`LlavaForConditionalGeneration` with all parameters taking gradients, `pixels, frozen` the same with only the
+projector trained; both get pixels that are decoded already. The others are `fedcmp federate`'s own local
+steps from a feature cache. Every method runs in processes of its own: one for CPU seconds a step, the fastest
+after a first one, and one for the peak of memory in a step above what there was before it, in which freed
+memory goes back at once.
+
+Extraction is `fedcmp extract` from JPEG files to the cache, beside the encoder alone on ready tensors, in
+turns. Epochs are the same training with every batch decoded and encoded anew, against extraction once and
+the cache.
+`--small` is a smoke run without gates. Linux only (/proc).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from conftest import picture
+from PIL import Image
+
+from extract.encoders.base import ENCODERS
+from extract.run import run as extract
+from federate.batches import Batch, Stream
+from federate.client import Job, LocalResult, train_together
+from pipeline import projector as projectors
+from pipeline.cache import open_cache
+from pipeline.config import Experiment, Optimizer, load
+from pipeline.language import FrozenLanguageModel
+from pipeline.prompts import IMAGE_TOKEN_INDEX
+
+CAPTION = (
+    "a small red circle left of a large blue square above a green star and a yellow ring below a purple cross"
+)
+PIXELS = ("pixels", "pixels, frozen")
+OURS = {
+    "cache": {},
+    "cache, checkpointing": {"checkpointing": True},
+    "cache, torch.compile": {"compiled": True},
+    "cache, bfloat16 LLM": {"dtype": "bfloat16"},
+}
+EPOCHS = 3
+
+
+def prepare(root: Path, small: bool) -> None:
+    """Models, pictures and an experiment file."""
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    from pipeline.world.models import tokenizer
+
+    torch.manual_seed(0)
+    width, layers, size = (48, 2, 56) if small else (384, 6, 336)
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        image_size=size,
+        patch_size=14,
+        hidden_act="quick_gelu",
+    )
+    CLIPVisionModel(vision).save_pretrained(root / "clip")
+    square = {"height": size, "width": size}
+    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square).save_pretrained(root / "clip")
+    words = tokenizer()
+    language = LlamaConfig(
+        vocab_size=1000 if small else 32_000,
+        hidden_size=32 if small else 256,
+        intermediate_size=96 if small else 768,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    LlamaForCausalLM(language).save_pretrained(root / "llama")
+    words.save_pretrained(root / "llama")
+    number = 16 if small else 64
+    (root / "pictures").mkdir()
+    rows = []
+    for n in range(number):
+        (root / f"pictures/{n:03d}.jpg").write_bytes(picture(n, (640, 480), "jpeg"))
+        rows.append(json.dumps({"image": f"{n:03d}.jpg", "caption": CAPTION}) + "\n")
+    (root / "captions.jsonl").write_text("".join(rows))
+    (root / "bench.toml").write_text(
+        f"""
+experiment = "bench"
+device = "cpu"
+features = "{root}/features"
+build = "{root}/build"
+[extract]
+batch_size = 16
+encoder = {{ name = "transformers", path = "{root}/clip" }}
+[extract.silos.pictures]
+name = "image_folder"
+path = "{root}/pictures"
+captions = "{root}/captions.jsonl"
+[language]
+path = "{root}/llama"
+[federate]
+silos = ["pictures"]
+rounds = 1
+batch_size = 8
+"""
+    )
+
+
+def own_projector(experiment: Experiment, d_vision: int, d_llm: int) -> projectors.Projector:
+    """The same random projector everywhere."""
+    made = projectors.build(experiment.federate.projector, d_vision=d_vision, d_llm=d_llm)
+    projectors.initialise(made, torch.Generator().manual_seed(0))
+    return made
+
+
+def stream(experiment: Experiment, language: FrozenLanguageModel) -> Stream:
+    """The silo's texts and cached features, as in any run."""
+    cache = open_cache(experiment, "pictures")
+    return Stream(
+        {"pictures": cache},
+        language,
+        template="plain",
+        max_length=2048,
+        batch_size=experiment.federate.batch_size,
+        turns=1,
+        seed=0,
+    )
+
+
+def trained(
+    experiment: Experiment, language: FrozenLanguageModel, batches: Iterator[Batch], steps: int
+) -> LocalResult:
+    """Local steps of the federated client."""
+    cache = open_cache(experiment, "pictures")
+    scratch = own_projector(experiment, cache.d_vision, language.d_llm)
+    job = Job("pictures", projectors.state_of(scratch), turn=0, round=0, rounds=1)
+    size = experiment.federate.batch_size
+    (result,) = train_together(
+        [job], [(steps, batches)], scratch, language, Optimizer(), micro_batch=size, advance=lambda _: None
+    )
+    return result
+
+
+def usual_steps(experiment: Experiment, frozen: bool, steps: int) -> Iterator[float]:
+    """Hugging Face's own step on pixels; yields losses. The first batches are those of the cache."""
+    from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+
+    root = experiment.features.parent
+    language = FrozenLanguageModel(root / "llama", dtype="float32", device="cpu")
+    order = stream(experiment, language)
+    cache = open_cache(experiment, "pictures")
+    projector = own_projector(experiment, cache.d_vision, language.d_llm)
+    tower, llama = (
+        CLIPVisionModel.from_pretrained(root / "clip"),
+        LlamaForCausalLM.from_pretrained(root / "llama"),
+    )
+    image = llama.config.vocab_size - 1
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=tower.config, text_config=llama.config, image_token_index=image)
+    )
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.language_model.load_state_dict(llama.model.state_dict())
+    model.lm_head.load_state_dict(llama.lm_head.state_dict())
+    model.model.multi_modal_projector.load_state_dict(projector.state_dict())
+    model.requires_grad_(not frozen)
+    parameters = list(model.model.multi_modal_projector.requires_grad_(True).parameters())
+    optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0)
+    encoder = ENCODERS.build(experiment.extract.encoder, "").load("cpu", "float32")
+    rows, batches = order.samples(0), order.batches(0)
+    del tower, llama, language
+    for step in range(steps):
+        batch = next(batches)
+        chosen = rows[8 * step : 8 * step + 8]
+        names = [cache.ids[cache.text_image[index]] for _, index in chosen]
+        images = [Image.open(root / "pictures" / name).convert("RGB") for name in names]
+        pixels = torch.stack([torch.from_numpy(encoder.preprocess(each)) for each in images])
+        ids = batch.ids.where(batch.ids != IMAGE_TOKEN_INDEX, image)
+        ready()
+        loss = model(input_ids=ids, pixel_values=pixels, labels=batch.labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        yield float(loss.detach())
+
+
+_marks: list[tuple[float, int]] = []
+
+
+def ready() -> None:
+    """Before a step: CPU seconds so far, and memory from here on."""
+    Path("/proc/self/clear_refs").write_text("5")
+    _marks.append((time.process_time(), status("VmRSS")))
+
+
+def status(field: str) -> int:
+    """Bytes of this process, by a field of its status."""
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
+
+
+def measure(method: str, root: Path, small: bool) -> None:
+    """One method in this process; prints CPU seconds and memory of its steps, and the first loss."""
+    experiment, steps = load(root / "bench.toml"), 2 if small else 5
+    seconds, memory, losses = [], [], []
+
+    def done() -> None:
+        seconds.append(time.process_time() - _marks[-1][0])
+        memory.append(status("VmHWM") - _marks[-1][1])
+
+    if method in PIXELS:
+        for loss in usual_steps(experiment, method == PIXELS[1], steps):
+            done()
+            losses.append(loss)
+    else:
+        options = {"dtype": "float32", "device": "cpu"} | OURS[method]
+        language = FrozenLanguageModel(root / "llama", **options)
+
+        def marked() -> Iterator[Batch]:
+            for batch in stream(experiment, language).batches(0):
+                if _marks:
+                    done()
+                ready()
+                yield batch
+
+        losses = [trained(experiment, language, marked(), steps=1).loss]
+        _marks.clear()
+        trained(experiment, language, marked(), steps)
+        done()
+    print(json.dumps({"seconds": min(seconds[1:]), "memory": max(memory[1:]), "loss": losses[0]}))
+
+
+def in_processes(method: str, root: Path, small: bool) -> dict[str, float]:
+    """`measure` in processes of its own, one for the time and one for the memory."""
+    command = [sys.executable, __file__, "--method", method, str(root)] + ["--small"] * small
+    figures: list[dict[str, float]] = []
+    for changes in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
+        shown = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=os.environ | changes
+        ).stdout
+        figures.append(json.loads(shown.splitlines()[-1]))
+    print(f"  {method}: {figures[0]['seconds']:.2f} s", file=sys.stderr, flush=True)
+    return figures[0] | {"memory": figures[1]["memory"]}
+
+
+def extraction(root: Path, small: bool) -> tuple[float, float, float]:
+    """Images a second of extraction and of the bare encoder, medians over turns; seconds of extraction."""
+    experiment = load(root / "bench.toml", [f"features={root}/again"])
+    encoder = ENCODERS.build(experiment.extract.encoder, "").load("cpu", "float32")
+    files = sorted((root / "pictures").glob("*.jpg"))
+    pixels = torch.stack([torch.from_numpy(encoder.preprocess(Image.open(f).convert("RGB"))) for f in files])
+    encoder.encode(pixels[:2])
+    spent: dict[str, list[float]] = {"ours": [], "bare": []}
+    for _ in range(1 if small else 5):
+        start = time.perf_counter()
+        for batch in pixels.split(experiment.extract.batch_size):
+            encoder.encode(batch)
+        spent["bare"].append(time.perf_counter() - start)
+        (outcome,) = extract(experiment, only=(), overwrite=True)
+        spent["ours"].append(outcome.seconds)
+    ours, bare = median(spent["ours"]), median(spent["bare"])
+    return len(files) / ours, len(files) / bare, ours
+
+
+def epochs(root: Path, extracting: float) -> tuple[float, float]:
+    """Seconds of some epochs from the cache with its extraction, and of encoding in every epoch."""
+    experiment = load(root / "bench.toml")
+    language = FrozenLanguageModel(root / "llama", dtype="float32", device="cpu")
+    encoder = ENCODERS.build(experiment.extract.encoder, "").load("cpu", "float32")
+    cache, order = open_cache(experiment, "pictures"), stream(experiment, language)
+    size = experiment.federate.batch_size
+
+    def encoded() -> Iterator[Batch]:
+        for step, batch in enumerate(order.batches(0)):
+            chosen = order.samples(0)[size * step : size * (step + 1)]
+            names = [cache.ids[cache.text_image[index]] for _, index in chosen]
+            images = [Image.open(root / "pictures" / name).convert("RGB") for name in names]
+            pixels = torch.stack([torch.from_numpy(encoder.preprocess(image)) for image in images])
+            yield replace(batch, features=encoder.encode(pixels))
+
+    spent = []
+    for batches in (order.batches(0), encoded()):
+        start = time.perf_counter()
+        trained(experiment, language, batches, order.steps(0))
+        spent.append(time.perf_counter() - start)
+    return extracting + EPOCHS * spent[0], EPOCHS * spent[1]
+
+
+def main(small: bool) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        prepare(root, small)
+        extract(load(root / "bench.toml"), only=(), overwrite=False)
+        results: dict[str, Any] = {name: in_processes(name, root, small) for name in (*PIXELS, *OURS)}
+        rate, bare, seconds = extraction(root, small)
+        cached, encoding = epochs(root, seconds)
+    usual = results[PIXELS[0]]
+    print(f"\n{torch.get_num_threads()} threads, batches of 8")
+    print(f"{'':24}{'CPU s a step':>14}{'faster':>9}{'memory, MB':>12}{'of it':>8}{'first loss':>12}")
+    for name, result in results.items():
+        faster, share = usual["seconds"] / result["seconds"], result["memory"] / usual["memory"]
+        print(f"{name:24}{result['seconds']:14.2f}{faster:8.1f}x{result['memory'] / 1e6:12,.0f}", end="")
+        print(f"{share:8.2f}{result['loss']:12.5f}")
+    print(f"extraction: {rate:.1f} images/s, {rate / bare:.2f} of the bare encoder's {bare:.1f} images/s")
+    print(
+        f"{EPOCHS} epochs: {cached:.1f} s with extraction and cache, {encoding:.1f} s encoding every time: ",
+        end="",
+    )
+    print(f"{encoding / cached:.2f}x")
+    ours = results["cache"]
+    off = abs(ours["loss"] - usual["loss"])
+    gates = {
+        "a step is 2.5 times faster than on pixels": usual["seconds"] >= 2.5 * ours["seconds"],
+        "a step takes 0.3 of the memory": ours["memory"] <= 0.3 * usual["memory"],
+        f"the first loss is the same (off by {off:.1e}, features in bfloat16)": off <= 1e-3,
+        "extraction reaches 0.9 of the bare encoder": rate >= 0.9 * bare,
+    }
+    if small:
+        return 0
+    for gate, passed in gates.items():
+        print(f"{'passed' if passed else 'MISSED'}: {gate}")
+    return 0 if all(gates.values()) else 1
+
+
+if __name__ == "__main__":
+    if "--method" in sys.argv:
+        at = sys.argv.index("--method")
+        measure(sys.argv[at + 1], Path(sys.argv[at + 2]), "--small" in sys.argv)
+    else:
+        sys.exit(main("--small" in sys.argv))
