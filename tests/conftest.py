@@ -15,11 +15,14 @@ import torch
 from PIL import Image
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Tests run side by side, and so do the processes that they start.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure() -> None:
+    """Tests run side by side, and so do the processes that they start: one thread each."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def picture(seed: int, size: tuple[int, int] = (70, 52), form: str = "png") -> bytes:
