@@ -143,6 +143,7 @@ def extract_silo(
                     "probe": _probe(encoder, options.dtype),
                     "skipped": [[item.place, item.reason] for item in skipped],
                     "made_by": provenance(device),
+                    **({"licence": options.licence} if options.licence else {}),
                 },
             )
     state = f"resumed at shard {resumed}" if resumed else "extracted"

@@ -42,7 +42,8 @@ class Extract(Options):
     """Stage one.
 
     `dtype` is what is stored, `compute_dtype` what the encoder computes in; `auto` is bfloat16 on
-    CUDA and float32 on the CPU. `int8` halves a cache; its manifest says what that costs.
+    CUDA and float32 on the CPU. `int8` halves a cache; its manifest says what that costs. `licence`
+    stands in the manifests, for those who receive the caches.
     """
 
     encoder: Component
@@ -52,6 +53,7 @@ class Extract(Options):
     shard_images: int = Field(256, ge=1)
     batch_size: int = Field(64, ge=1)
     workers: int = Field(4, ge=1)
+    licence: str | None = None
 
 
 class Language(Options):

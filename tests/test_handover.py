@@ -262,6 +262,26 @@ def test_what_cannot_be_merged(tmp_path: Path, path: Path) -> None:
     assert not (tmp_path / "n.zarr").exists()
 
 
+def test_licences_travel_with_the_features(extracted: Path, tmp_path: Path) -> None:
+    made = {}
+    for name, licence in (("clinic", "CC BY 4.0"), ("lab", "research only")):
+        changes = [f"features={tmp_path}", f"extract.licence={licence}"]
+        options = [part for change in changes for part in ("--set", change)]
+        result = CliRunner().invoke(main, ["extract", str(extracted), "--silo", name, *options])
+        assert result.exit_code == 0, result.output
+        made[name] = FeatureCache(tmp_path / f"{name}.zarr")
+        assert made[name].manifest["licence"] == licence
+    assert (
+        "licence: CC BY 4.0"
+        in CliRunner().invoke(main, ["cache", "inspect", str(made["clinic"].path)]).output
+    )
+    part = subset(made["lab"], tmp_path / "part.zarr", number=3)
+    assert part.manifest["licence"] == "research only"
+    both = merge({"part": part, "clinic": made["clinic"]}, tmp_path / "both.zarr", prefix=True)
+    assert both.manifest["licence"] == "CC BY 4.0; research only"
+    assert verify(both.path) == []
+
+
 def test_new_texts_leave_features_alone(tmp_path: Path, path: Path) -> None:
     shards = {file: file.stat().st_ino for file in (path / "features/patch/c").rglob("*") if file.is_file()}
     before, old = digest(path / "features"), FeatureCache(path)

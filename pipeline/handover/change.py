@@ -181,6 +181,9 @@ def _write(
                 writer.write(shard, _features(part), [row for _, _, row in part])
             task.advance(len(part))
         taken = {name: manifest[name] for name in _TAKEN_OVER if name in manifest}
+        licences = sorted({each.manifest.get("licence", "") for each, _, _ in members} - {""})
+        if licences:
+            taken["licence"] = "; ".join(licences)
         return writer.commit({"silo": out.stem, "skipped": [], **taken})
 
 

@@ -86,6 +86,8 @@ def inspect(path: Path, sample: int, texts: int, as_json: bool) -> None:
         say(_plain(f"{name}: {_readable(seen[name])}"))
     say(f"cache key: {seen['key']}")
     say(f"manifest's SHA-256: {seen['manifest_sha256']}")
+    if seen["licence"]:
+        say(_plain(f"licence: {seen['licence']}"))
     if seen["int8"]:
         say(f"int8: {_readable(seen['int8'])}")
     for group, value in seen["made_from"].items():

@@ -89,6 +89,7 @@ def inspection(path: Path, *, sample: int, texts: int) -> dict[str, Any]:
         "int8": manifest.get("int8"),
         "made_from": {"key": manifest["key"], "source": manifest["source"]},
         "made_by": manifest.get("made_by"),
+        "licence": manifest.get("licence"),
         "sample_texts": [
             {
                 "image": cache.ids[cache.text_image[index]],
@@ -127,7 +128,7 @@ def difference(first: Path, second: Path) -> dict[str, list[str]]:
     """In what two caches differ: how they were made, what they hold, where from, which files."""
     one, two = FeatureCache(first), FeatureCache(second)
     held = ("images", "texts", "patches", "d_vision", "shard_images", "dtype", "failures", "skipped", "probe")
-    other = ("made_by", "silo", "int8", "texts_left_out", "texts_from")
+    other = ("made_by", "licence", "silo", "int8", "texts_left_out", "texts_from")
 
     def of(names: Sequence[str]) -> list[str]:
         return differences(
