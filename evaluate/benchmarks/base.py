@@ -66,6 +66,7 @@ class Metric:
 
 Answer = str | list[float]
 Answers = Mapping[str, Answer]
+Asks = Literal["caption", "question"]
 Mode = Literal["generate", "rank", "likelihood", "retrieve"]
 
 
@@ -81,7 +82,7 @@ class Benchmark(Options, ABC):
     """
 
     version: ClassVar[int]
-    asks: ClassVar[Literal["caption", "question"]] = "question"
+    asks: ClassVar[Asks] = "question"
     headlines: ClassVar[tuple[str, ...]]
 
     silo: str | None = None
