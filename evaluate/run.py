@@ -112,6 +112,11 @@ def key_of(experiment: Experiment, work: Work, manifest: dict[str, Any], project
     }
 
 
+def keys_of(experiment: Experiment, work: Work, manifest: dict[str, Any]) -> list[str]:
+    """Fingerprints of the keys of all projectors that a run is judged by."""
+    return [fingerprint(key_of(experiment, work, manifest, name)) for name in judged(manifest)]
+
+
 def _asked(item: Item, benchmark: Benchmark) -> list[Any]:
     """Everything about an item that decides its answer."""
     asked = [item.id, item.image, item.text.encode().decode()]

@@ -288,6 +288,18 @@ def strings(entry: Any, name: str, place: str) -> list[str]:
     return values
 
 
+def file_name(pattern: str, image_id: Any) -> str:
+    """The name of an image's file from its id.
+
+    Raises:
+        UserError: The pattern does not fit the id.
+    """
+    try:
+        return pattern.format(image_id=image_id)
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"image_name = {pattern!r} does not fit image id {image_id!r}: {error}") from None
+
+
 def mean(sums: np.ndarray) -> np.ndarray:
     """Mean from sums of (total, number)."""
     return ratio(sums[..., 0], sums[..., 1])
