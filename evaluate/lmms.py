@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,7 @@ class CachedRun(lmms):  # type: ignore[misc]
         names = judged(manifest)
         name = projector or (names[0] if len(names) == 1 else "")
         if name not in manifest["projectors"]:
-            hint = did_you_mean(name, manifest["projectors"])
-            raise UserError(f"model_args: projector={name}: none of the run's{hint}")
+            raise UserError(f"model_args: projector={name}{did_you_mean(name, names)}")
         cache = open_cache(experiment, silo)
         require_encoding(experiment, cache, manifest)
         reader = load_reader(experiment, name, cache)
@@ -63,7 +61,7 @@ class CachedRun(lmms):  # type: ignore[misc]
         self._pictures = Lookup(cache, image_name)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Greedy answers, cut at the task's stop strings; a prompt that does not fit has an empty one.
+        """Greedy answers, cut at the task's stop strings; a prompt that does not fit gets an empty one.
 
         Raises:
             UserError: A picture is not in the cache, or a task wants anything but greedy decoding.
@@ -79,9 +77,9 @@ class CachedRun(lmms):  # type: ignore[misc]
             item = Item(str(place), image, Text((Turn("user", context),)))
             by_length[options.get("max_new_tokens") or _LENGTH].append(item)
         said = [""] * len(requests)
-        ask = partial(answers, self._reader, rows=self._pictures.rows, asks="question", mode="generate")
+        reader, rows = self._reader, self._pictures.rows
         for length, items in by_length.items():
-            for batch in ask(items, length=length):
+            for batch in answers(reader, items, rows, asks="question", mode="generate", length=length):
                 for item, answer in batch:
                     if isinstance(answer, Failure):
                         say(f"not answered: {item.text.turns[0].content[:60]!r}: {answer.reason}")
@@ -89,13 +87,11 @@ class CachedRun(lmms):  # type: ignore[misc]
                         said[int(item.id)] = _cut(str(answer), requests[int(item.id)].args[1].get("until"))
         return said
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Not offered."""
-        raise UserError("tasks by likelihood are not offered; set 'rank = true' of a benchmark instead")
+    def loglikelihood(self, requests: Sequence[Instance]) -> Any:
+        """Not offered, and neither are several rounds."""
+        raise UserError("only tasks of one generated answer; for likelihoods a benchmark has 'rank = true'")
 
-    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not offered."""
-        raise UserError("tasks of several rounds are not offered")
+    generate_until_multi_round = loglikelihood
 
 
 def _cut(answer: str, until: str | list[str] | None) -> str:
@@ -104,7 +100,7 @@ def _cut(answer: str, until: str | list[str] | None) -> str:
     return answer.strip()
 
 
-def manifest() -> Any:
+def plugin() -> Any:
     """How lmms-eval gets to know the model: its entry point `lmms_eval.models`."""
     from lmms_eval.models.registry_v2 import ModelManifest  # which calls this when it is imported
 

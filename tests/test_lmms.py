@@ -155,7 +155,7 @@ def test_what_it_cannot_do_is_refused(run: Path, documents: list[dict[str, Any]]
         ({}, {"projector": "projektor.safetensors"}, "did you mean 'projector.safetensors'"),
         ({}, {"image_name": "{source}.jpg"}, "task tiny, document 0: no features of '500.jpg' in"),
     ):
-        with pytest.raises(UserError, match="^.*" + message):
+        with pytest.raises(UserError, match=message):
             ask(run, documents, options, **model)
 
 
