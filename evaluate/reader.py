@@ -7,18 +7,22 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evaluate.benchmarks.base import Answer, Benchmark, Item
+from evaluate.benchmarks.base import Answer, Asks, Benchmark, Item, Mode
 from evaluate.benchmarks.retrieval import ranks_of
 from pipeline.cache import FeatureCache
+from pipeline.config import Experiment
+from pipeline.device import pick_device
 from pipeline.errors import UserError
-from pipeline.language import FrozenLanguageModel
+from pipeline.identity import language_options
+from pipeline.language import FrozenLanguageModel, load_language
 from pipeline.manifest import canonical
+from pipeline.projector import load_projector
 from pipeline.projectors.base import Projector
 from pipeline.prompts import Tokens, stop_string, tokenise_all
 from pipeline.records import Text, Turn
@@ -57,6 +61,28 @@ class Reader:
         return self.projector(self.cache.tensor(rows).float().to(self.language.device))
 
 
+def load_reader(experiment: Experiment, name: str, cache: FeatureCache) -> Reader:
+    """The frozen LLM behind a projector of a run, by the projector's file within it."""
+    options, device = experiment.language, pick_device(experiment.device)
+    projector, _ = load_projector(experiment.run_path / name)
+    return Reader(
+        load_language(options.path, **language_options(experiment)),
+        projector.to(device).eval(),
+        cache,
+        options.template,
+        options.question_template,
+        options.max_length,
+        experiment.evaluate.batch_size,
+    )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an item has no answer."""
+
+    reason: str
+
+
 def answer(
     benchmark: Benchmark,
     items: Sequence[Item],
@@ -77,38 +103,60 @@ def answer(
         path: File to append to.
         advance: Called with the number of answers after every batch.
     """
-    template = reader.template if benchmark.asks == "caption" else reader.question_template
+    asks, mode, length = benchmark.asks, benchmark.mode, benchmark.max_new_tokens
     with path.open("ab") as file:
-
-        def save(done: Sequence[Item], what: str, values: Sequence[Any]) -> None:
-            for item, value in zip(done, values, strict=True):
-                line = {"id": item.id, "image": item.image, what: value}
-                if isinstance(value, list) and not all(map(math.isfinite, value)):
-                    line = {"id": item.id, "image": item.image, "failed": "its likelihood is not finite"}
-                file.write(canonical(line) + b"\n")
+        for batch in answers(reader, items, rows, asks=asks, mode=mode, length=length):
+            for item, said in batch:
+                told = {"failed": said.reason} if isinstance(said, Failure) else {"answer": said}
+                file.write(canonical({"id": item.id, "image": item.image, **told}) + b"\n")
             file.flush()
-            advance(len(done))
+            advance(len(batch))
 
-        if benchmark.mode == "retrieve":
-            save(items, "answer", _ranks(reader, items, rows))
-            return
-        fitting, failed = _fitting(reader, items, template)
-        save(list(failed), "failed", list(failed.values()))
-        for batch in _batches(_ordered(fitting), reader.batch_size):
-            asked = [tokens for tokens, _ in batch]
-            done = [item for _, item in batch]
-            images = list(dict.fromkeys(item.image for item in done))
-            owners = [images.index(item.image) for item in done]
-            projected = reader.project([rows[image] for image in images])
-            answers: Sequence[Answer]
-            if benchmark.mode == "likelihood":
-                answers = _likelihoods(reader.language, asked, projected[owners])
-            elif benchmark.mode == "rank":
-                answers = list(_ranked(reader, done, projected[owners], template))
-            else:
-                length, stop = benchmark.max_new_tokens, stop_string(template)
-                answers = reader.language.generate(asked, projected, owners, max_new_tokens=length, stop=stop)
-            save(done, "answer", answers)
+
+def answers(
+    reader: Reader,
+    items: Sequence[Item],
+    rows: dict[str, int],
+    *,
+    asks: Asks,
+    mode: Mode,
+    length: int,
+) -> Iterator[list[tuple[Item, Answer | Failure]]]:
+    """Answers batch by batch, in the order that is fastest; those that cannot be given come first.
+
+    Args:
+        reader: The model.
+        items: What to answer.
+        rows: Cache row of every image.
+        asks: Selects the template.
+        mode: How answers come about.
+        length: Tokens a generated answer may have.
+    """
+    if mode == "retrieve":
+        yield list(zip(items, _ranks(reader, items, rows), strict=True))
+        return
+    template = reader.template if asks == "caption" else reader.question_template
+    fitting, failed = _fitting(reader, items, template)
+    yield [(item, Failure(reason)) for item, reason in failed.items()]
+    for batch in _batches(_ordered(fitting), reader.batch_size):
+        asked = [tokens for tokens, _ in batch]
+        done = [item for _, item in batch]
+        images = list(dict.fromkeys(item.image for item in done))
+        owners = [images.index(item.image) for item in done]
+        projected = reader.project([rows[image] for image in images])
+        if mode == "likelihood":
+            measured = _likelihoods(reader.language, asked, projected[owners])
+            yield [(item, _finite(each)) for item, each in zip(done, measured, strict=True)]
+        elif mode == "rank":
+            yield list(zip(done, _ranked(reader, done, projected[owners], template), strict=True))
+        else:
+            stop = stop_string(template)
+            said = reader.language.generate(asked, projected, owners, max_new_tokens=length, stop=stop)
+            yield list(zip(done, said, strict=True))
+
+
+def _finite(likelihood: list[float]) -> Answer | Failure:
+    return likelihood if all(map(math.isfinite, likelihood)) else Failure("its likelihood is not finite")
 
 
 def _ordered(fitting: Sequence[tuple[Tokens, Item]]) -> list[tuple[Tokens, Item]]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from evaluate.benchmarks.base import LETTER, SHORT_ANSWER, Item
 from evaluate.page import RunResult, Said, Sample, page
-from evaluate.run import answered, benchmarks_of, prepare, read_manifest, saved_answers
+from evaluate.run import Work, answered, benchmarks_of, keys_of, prepare, read_manifest, saved_answers
 from pipeline.config import Experiment
 from pipeline.console import say, table
 from pipeline.errors import UserError
@@ -36,7 +36,11 @@ def write_report(experiments: Sequence[Experiment]) -> Path:
     names = {experiment.experiment for experiment in experiments}
     if len(names) > 1:
         raise UserError(f"one report is about one experiment, these are {', '.join(sorted(names))}")
-    results = [_result(experiment) for experiment in experiments]
+    works = [
+        {name: prepare(each, name, benchmark) for name, benchmark in benchmarks_of(each).items()}
+        for each in experiments
+    ]
+    results = [_result(*run) for run in zip(experiments, works, strict=True)]
     experiment = experiments[0]
     out = experiment.report_path
     write_json(
@@ -49,7 +53,7 @@ def write_report(experiments: Sequence[Experiment]) -> Path:
         },
     )
     write_atomic(out / "report.md", _markdown(experiment.experiment, results).encode())
-    content = page(experiment.experiment, results, columns_of(results), _samples(experiments))
+    content = page(experiment.experiment, results, columns_of(results), _samples(experiments, works))
     write_atomic(out / "report.html", content.encode())
     heads, rows = _summary(results, between="\n")
     table(f"{experiment.experiment}: value and 95 % bootstrap interval over images", heads, rows)
@@ -57,13 +61,18 @@ def write_report(experiments: Sequence[Experiment]) -> Path:
     return out
 
 
-def _result(experiment: Experiment) -> RunResult:
+def _result(experiment: Experiment, works: dict[str, Work]) -> RunResult:
     manifest = read_manifest(experiment)
     scores, headlines, notes = {}, [], {}
-    for name in benchmarks_of(experiment):
+    for name, work in works.items():
         content = read_json(experiment.scores_path / f"{name}.json")
         if content is None:
             raise UserError(f"run '{experiment.run}' has no scores of '{name}'; run 'fedcmp evaluate' first")
+        if content["answers"] != keys_of(experiment, work, manifest):
+            raise UserError(
+                f"run '{experiment.run}' has scores of '{name}' from before it, its LLM or the questions "
+                "changed; run 'fedcmp evaluate' again"
+            )
         scores[name] = content["metrics"]
         headlines += [(name, metric) for metric in content["headlines"]]
         notes[name] = _note(content["settings"], content["counts"])
@@ -118,18 +127,16 @@ def _markdown(experiment: str, results: Sequence[RunResult]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _samples(experiments: Sequence[Experiment]) -> list[Sample]:
+def _samples(experiments: Sequence[Experiment], works: Sequence[dict[str, Work]]) -> list[Sample]:
     """Questions of every benchmark that is answered in words, with every run's answer."""
     samples, folders, pictures = [], set(), 0
-    for name, benchmark in benchmarks_of(experiments[0]).items():
+    for name, first in works[0].items():
+        benchmark = first.benchmark
         if benchmark.mode not in ("generate", "rank"):
             continue
-        works = [prepare(each, name, benchmarks_of(each)[name]) for each in experiments]
-        saved = [
-            saved_answers(each, work, read_manifest(each))[0][1]
-            for each, work in zip(experiments, works, strict=True)
-        ]
-        items = answered(works[0], saved)
+        asked = [(run, its[name]) for run, its in zip(experiments, works, strict=True) if name in its]
+        saved = [saved_answers(run, work, read_manifest(run))[0][1] for run, work in asked]
+        items = answered(first, saved)
         points = [benchmark.points(items, each.answers) for each in saved]
         folder = benchmark.images or experiments[0].evaluate.images
         folders.add(folder)
@@ -139,7 +146,7 @@ def _samples(experiments: Sequence[Experiment]) -> list[Sample]:
             pictures += picture is not None
             said = [
                 Said(run.run, str(each.answers[item.id]), None if worth is None else worth[place] >= 0.5)
-                for run, each, worth in zip(experiments, saved, points, strict=True)
+                for (run, _), each, worth in zip(asked, saved, points, strict=True)
             ]
             samples.append(
                 Sample(name, item.image, picture, _asked(item), benchmark.show_reference(item), said)
@@ -183,5 +190,5 @@ def _thumbnail(path: Path) -> bytes | None:
         buffer = io.BytesIO()
         small.save(buffer, "jpeg", quality=80)
         return buffer.getvalue()
-    except OSError:
+    except Exception:  # Pillow's decoders raise nearly anything on damaged files
         return None

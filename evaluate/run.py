@@ -15,9 +15,8 @@ from evaluate.compare import interval, pooled
 from pipeline.cache import FeatureCache, differences, open_cache
 from pipeline.config import Experiment
 from pipeline.console import progress, say, table
-from pipeline.device import pick_device
 from pipeline.errors import UserError, did_you_mean
-from pipeline.identity import language_identity, language_options, run_identity
+from pipeline.identity import language_identity, run_identity
 from pipeline.manifest import fingerprint, locked, read_json, write_atomic, write_json
 
 FORMAT = {"name": "fedcmp-scores", "version": 2}
@@ -113,6 +112,11 @@ def key_of(experiment: Experiment, work: Work, manifest: dict[str, Any], project
     }
 
 
+def keys_of(experiment: Experiment, work: Work, manifest: dict[str, Any]) -> list[str]:
+    """Fingerprints of the keys of all projectors that a run is judged by."""
+    return [fingerprint(key_of(experiment, work, manifest, name)) for name in judged(manifest)]
+
+
 def _asked(item: Item, benchmark: Benchmark) -> list[Any]:
     """Everything about an item that decides its answer."""
     asked = [item.id, item.image, item.text.encode().decode()]
@@ -147,6 +151,19 @@ def read_manifest(experiment: Experiment) -> dict[str, Any]:
     return manifest
 
 
+def require_encoding(experiment: Experiment, cache: FeatureCache, manifest: dict[str, Any]) -> None:
+    """A run sees only features such as those it was trained on.
+
+    Raises:
+        UserError: The cache's are others.
+    """
+    if cache.cache_key != manifest["cache_key"]:
+        raise UserError(
+            f"{cache.path}: encoded in another way than the silos of {experiment.run_path}; "
+            "extract it with the run's configuration"
+        )
+
+
 def evaluate_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> None:
     """Answer what is not yet answered, score, and print the scores, run by run."""
     for experiment in experiments:
@@ -158,11 +175,7 @@ def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> None:
     manifest = read_manifest(experiment)
     works = [prepare(experiment, name, b) for name, b in benchmarks_of(experiment, only).items()]
     for work in works:
-        if work.cache.cache_key != manifest["cache_key"]:
-            raise UserError(
-                f"{work.cache.path}: encoded in another way than the silos of {experiment.run_path}; "
-                "extract it with the run's configuration"
-            )
+        require_encoding(experiment, work.cache, manifest)
     pending = []
     for work in works:
         for projector in judged(manifest):
@@ -184,26 +197,12 @@ def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> None:
 
 
 def _answer(experiment: Experiment, pending: list[tuple[Work, str, list[Item], Path]]) -> None:
-    from evaluate.reader import Reader, answer
-    from pipeline.language import load_language
-    from pipeline.projector import load_projector
+    from evaluate.reader import answer, load_reader
 
-    options = experiment.language
-    device = pick_device(experiment.device)
-    language = load_language(options.path, **language_options(experiment))
     total = sum(len(left) for _, _, left, _ in pending)
     with progress(f"{experiment.run}: answers", total, "answers") as task:
         for work, name, left, path in pending:
-            projector, _ = load_projector(experiment.run_path / name)
-            reader = Reader(
-                language,
-                projector.to(device).eval(),
-                work.cache,
-                options.template,
-                options.question_template,
-                options.max_length,
-                experiment.evaluate.batch_size,
-            )
+            reader = load_reader(experiment, name, work.cache)
             answer(work.benchmark, left, work.rows, reader, path, task.advance)
 
 

@@ -223,6 +223,28 @@ def test_other_encodings_are_read_or_refused_by_name(tmp_path: Path, encoding: s
                 benchmark.items(None)
 
 
+@pytest.mark.parametrize("name", ["gqa", "textvqa", "vqav2"])
+def test_names_that_no_id_fits_are_told(name: str, tmp_path: Path) -> None:
+    options = WRITERS[name](tmp_path) | {"image_name": "{number}.jpg"}
+    benchmark = BENCHMARKS.build(Component.model_validate({"name": name, **options}), name)
+    problems = [each.reason for each in benchmark.items(None) if isinstance(each, Problem)]
+    assert problems[0].startswith("image_name = '{number}.jpg' does not fit image id ")
+
+
+def test_an_annotation_without_its_question_stops_no_other(tmp_path: Path) -> None:
+    benchmark = build("vqav2", tmp_path)
+    path = tmp_path / "annotations.json"
+    content = json.loads(path.read_text())
+    del content["annotations"][0]["question_id"]
+    path.write_text(json.dumps(content))
+    first, second, *rest = benchmark.items(None)
+    assert isinstance(first, Problem)
+    assert first.reason.endswith("[0]: no field 'question_id'; is this the official file?")
+    assert isinstance(second, Problem)
+    assert second.reason.endswith("no annotation for question_id 0")
+    assert all(isinstance(each, Item) for each in rest)
+
+
 def test_an_open_quote_in_a_table_is_no_short_table(tmp_path: Path) -> None:
     benchmark = build("mmbench", tmp_path)
     path = tmp_path / "mmbench_dev.tsv"

@@ -4,10 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from evaluate.answers import begin_answers, read_answers
+from evaluate.report import _thumbnail
 from pipeline.cli import main
 from pipeline.config import load
 
@@ -283,6 +286,44 @@ def test_the_report_is_whole_and_self_contained(evaluated: Path, tmp_path: Path)
     assert (
         f"{score['value']:.3f} ({score['low']:.3f}-{score['high']:.3f})" in (folder / "report.md").read_text()
     )
+
+
+def test_stale_scores_are_not_reported(evaluated: Path, tmp_path: Path) -> None:
+    config = tmp_path / "lonely.toml"
+    loss = '[evaluate.benchmarks.loss]\nname = "heldout_loss"\n'
+    config.write_text(evaluated.read_text().split("[evaluate.benchmarks]")[0] + loss)
+    for seed in ("seed=1", "seed=2"):
+        assert call("federate", config, seed).exit_code == 0
+        if seed == "seed=1":
+            assert call("evaluate", config, seed).exit_code == 0
+            assert call("report", config, seed).exit_code == 0
+    result = call("report", config, "seed=2")
+    assert result.exit_code == 2
+    assert "has scores of 'loss' from before it, its LLM or the questions changed" in result.output
+
+
+def test_runs_of_other_benchmarks_are_reported_together(evaluated: Path, tmp_path: Path) -> None:
+    config = tmp_path / "fewer.toml"
+    pope = f'pope = {{ name = "pope", questions = {{ random = "{evaluated.parent}/pope.json" }} }}\n'
+    config.write_text(
+        evaluated.read_text().split("[evaluate.benchmarks]")[0] + f"[evaluate.benchmarks]\n{pope}"
+    )
+    for command in ("federate", "evaluate"):
+        assert call(command, config).exit_code == 0
+    judged = tmp_path / "judged.toml"
+    judged.write_text(f'extends = "{evaluated}"\nseed = 6\n')
+    result = CliRunner().invoke(main, ["report", str(judged), str(config)])
+    assert result.exit_code == 0, result.output
+
+
+def test_damaged_pictures_are_not_shown(tmp_path: Path) -> None:
+    file = tmp_path / "x.png"
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file)
+    assert _thumbnail(file) is not None
+    data = file.read_bytes()
+    file.write_bytes(data[:33] + b"\xff" * 8 + data[41:])
+    assert _thumbnail(file) is None
 
 
 def test_a_report_is_about_one_experiment(evaluated: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def test_data_flows_one_way(file: Path) -> None:
         ("open_clip", ["extract/encoders/"]),
         ("fsspec", ["pipeline/store.py"]),
         ("h5py", ["extract/sources/hdf5.py", "pipeline/handover/hdf5.py"]),
+        ("lmms_eval", ["evaluate/lmms.py"]),
         ("flwr", ["federate/engines/flower.py"]),
         ("cryptography", ["federate/secure/masks.py", "pipeline/handover/signature.py"]),
         ("opacus", ["federate/privacy.py"]),

@@ -66,6 +66,7 @@ class Metric:
 
 Answer = str | list[float]
 Answers = Mapping[str, Answer]
+Asks = Literal["caption", "question"]
 Mode = Literal["generate", "rank", "likelihood", "retrieve"]
 
 
@@ -81,7 +82,7 @@ class Benchmark(Options, ABC):
     """
 
     version: ClassVar[int]
-    asks: ClassVar[Literal["caption", "question"]] = "question"
+    asks: ClassVar[Asks] = "question"
     headlines: ClassVar[tuple[str, ...]]
 
     silo: str | None = None
@@ -285,6 +286,18 @@ def strings(entry: Any, name: str, place: str) -> list[str]:
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
         raise UserError(f"{place}: '{name}' is no list of texts")
     return values
+
+
+def file_name(pattern: str, image_id: Any) -> str:
+    """The name of an image's file from its id.
+
+    Raises:
+        UserError: The pattern does not fit the id.
+    """
+    try:
+        return pattern.format(image_id=image_id)
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"image_name = {pattern!r} does not fit image id {image_id!r}: {error}") from None
 
 
 def mean(sums: np.ndarray) -> np.ndarray:

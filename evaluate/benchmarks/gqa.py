@@ -18,6 +18,7 @@ from evaluate.benchmarks.base import (
     averaged,
     collect,
     field,
+    file_name,
     read_json_file,
     string,
 )
@@ -55,7 +56,7 @@ class Gqa(Benchmark):
                 "answer": string(entry, "answer", place),
                 "type": field(entry, "types", place)["structural"],
             }
-            image = self.image_name.format(image_id=field(entry, "imageId", place))
+            image = file_name(self.image_name, field(entry, "imageId", place))
             text = question(string(entry, "question", place) + SHORT_ANSWER)
             return Item(place.removeprefix(f"{self.questions}: "), image, text, json.dumps(truth))
 

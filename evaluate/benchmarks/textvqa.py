@@ -20,6 +20,7 @@ from evaluate.benchmarks.base import (
     collect,
     entries,
     field,
+    file_name,
     json_lines,
     string,
     strings,
@@ -87,7 +88,7 @@ class TextVqa(Benchmark):
                 prompt = asked + ocr + SHORT_ANSWER
             return Item(
                 str(field(entry, "question_id", place)),
-                self.image_name.format(image_id=image),
+                file_name(self.image_name, image),
                 question(prompt),
                 json.dumps(strings(entry, "answers", place)),
             )

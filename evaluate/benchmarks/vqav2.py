@@ -21,6 +21,7 @@ from evaluate.benchmarks.base import (
     collect,
     entries,
     field,
+    file_name,
     string,
     to_json,
 )
@@ -64,16 +65,13 @@ class VqaV2(Benchmark):
                 if isinstance(truth, Problem):
                     problems.append(truth)
                 else:
-                    truths[str(field(entry, "question_id", place))] = truth
+                    truths[truth[0]] = truth[1]
 
         def make(entry: Any, place: str) -> Item:
             number = str(field(entry, "question_id", place))
             if self.annotations is not None and number not in truths:
                 raise UserError(f"{self.annotations}: no annotation for question_id {number}")
-            try:
-                image = self.image_name.format(image_id=field(entry, "image_id", place))
-            except (ValueError, KeyError, IndexError) as error:
-                raise UserError(f"image_name = {self.image_name!r} does not fit the ids: {error}") from None
+            image = file_name(self.image_name, field(entry, "image_id", place))
             text = question(string(entry, "question", place) + SHORT_ANSWER)
             return Item(number, image, text, json.dumps(truths.get(number)))
 
@@ -121,10 +119,10 @@ class VqaV2(Benchmark):
         return str(max(truth["answers"], key=truth["answers"].count))
 
 
-def _truth(entry: Any, place: str) -> dict[str, Any]:
-    """What the score needs of an annotation."""
+def _truth(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
+    """The question's id, and what the score needs of an annotation."""
     annotators = field(entry, "answers", place)
-    return {
+    return str(field(entry, "question_id", place)), {
         "answers": [string(each, "answer", place) for each in annotators],
         "numbered": all("answer_id" in each for each in annotators),
         "type": str(entry.get("answer_type", "other")),
