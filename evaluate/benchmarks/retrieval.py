@@ -84,12 +84,18 @@ def ranks_of(scores: np.ndarray, owners: Sequence[int]) -> list[list[float]]:
     Returns:
         For every image the best rank of its captions among all, then its own rank for each of them.
     """
-    by_caption = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
-    by_image = np.argsort(np.argsort(-scores, axis=0, kind="stable"), axis=0)
-    ranks: list[list[float]] = [[] for _ in range(scores.shape[1])]
+    captions: list[list[int]] = [[] for _ in range(scores.shape[1])]
     for caption, image in enumerate(owners):
-        ranks[image].append(float(by_caption[caption, image]))
-    for image, own in enumerate(ranks):
-        captions = [caption for caption, owner in enumerate(owners) if owner == image]
-        own.insert(0, float(by_image[captions, image].min()))
+        captions[image].append(caption)
+    ranks = []
+    for image, own in enumerate(captions):
+        column = np.ascontiguousarray(scores[:, image])
+        best = min(_rank(column, caption) for caption in own)
+        ranks.append([best, *(_rank(scores[caption], image) for caption in own)])
     return ranks
+
+
+def _rank(scores: np.ndarray, place: int) -> float:
+    """How many are better, or as good and earlier."""
+    mine = scores[place]
+    return float((scores > mine).sum() + (scores[:place] == mine).sum())
