@@ -128,6 +128,8 @@ class Site:
         if not self._secure or client not in self._own:
             raise ValueError(f"client '{client}' has no update to add to a secure sum")
         own = self._own[client]
+        if request["step"] == "norm":
+            return {"norm": own.norm()}
         if request["step"] == "agree":
             return dict(own.agreements(request["totals"], request["share"]))
         # Only here, as it needs the extra [privacy].
