@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from federate.batches import Batch
+from federate.communication import Sent
 from federate.strategies.base import Objective, State
 from pipeline.config import Optimizer
 from pipeline.errors import DivergedError
@@ -35,6 +36,7 @@ class Job:
         objective: What it minimises besides its loss.
         wants: What it must send besides its projector.
         optimizer: Moments to go on from, or None.
+        counted: Last round in which its answer counted, or None.
     """
 
     client: str
@@ -45,6 +47,7 @@ class Job:
     objective: Objective = field(default_factory=Objective)
     wants: frozenset[str] = frozenset()
     optimizer: dict[str, Any] | None = None
+    counted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class LocalResult:
     `loss` is the mean negative log-likelihood a supervised token, in nats, over the round;
     `gradient` the mean clipped gradient of the loss along the path and `alignment` each matrix's
     contribution to alignment, where they were asked for; `recalled` says that equal training was
-    done before.
+    done before. `sent` is the compressed update in place of `state`.
     """
 
     client: str
@@ -68,6 +71,7 @@ class LocalResult:
     gradient: State | None = None
     alignment: dict[str, float] | None = None
     recalled: bool = False
+    sent: Sent | None = None
 
 
 def learning_rate(options: Optimizer, step: int, total: int) -> float:

@@ -56,6 +56,11 @@ def plan(experiment: Experiment, strategy: Strategy) -> Plan:
         )
     if strategy.personal and options.clients_per_round:
         raise UserError(f"{where}: silos that train alone take part in every round; remove it")
+    if options.communication is not None and (options.secure or options.clipped is not None):
+        raise UserError(
+            f"federate.communication.payload = '{options.communication.payload}': secure sums are of exact "
+            "numbers, and what privacy takes away must not be sent later; use float32"
+        )
     if options.secure:
         _refuse_insecure(options, made, strategy)
     if options.clipped is not None and (strategy.sees() != "mean" or strategy.pooled or strategy.personal):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from federate import history
@@ -69,6 +70,7 @@ def _train(
     cards: Mapping[str, Card],
     wanted: dict[str, Any],
 ) -> None:
+    from federate.residuals import RESIDUALS
     from federate.server import Progress, Secure, run_rounds
     from pipeline import projector as projectors
 
@@ -118,6 +120,7 @@ def _train(
         },
     )
     checkpoint_path.unlink(missing_ok=True)
+    rmtree(out / RESIDUALS, ignore_errors=True)
 
 
 def _beginning(

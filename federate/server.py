@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from federate import history
+from federate import communication, history
 from federate.client import Job, LocalResult
 from federate.strategies.base import Aggregate, Memory, State, Strategy, Update, check
 from pipeline.config import Privacy
@@ -36,6 +36,7 @@ class Progress:
     personal: dict[str, State] = field(default_factory=dict)
     optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
     noise: dict[str, list[float]] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write a checkpoint atomically."""
@@ -87,7 +88,7 @@ def run_rounds(
     checkpoint: Callable[[Progress], None],
     secure: Secure | None = None,
     privacy: Privacy | None = None,
-    traffic: Callable[[], int] = lambda: 0,
+    traffic: Callable[[], tuple[int, int]] = lambda: (0, 0),
 ) -> Progress:
     """Run what is left of the rounds.
 
@@ -102,7 +103,7 @@ def run_rounds(
         checkpoint: Called after every round.
         secure: How to sum what clients keep to themselves; None where they send their updates.
         privacy: How clients clip and noise their updates, if they do.
-        traffic: Bytes that travelled since it was asked last.
+        traffic: Bytes sent and received since it was asked last.
 
     Returns:
         The progress after the last round.
@@ -122,10 +123,11 @@ def run_rounds(
                 objective=strategy.objective(client, progress.memory),
                 wants=strategy.wants,
                 optimizer=progress.optimizers.get(client),
+                counted=progress.counted.get(client),
             )
             for client in schedule[round_]
         ]
-        results = train(jobs)
+        results = _restored(jobs, train(jobs))
         # A sum in which all count alike is as sensitive as one client's clipped update.
         samples = {result.client: 1 if privacy else result.samples for result in results}
         aggregate = _aggregated(strategy, progress, results, samples, secure)
@@ -134,16 +136,34 @@ def run_rounds(
             multiplier = privacy.noise_multiplier * (len(results) / len(jobs)) ** 0.5
             noise |= {client: [*noise.get(client, []), multiplier] for client in samples}
             rows[-1]["epsilon"] = _told(round_, noise, privacy)
-        rows[-1]["bytes"] = traffic()
+        sent, received = traffic()
+        rows[-1] |= {"bytes": sent + received, "bytes_received": received}
         history.append(history_path, rows)
         personal, optimizers = dict(progress.personal), dict(progress.optimizers)
         if strategy.personal:
             personal |= {result.client: result.state for result in results}
         if carry:
             optimizers |= {r.client: r.optimizer for r in results if r.optimizer is not None}
-        progress = Progress(aggregate.state, round_ + 1, aggregate.memory, personal, optimizers, noise)
+        counted = progress.counted | dict.fromkeys(samples, round_)
+        progress = Progress(
+            aggregate.state, round_ + 1, aggregate.memory, personal, optimizers, noise, counted
+        )
         checkpoint(progress)
     return progress
+
+
+def _restored(jobs: Sequence[Job], results: Sequence[LocalResult]) -> list[LocalResult]:
+    """Results with the projectors that compressed updates stand for."""
+    start = {job.client: job.start for job in jobs}
+    try:
+        return [
+            replace(r, state=communication.received(start[r.client], r.sent, r.client), sent=None)
+            if r.sent is not None
+            else r
+            for r in results
+        ]
+    except ValueError as error:
+        raise DivergedError(f"round {jobs[0].round}: {error}") from None
 
 
 def _told(round_: int, noise: Mapping[str, Sequence[float]], privacy: Privacy) -> float | None:

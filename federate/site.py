@@ -10,15 +10,17 @@ import torch
 
 from federate.batches import Stream
 from federate.client import Job, LocalResult
+from federate.communication import compressed, restored
 from federate.local import LocalEngine
 from federate.memo import Memo
 from federate.plan import Plan
 from federate.poison import poisoned
 from federate.privacy import privatised
+from federate.residuals import RESIDUALS, Residuals
 from federate.secure.contribution import Own
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache
-from pipeline.config import Experiment, Privacy
+from pipeline.config import Communication, Experiment, Privacy
 from pipeline.device import pick_device
 from pipeline.identity import FORMAT, language_identity, language_options
 from pipeline.language import load_language
@@ -79,6 +81,8 @@ class Site:
         }
         self._secure, self._clipped, self._schedule = options.secure, options.clipped, plan.schedule
         self._poison, self._seed = poison, experiment.seed
+        self._communication = options.communication
+        self._residuals = Residuals(experiment.run_path / RESIDUALS)
         self._own: dict[str, Own] = {}
         self._sums: dict[str, int] = {}
         self._parties: dict[str, Party] = {}
@@ -101,6 +105,9 @@ class Site:
             results = [self._poisoned(*pair) for pair in zip(jobs, results, strict=True)]
         if self._clipped is not None:
             results = [self._privatised(*pair, self._clipped) for pair in zip(jobs, results, strict=True)]
+        if self._communication is not None:
+            pairs = zip(jobs, results, strict=True)
+            return [self._compressed(*pair, self._communication) for pair in pairs]
         if not self._secure:
             return results
         for job, result in zip(jobs, results, strict=True):
@@ -119,6 +126,16 @@ class Site:
         clients = len(self._schedule[job.round])
         return replace(result, state=privatised(job.start, result.state, options, clients))
 
+    def _compressed(self, job: Job, result: LocalResult, options: Communication) -> LocalResult:
+        left = self._residuals.after(job.client, job.counted)
+        update = {name: result.state[name] - old for name, old in job.start.items()}
+        update = {name: x + left[name] if left else x for name, x in update.items()}
+        sent = compressed(update, options, f"{self._seed}/{job.client}/{job.round}")
+        there = restored(sent)
+        left = {name: x - there[name] for name, x in update.items()}
+        self._residuals.keep(job.client, job.round, left, job.counted)
+        return replace(result, state={}, sent=sent)
+
     def secure(self, client: str, request: dict[str, Any]) -> dict[str, Any]:
         """Take a step of a secure round for a client.
 
@@ -128,6 +145,8 @@ class Site:
         if not self._secure or client not in self._own:
             raise ValueError(f"client '{client}' has no update to add to a secure sum")
         own = self._own[client]
+        if request["step"] == "norm":
+            return {"norm": own.norm()}
         if request["step"] == "agree":
             return dict(own.agreements(request["totals"], request["share"]))
         # Only here, as it needs the extra [privacy].

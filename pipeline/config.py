@@ -109,6 +109,17 @@ class Privacy(Options):
         return self
 
 
+class Communication(Options):
+    """How a client's update travels.
+
+    `bfloat16` takes half the bytes of `float32`, `int8` a quarter, and `low_rank` what matrices of `rank`
+    need. What is lost on the way is kept by the client and sent with later updates.
+    """
+
+    payload: Literal["float32", "bfloat16", "int8", "low_rank"] = "float32"
+    rank: int = Field(8, ge=1)
+
+
 class Poison(Options):
     """A bad site, for research: what it sends, and how many times the size of its update."""
 
@@ -142,6 +153,7 @@ class Federate(Options):
     strategy: Component = Component(name="fedavg")
     privacy: Privacy | None = None
     poison: dict[Name, Poison] | None = None
+    communication: Communication | None = None
 
     @property
     def secure(self) -> bool:
@@ -152,6 +164,11 @@ class Federate(Options):
     def clipped(self) -> Privacy | None:
         """How updates are clipped and noised, if they are."""
         return self.privacy if self.privacy is not None and self.privacy.clip is not None else None
+
+    @field_validator("communication")
+    @classmethod
+    def _default_is_none(cls, value: Communication | None) -> Communication | None:
+        return None if value is None or value.payload == "float32" else value
 
     @model_validator(mode="after")
     def _poisoned_are_silos(self) -> Federate:

@@ -22,10 +22,12 @@ from federate.strategies.canonical import (
     polar,
     randomised_basis,
 )
+from federate.strategies.clipping import factors, norm, usual
 from federate.strategies.fedavg import FedAvg
 from federate.strategies.fedcmp import FedCmp
 
 PLAIN = {
+    "clip": 0.0,
     "reliability": "none",
     "equalise": 0.0,
     "basis_momentum": 0.0,
@@ -34,6 +36,8 @@ PLAIN = {
 }
 SWITCHES: list[dict] = [
     {},
+    {"clip": 0.0},
+    {"clip": 1.0, "reliability": "direction", "warmup": 0, "space": "weights"},
     {"warmup": 0},
     {"reliability": "none"},
     {"reliability": "direction", "warmup": 0},
@@ -476,3 +480,84 @@ def test_a_direction_in_which_one_client_errs_costs_it_only_that_direction() -> 
     step = FedCmp(**off).aggregate({"w": torch.zeros(2, 2)}, updates, {}).state["w"]
     north = (3 * 2.0 - 0.02 * 2.0) / 3.02
     torch.testing.assert_close(step, torch.tensor([[4.0, 0.0], [0.0, north]]), rtol=1e-5, atol=1e-6)
+
+
+def stretched(updates: list[Update], state: State, client: str, factor: float) -> list[Update]:
+    return [
+        replace(u, state={n: old + factor * (u.state[n] - old) for n, old in state.items()})
+        if u.client == client
+        else u
+        for u in updates
+    ]
+
+
+def test_updates_of_the_usual_length_are_not_touched() -> None:
+    """They leave the bytes as they are; one beyond the limit gets its usual length."""
+    state, updates = tall(0), of_round(0)
+    norms = {update.client: norm(state, update.state) for update in updates}
+    expected = usual(norms, {update.client: update.samples for update in updates})
+    ratios = {client: norms[client] / expected[client] for client in norms}
+    longest = max(ratios, key=ratios.__getitem__)
+    free = FedCmp(clip=0.0).aggregate(state, updates, {})
+    wide = FedCmp(clip=1.01 * ratios[longest]).aggregate(state, updates, {})
+    assert all(torch.equal(free.state[name], wide.state[name]) for name in TALL)
+    assert set(wide.figures["clip"].values()) == {1.0}
+    assert "clip" not in free.figures
+    near = FedCmp(clip=0.99 * ratios[longest]).aggregate(state, updates, {}).figures["clip"]
+    assert near == pytest.approx(dict.fromkeys(near, 1.0) | {longest: 1 / ratios[longest]})
+
+
+def test_the_usual_length_by_hand() -> None:
+    """Ten times the data makes √10 times the length; less data never makes equal updates too long."""
+    norms = {"a": 1.0, "b": 1.0, "c": 2.0, "d": 9.0}
+    assert usual(norms, {"a": 1, "b": 1, "c": 4, "d": 9}) == {"a": 1.5, "b": 1.5, "c": 2.0, "d": 3.0}
+    assert factors(norms, {"a": 1.5, "b": 1.5, "c": 2.0, "d": 3.0}, 2.5)["d"] == pytest.approx(1 / 3)
+    same = dict.fromkeys("abcde", 7.0)
+    samples = dict(zip("abcde", (1, 10, 100, 1000, 10000), strict=True))
+    assert set(factors(same, usual(same, samples), 1.0).values()) == {1.0}
+    walk = {client: n**0.5 for client, n in samples.items()}
+    assert set(factors(walk, usual(walk, samples), 1 + 1e-9).values()) == {1.0}
+
+
+def test_a_long_update_counts_as_one_of_the_usual_length() -> None:
+    ends = []
+    for factor in (20.0, 1e6):
+        result = Aggregate(tall(0), {})
+        for round_ in range(3):
+            updates = stretched(of_round(round_), result.state, "c1", factor)
+            result = FedCmp().aggregate(result.state, updates, result.memory)
+        ends.append(result.state)
+    assert_same(*ends, 1e-3)
+
+
+def test_a_poisoned_round_by_hand() -> None:
+    """Norms 1, 1, 1 and 9: the last becomes 1, disagrees with 2/3 of the rest, and gets the floor."""
+    agreed, opposite = torch.tensor([[1.0, 0.0]]), torch.tensor([[-9.0, 0.0]])
+    updates = [Update(name, {"w": opposite if name == "d" else agreed}, 1) for name in "abcd"]
+    strategy = FedCmp(**PLAIN | {"reliability": "client", "warmup": 0, "clip": 2.0})
+    result = strategy.aggregate({"w": torch.zeros(1, 2)}, updates, {})
+    assert result.figures["clip"] == pytest.approx({"a": 1, "b": 1, "c": 1, "d": 1 / 9})
+    assert result.figures["reliability"] == pytest.approx({"a": 1, "b": 1, "c": 1, "d": 0.02})
+    assert result.state["w"].tolist() == [pytest.approx([(3 - 0.02) / 3.02, 0.0])]
+    # Unclipped, it is the consensus: everybody else disagrees, and nobody loses weight.
+    off = FedCmp(**PLAIN | {"reliability": "client", "warmup": 0}).aggregate(
+        {"w": torch.zeros(1, 2)}, updates, {}
+    )
+    assert off.state["w"].tolist() == [pytest.approx([-1.5, 0.0])]
+
+
+@pytest.mark.parametrize("attack", [-5.0, -1000.0])
+@pytest.mark.parametrize("reliability", ["client", "direction"])
+def test_a_quarter_of_long_updates_does_not_lead(attack: float, reliability: str) -> None:
+    """Two of eight send many times the opposite of their update; the step stays near the honest one."""
+    bad = ("c2", "c6")
+    honest = FedCmp(reliability=reliability).aggregate(tall(0), of_round(0, 8), {})
+    updates = of_round(0, 8)
+    for client in bad:
+        updates = stretched(updates, tall(0), client, attack)
+    for clip, near in ((2.0, True), (0.0, False)):
+        result = FedCmp(reliability=reliability, clip=clip).aggregate(tall(0), updates, {})
+        name = "linear_2.weight"
+        wanted, got = honest.state[name] - tall(0)[name], result.state[name] - tall(0)[name]
+        cosine = float((wanted * got).sum() / (wanted.norm() * got.norm()))
+        assert (cosine > 0.5) is near, cosine

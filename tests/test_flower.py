@@ -103,7 +103,11 @@ def test_the_simulation_ends_in_the_bytes_of_the_local_engine(
     sites_config: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    options = ["federate.strategy.name=fedcmp", f"build={tmp_path}"]
+    options = [
+        "federate.strategy.name=fedcmp",
+        "federate.communication={payload='low_rank',rank=2}",
+        f"build={tmp_path}",
+    ]
     command = [sys.executable, "-m", "pipeline.cli", "federate", str(sites_config), "--engine", "simulation"]
     done = subprocess.run(
         [*command, *words(*options, "run=simulated")],
@@ -146,10 +150,11 @@ def test_killed_servers_and_sites_of_a_real_deployment(
 ) -> None:
     """TLS and node keys; the server is killed after a round, a site in the middle of a later one.
 
-    The run ends in the bytes of the local engine with the same clients missing. SCAFFOLD, because
-    its controls have to survive both.
+    The run ends in the bytes of the local engine with the same clients missing. SCAFFOLD and int8,
+    because controls and residuals have to survive both.
     """
-    options = ["federate.strategy.name=scaffold", "federate.rounds=3", f"build={tmp_path}"]
+    options = ["federate.strategy.name=scaffold", "federate.communication.payload=int8"]
+    options += ["federate.rounds=3", f"build={tmp_path}"]
     experiment = load(sites_config, [*options, "run=real"])
     address = f"127.0.0.1:{free_port()}"
     secured = ["--ca", str(keys / "ca.crt")]

@@ -21,6 +21,7 @@ from federate.secure.party import Party
 from federate.secure.summation import secure_sum
 from federate.strategies.base import STRATEGIES, Memory, State, Strategy, Update
 from pipeline.config import Component
+from pipeline.errors import DroppedOutError
 
 VECTOR = np.array([1.5, -2.25, 0.0, 1e-9])
 
@@ -188,7 +189,10 @@ class Updates:
         self._sums = Clients({name: own.contribute for name, own in self.own.items()})
 
     def __call__(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        if next(iter(requests.values()))["step"] == "agree":
+        step = next(iter(requests.values()))["step"]
+        if step == "norm":
+            return {name: {"norm": self.own[name].norm()} for name in requests}
+        if step == "agree":
             return {
                 name: self.own[name].agreements(request["totals"], request["share"])
                 for name, request in requests.items()
@@ -196,14 +200,14 @@ class Updates:
         return self._sums(requests)
 
 
-def contrary(state: State, round_: int) -> list[Update]:
+def contrary(state: State, round_: int, length: float = 1.0) -> list[Update]:
     """Four clients that agree, more or less, and one that pulls elsewhere."""
     common = draw(100 + round_)
     updates = []
     for k in range(5):
-        sign = -1.0 if k == 4 else 1.0
+        factor = -length if k == 4 else 1.0
         own = draw(10 * round_ + k)
-        moved = {n: state[n] + 1e-2 * (sign * common[n] + 0.3 * own[n]) for n in state}
+        moved = {n: state[n] + 1e-2 * factor * (common[n] + 0.3 * own[n]) for n in state}
         updates.append(Update(f"c{k}", moved, 5 + 3 * k))
     return updates
 
@@ -247,6 +251,41 @@ def test_secure_rounds_equal_plain_ones(component: dict) -> None:
         plain, masked = (result.state, result.memory), (secure.state, secure.memory)
     if component.get("reliability", "client") == "client" and component["name"] == "fedcmp":
         assert secure.figures["reliability"]["c4"] == pytest.approx(0.02)
+
+
+def test_long_updates_are_shortened_in_the_sums() -> None:
+    """Every client says its norm; whoever does not is left out, and what is no norm is refused."""
+    state = draw(0)
+    updates = contrary(state, 0, length=50.0)
+    samples = {update.client: update.samples for update in updates}
+    strategy = STRATEGIES.build(Component(name="fedcmp", warmup=0), "strategy")
+    clients, said = Updates(state, updates), {}
+
+    def speaking(requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        answers = clients(requests)
+        if next(iter(requests.values()))["step"] == "norm":
+            answers |= said
+            answers = {name: each for name, each in answers.items() if each}
+        return answers
+
+    plain = strategy.aggregate(state, updates, {})
+    secure = aggregate(strategy, speaking, state, samples, 3, {})
+    assert secure.figures["clip"] == pytest.approx(plain.figures["clip"])
+    assert secure.figures["clip"]["c4"] < 0.03
+    for name in SHAPES:
+        step = (plain.state[name] - state[name]).norm()
+        assert float((secure.state[name] - plain.state[name]).norm() / step) < 1e-4, name
+    said["c1"] = {}
+    others = strategy.aggregate(state, [update for update in updates if update.client != "c1"], {})
+    silent = aggregate(strategy, speaking, state, samples, 3, {})
+    for name in SHAPES:
+        step = (others.state[name] - state[name]).norm()
+        assert float((silent.state[name] - others.state[name]).norm() / step) < 1e-4, name
+    with pytest.raises(DroppedOutError, match="needs 5 clients, and 4 said how long"):
+        aggregate(strategy, speaking, state, samples, 5, {})
+    said["c1"] = {"norm": float("nan")}
+    with pytest.raises(ValueError, match="client 'c1' has an update of norm nan"):
+        aggregate(strategy, speaking, state, samples, 3, {})
 
 
 def test_a_client_lost_between_the_sums_is_left_out_of_the_second() -> None:

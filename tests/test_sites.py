@@ -162,7 +162,10 @@ def projector(experiment: Experiment) -> bytes:
 
 def rows(experiment: Experiment) -> list[dict]:
     lines = (experiment.run_path / "history.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "bytes")} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("seconds", "bytes"))}
+        for line in lines
+    ]
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,9 @@ class Engine(ABC):
     def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Take a step of a secure round with some clients; returns what those said who answered."""
 
-    def traffic(self) -> int:
-        """Bytes sent to clients and received from them since this was asked last."""
-        return 0
+    def traffic(self) -> tuple[int, int]:
+        """Bytes sent to clients, and received from them, since this was asked last."""
+        return 0, 0
 
     @property
     @abstractmethod

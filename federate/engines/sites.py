@@ -93,7 +93,7 @@ class Sites(Engine):
         self._late: dict[str, str] = {}
         self._d_llm = 0
         self._looked = float("-inf")
-        self._bytes = 0
+        self._sent = self._received = 0
 
     @property
     def d_llm(self) -> int:
@@ -154,9 +154,10 @@ class Sites(Engine):
         )
         return [results[job.client] for job in jobs if job.client in results]
 
-    def traffic(self) -> int:
+    def traffic(self) -> tuple[int, int]:
         """Bytes of messages, before Flower spares what it has sent already."""
-        taken, self._bytes = self._bytes, 0
+        taken = self._sent, self._received
+        self._sent = self._received = 0
         return taken
 
     def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -188,7 +189,7 @@ class Sites(Engine):
                     seconds = round_.deadline - time.monotonic()
                     message = self._link.send(self._node[silo], "train", round_.requests[silo], seconds)
                     round_.waiting[message] = silo, self._node[silo]
-                    self._bytes += round_.requests[silo].size
+                    self._sent += round_.requests[silo].size
             self._gather(round_)
             answered = len(round_.replies)
             absent = len(round_.unsent)
@@ -209,7 +210,7 @@ class Sites(Engine):
                 continue
             silo, node = round_.waiting.pop(message)
             if isinstance(answer, Payload):
-                self._bytes += answer.size
+                self._received += answer.size
                 try:
                     round_.replies[silo] = round_.read(silo, unpack(answer))
                 except (ValueError, KeyError, TypeError) as error:

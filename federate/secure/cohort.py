@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from federate.secure.contribution import parts_of
 from federate.secure.summation import Exchange, secure_sum
 from federate.strategies.base import Aggregate, Memory, State, Strategy, Update
+from federate.strategies.clipping import factors, usual
 from federate.strategies.cohort import Cohort, Gram, Weights
 from pipeline.errors import DroppedOutError
 
@@ -38,7 +41,7 @@ class _Summed:
 
 
 class Masked(Cohort):
-    """Sums over clients by the protocol, at most two of them a round.
+    """Sums over clients by the protocol, at most two of them a round; the first when it is needed.
 
     Args:
         exchange: Reaches the clients.
@@ -60,23 +63,59 @@ class Masked(Cohort):
         grams: Sequence[str],
     ) -> None:
         self._exchange, self._state, self._threshold = exchange, state, threshold
-        total = sum(samples.values())
-        expected = {client: n / total for client, n in samples.items()}
-        self.means, self._grams, survivors = self._summed(dict.fromkeys(state, expected), grams)
-        self.shares = {client: expected[client] for client in survivors}
-        self._rescale(self.means, dict.fromkeys(state, self.shares))
-        self._rescale(self._grams, dict.fromkeys(grams, self.shares))
-        whole = sum(self.shares.values())
-        self.shares = {client: share / whole for client, share in self.shares.items()}
-        self._sums = self.means
+        self._samples, self._names = samples, grams
+        self._factors = dict.fromkeys(samples, 1.0)
+        self._sums: State = {}
+
+    @cached_property
+    def _first(self) -> tuple[State, State, Weights]:
+        """Σ_k p_k D_k of everything, G of the matrices, and p_k of who is in them."""
+        total = sum(self._samples.values())
+        expected = {client: n / total for client, n in self._samples.items()}
+        means, grams, survivors = self._summed(dict.fromkeys(self._state, expected), self._names)
+        shares = {client: expected[client] for client in survivors}
+        self._rescale(means, dict.fromkeys(self._state, shares))
+        self._rescale(grams, dict.fromkeys(self._names, shares))
+        whole = sum(shares.values())
+        return means, grams, {client: share / whole for client, share in shares.items()}
+
+    @property
+    def shares(self) -> Weights:
+        """Of those who stayed for the first sum."""
+        return self._first[2]
+
+    @property
+    def means(self) -> State:
+        """Σ_k p_k D_k of every parameter."""
+        return self._first[0]
+
+    def shorten(self, longest: float) -> Weights:
+        """Every client says its norm; whoever does not is left out of the round."""
+        replies = self._exchange({client: {"step": "norm"} for client in self._samples})
+        norms = {client: float(replies[client]["norm"]) for client in sorted(replies)}
+        for client, each in norms.items():
+            if not (isfinite(each) and each >= 0):
+                raise ValueError(f"client '{client}' has an update of norm {each}")
+        if len(norms) < self._threshold:
+            raise DroppedOutError(
+                f"a secure sum needs {self._threshold} clients, and {len(norms)} said how long their update "
+                "is; run this again when the others are back"
+            )
+        self._samples = {client: self._samples[client] for client in norms}
+        self._factors = factors(norms, usual(norms, self._samples), longest)
+        return self._factors
 
     def _summed(self, weights: Mapping[str, Weights], grams: Sequence[str]) -> tuple[State, State, list[str]]:
-        clients = sorted(next(iter(weights.values())))
+        """Sums of shortened updates: their factors are part of the weights."""
+        once = {name: self._times(each, 1) for name, each in weights.items()}
         shares = next(iter(weights.values()))
-        request: dict[str, Any] = {"updates": dict(weights), "grams": dict.fromkeys(grams, shares)}
-        vector, survivors = secure_sum(self._exchange, clients, self._threshold, request)
+        request: dict[str, Any] = {"updates": once, "grams": dict.fromkeys(grams, self._times(shares, 2))}
+        vector, survivors = secure_sum(self._exchange, sorted(shares), self._threshold, request)
         updates, squares = parts_of(vector, self._state, list(weights), grams)
         return updates, squares, survivors
+
+    def _times(self, weights: Weights, power: int) -> Weights:
+        return {client: weight * self._factors[client] ** power for client, weight in weights.items()}
 
     def _rescale(self, sums: State, weights: Mapping[str, Weights]) -> None:
         """Weights of clients that dropped out are missing from the sum."""
@@ -90,7 +129,7 @@ class Masked(Cohort):
         totals = {name: self.means[name] for name in names}
         requests = {
             client: {"step": "agree", "totals": totals, "share": share}
-            for client, share in self.shares.items()
+            for client, share in self._times(self.shares, 1).items()
         }
         replies = self._exchange(requests)
         missing = sorted(self.shares.keys() - replies.keys())
@@ -102,7 +141,7 @@ class Masked(Cohort):
 
     def gram(self, name: str) -> Gram:
         """G, summed in the first sum."""
-        return _Summed(self._state[name].shape, self._grams[name])
+        return _Summed(self._state[name].shape, self._first[1][name])
 
     def weigh(self, weights: Mapping[str, Weights]) -> None:
         """A second sum, where weights are not the shares already."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from federate.plan import LEAST
 from federate.strategies.base import State
 from federate.strategies.canonical import Matrices, agreement_with
+from federate.strategies.clipping import norm
 
 
 class Own:
@@ -43,6 +44,10 @@ class Own:
             for name, weights in request["grams"].items()
         ]
         return torch.cat([part.flatten() for part in parts]).numpy()
+
+    def norm(self) -> float:
+        """Of its update, over all parameters together."""
+        return norm(self._start, self._state)
 
     def agreements(self, totals: Mapping[str, Tensor], share: float) -> dict[str, float]:
         """Cosine of every D_k with the others' consensus, from the broadcast Σ_j p_j D_j."""

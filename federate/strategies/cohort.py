@@ -11,6 +11,7 @@ from torch import Tensor
 
 from federate.strategies.base import State, Update, data_weights, deltas, weighted_sum
 from federate.strategies.canonical import Matrices, agreement
+from federate.strategies.clipping import factors, norm, shortened, usual
 
 Weights = dict[str, float]
 
@@ -37,13 +38,20 @@ class Gram(Protocol):
 
 
 class Cohort(ABC):
-    """One round's clients.
+    """One round's clients; D_k are their updates."""
 
-    Attributes:
-        shares: p_k, their shares of the round's samples.
-    """
+    @property
+    @abstractmethod
+    def shares(self) -> Weights:
+        """p_k, their shares of the round's samples."""
 
-    shares: Weights
+    @abstractmethod
+    def shorten(self, longest: float) -> Weights:
+        """Give D_k its usual norm where it is more than `longest` times as long, before all else.
+
+        Returns:
+            What every D_k was multiplied with.
+        """
 
     @abstractmethod
     def agreements(self, names: Sequence[str]) -> dict[str, Weights]:
@@ -66,13 +74,25 @@ class Open(Cohort):
     """Clients whose updates are at hand."""
 
     def __init__(self, state: State, updates: Sequence[Update]) -> None:
-        self.shares = data_weights(updates)
         self._state, self._updates = state, updates
         self._weights: Mapping[str, Weights] = {}
 
     def matrices(self, name: str, *, whole: bool = False) -> Matrices:
         """Updates of a matrix, or the clients' whole matrices."""
         return Matrices.of(self._updates, name, None if whole else self._state[name])
+
+    @property
+    def shares(self) -> Weights:
+        """Of the updates' samples."""
+        return data_weights(self._updates)
+
+    def shorten(self, longest: float) -> Weights:
+        """Only updates that are too long are copied."""
+        norms = {update.client: norm(self._state, update.state) for update in self._updates}
+        samples = {update.client: update.samples for update in self._updates}
+        found = factors(norms, usual(norms, samples), longest)
+        self._updates = [shortened(self._state, each, found[each.client]) for each in self._updates]
+        return found
 
     def agreements(self, names: Sequence[str]) -> dict[str, Weights]:
         """Computed from the updates."""

@@ -48,6 +48,9 @@ class FedCmp(Strategy):
     Args:
         reliability: What is weighted by its agreement with the others' consensus: a `client`'s whole
             matrix, each canonical `direction` of it, or `none`.
+        clip: Times the usual norm of a client with as many samples that an update may be long; a longer
+            one gets the usual norm, so that length makes nobody the consensus. 0 leaves updates as
+            they are.
         kappa: Share of the median agreement that earns full weight (κ).
         consensus: Median agreement below which there is no consensus to judge by, as when training
             has converged and updates are noise; clients then keep their last reliability, and
@@ -72,6 +75,7 @@ class FedCmp(Strategy):
     """
 
     reliability: Literal["client", "direction", "none"] = "client"
+    clip: float = Field(2.0, ge=0)
     kappa: float = Field(0.3, gt=0)
     consensus: float = Field(0.03, gt=0, lt=1)
     warmup: int = Field(1, ge=0)
@@ -100,6 +104,7 @@ class FedCmp(Strategy):
         """Fuse from sums over clients; what else some options need, only `Open` has."""
         matrices = [name for name, old in state.items() if old.ndim == 2]
         biases = [name for name, old in state.items() if old.ndim != 2]
+        clipped = cohort.shorten(self.clip) if self.clip else {}
         shares = cohort.shares
         kept: Memory = {"rounds": torch.tensor(_rounds(memory) + 1)}
         fused: State = {}
@@ -127,6 +132,8 @@ class FedCmp(Strategy):
             fused[name] = self._stepped(state[name], step)
         r = _mean_trust(shares, trust)
         figures = {"reliability": r, "weight": _reweigh(shares, r)}
+        if clipped:
+            figures["clip"] = clipped
         return Aggregate({name: fused[name] for name in state}, kept, figures)
 
     def _source(self, cohort: Cohort, name: str) -> Gram:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import fsum, sqrt
 from statistics import median
 
 from pydantic import Field
@@ -16,10 +15,10 @@ from federate.strategies.base import (
     Strategy,
     Update,
     data_weights,
-    deltas,
     mean_update,
     moved,
 )
+from federate.strategies.clipping import norm
 
 
 @STRATEGIES.register("norm_clipping")
@@ -38,15 +37,10 @@ class NormClipping(Strategy):
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Average updates of which none is much longer than the usual one."""
-        squares: dict[str, list[float]] = {update.client: [] for update in updates}
-        for name in state:
-            for client, delta in deltas(name, state, updates).items():
-                squares[client].append(float(delta.square().sum()))
-        norms = {client: sqrt(fsum(each)) for client, each in squares.items()}
-        limit = self.clip * median(norms.values())
-        factors = {client: limit / norm if norm > limit else 1.0 for client, norm in norms.items()}
-        shares = data_weights(updates)
-        step = mean_update(state, updates, {client: shares[client] * factors[client] for client in shares})
+        norms = {update.client: norm(state, update.state) for update in updates}
+        limit, shares = self.clip * median(norms.values()), data_weights(updates)
+        clip = {client: limit / each if each > limit else 1.0 for client, each in norms.items()}
+        step = mean_update(state, updates, {client: shares[client] * clip[client] for client in shares})
         return Aggregate(
-            moved(state, step, self.server_learning_rate), memory, {"weight": shares, "clip": factors}
+            moved(state, step, self.server_learning_rate), memory, {"weight": shares, "clip": clip}
         )
