@@ -65,8 +65,14 @@ def extract(
 def with_benchmark(experiment: Experiment, name: str, images: Path | None) -> Experiment:
     """The experiment with one more silo: the images that a benchmark asks about."""
     from pipeline.config import Component
+    from pipeline.errors import UserError
     from pipeline.manifest import write_atomic
 
+    if name in experiment.extract.silos:
+        raise UserError(
+            f"--benchmark {name}: a silo is called so too; extract that with --silo {name}, or give the "
+            "benchmark another name"
+        )
     folder, names = imported("evaluate.images:benchmark_images")(experiment, name, images)
     listing = experiment.features / f"{name}.images.txt"
     write_atomic(listing, "".join(f"{each}\n" for each in names).encode())

@@ -255,11 +255,12 @@ def _pairs(reader: Source, options: Partition, skipped: list[Skipped]) -> Iterat
             skipped.append(pair)
             continue
         try:
+            line = json.dumps(pair.entry, ensure_ascii=False).encode() + b"\n"
             label = label_of(pair)
         except ValueError as error:
             skipped.append(Skipped(pair.place, str(error)))
             continue
-        yield _Labelled(pair.image, label, json.dumps(pair.entry, ensure_ascii=False).encode() + b"\n")
+        yield _Labelled(pair.image, label, line)
 
 
 def _entries(reader: Source) -> Iterator[Pair | Skipped]:

@@ -17,7 +17,7 @@ from pipeline.console import progress, say, table
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import UserError, did_you_mean
 from pipeline.manifest import write_atomic
-from pipeline.mirror import pull, push, remote_manifest
+from pipeline.mirror import pull, push, remote_manifest, to_be_sent
 from pipeline.store import Remote
 
 _PROBLEMS_SHOWN = 5
@@ -75,6 +75,8 @@ def run(
             outcomes.append(Outcome(path, done, "unchanged", 0.0))
             _send(experiment, path)
             continue
+        if experiment.store is not None:
+            to_be_sent(path)
         with progress(name, source.size(), "images") as task:
             try:
                 outcomes.append(extract_silo(path, source, identity, loaded(), options, device, task, worker))

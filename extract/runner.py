@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import re
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from extract.encoders.base import LoadedEncoder
-from extract.sources.base import Skipped, Source
+from extract.sources.base import NO_FILE, Skipped, Source
 from extract.workers import Worker
 from pipeline.cache import (
     STATUS,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 _BY_OTHERS = "finished by other workers"
 
@@ -200,6 +202,9 @@ def _decode(record: Record, preprocess: Callable[[Image.Image], np.ndarray]) -> 
     try:
         data = record.read_image()
     except OSError as error:
+        if not isinstance(error, NO_FILE) and error.errno not in _NO_NAME:
+            # Anything else may pass, and a hole in the cache would stay.
+            raise UserError(f"{record.id}: cannot be read ({error}); mend that and rerun to go on") from None
         return failed("missing", str(error))
     digest = hashlib.sha256(data).hexdigest()
     try:

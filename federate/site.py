@@ -54,12 +54,8 @@ class Site:
     ) -> None:
         options = experiment.federate
         device = pick_device(experiment.device)
-        language = load_language(
-            experiment.language.path,
-            **language_options(experiment),
-            checkpointing=options.checkpointing,
-            compiled=options.compile,
-        )
+        language = load_language(experiment.language.path, **language_options(experiment))
+        language.checkpointing, language.compiled = options.checkpointing, options.compile
         first = next(iter(caches.values()))
         scratch = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
         turns, poison = plan.turns(), options.poison or {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,14 @@ class FrozenLanguageModel:
         quantize: `8bit` or `4bit` (NF4) weights by bitsandbytes, or `none`.
         device_map: `auto` spreads its layers over all GPUs, and main memory after them; `none`
             keeps them together.
+
+    Attributes:
         checkpointing: Keep only the layers' inputs for the backward pass and run them again in it.
         compiled: Train through torch.compile.
 
     Raises:
-        UserError: The directory is missing or does not hold such a model, or a package is missing.
+        UserError: The directory is missing or does not hold such a model with all of its weights, or a
+            package is missing.
     """
 
     def __init__(
@@ -45,33 +48,38 @@ class FrozenLanguageModel:
         device: str,
         quantize: str = "none",
         device_map: str = "none",
-        checkpointing: bool = False,
-        compiled: bool = False,
     ) -> None:
+        self.checkpointing = self.compiled = False
         transformers_logging.disable_progress_bar()
         placed = _placement(quantize, device_map, device)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
                 quantization_config=_quantization(quantize, dtype),
                 device_map=placed,
+                output_loading_info=True,
             )
         except Exception as error:
             raise UserError(f"language.path = {path}: cannot be loaded: {one_line(error)}") from None
-        self.model = (model if placed else model.to(device)).eval().requires_grad_(False)
+        model, report = loaded
+        if report["missing_keys"]:
+            missing = min(report["missing_keys"])
+            raise UserError(
+                f"language.path = {path}: {missing} is missing from its weights and would be random; give "
+                "the whole causal LM"
+            )
+        self.model: Any = (model if placed else model.to(device)).eval().requires_grad_(False)
         self._ends = _end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         self.embeddings = self.model.get_input_embeddings()
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
         self.device = self.embeddings.weight.device if placed else torch.device(device)
-        self._checkpointed = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-        if checkpointing:
-            # Before transformers 5.2x it had the second name.
-            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-            getattr(model, next(name for name in names if hasattr(model, name)))({"use_reentrant": False})
-        self._train_decoder = torch.compile(self.decoder) if compiled else self.decoder
+        self._layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+        # Before transformers 5.2x it had the second name.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        getattr(model, next(name for name in names if hasattr(model, name)))({"use_reentrant": False})
         self.d_llm: int = self.embeddings.embedding_dim
 
     def embed(self, ids: Tensor, projected: Tensor) -> Tensor:
@@ -109,21 +117,26 @@ class FrozenLanguageModel:
         """
         embeds = self.embed(ids, projected)
         with self._checkpointing():
-            hidden = self._train_decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+            decoder = self._compiled_decoder if self.compiled else self.decoder
+            hidden = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         rows, places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
         logits = self.head(hidden[rows.to(hidden.device), places.to(hidden.device)]).float()
         return cross_entropy(logits.to(ids.device), targets[rows, places], reduction="none"), rows
 
+    @cached_property
+    def _compiled_decoder(self) -> Any:
+        return torch.compile(self.decoder)
+
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
         """Layers checkpoint only while they think they train; their dropout stays off all the same."""
-        for layer in self._checkpointed:
-            layer.training = torch.is_grad_enabled()
+        for layer in self._layers:
+            layer.training = self.checkpointing and torch.is_grad_enabled()
         try:
             yield
         finally:
-            for layer in self._checkpointed:
+            for layer in self._layers:
                 layer.training = False
 
     @torch.inference_mode()
@@ -232,16 +245,22 @@ class FrozenLanguageModel:
         return ids.to(self.device), attention.to(self.device)
 
 
-@lru_cache(maxsize=1)
+_loaded: dict[tuple[Any, ...], FrozenLanguageModel] = {}
+
+
 def load_language(path: Path, content: str, **options: Any) -> FrozenLanguageModel:
-    """The frozen LLM, kept for the next run of this process.
+    """The frozen LLM, kept for the next run of this process; the one before is let go first.
 
     Args:
         path: Directory of a saved model with its tokenizer.
         content: Fingerprint of its files; another one loads it again.
         **options: Of `FrozenLanguageModel`.
     """
-    return FrozenLanguageModel(path, **options)
+    key = (path, content, *sorted(options.items()))
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = FrozenLanguageModel(path, **options)
+    return _loaded[key]
 
 
 def _placement(quantize: str, device_map: str, device: str) -> Any:

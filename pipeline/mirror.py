@@ -42,6 +42,10 @@ def pull(remote: Remote, path: Path) -> bool:
     data = _manifest_bytes(remote)
     if data is None or _is_copy(path, data, manifest := _parsed(remote, data)):
         return False
+    if _sent(path).exists() and (path / "manifest.json").is_file():
+        raise UserError(
+            f"{path}: not yet sent to {remote}, where another cache is; run 'fedcmp extract' again"
+        )
     with locked(path.with_name(f".{path.name}.mirror.lock"), str(path), wait=True):
         if _is_copy(path, data, manifest):
             return False
@@ -70,13 +74,15 @@ def push(path: Path, remote: Remote) -> bool:
     Returns:
         Whether anything was sent.
     """
-    data = (path / "manifest.json").read_bytes()
+    to_be_sent(path)
+    data, progress_file = (path / "manifest.json").read_bytes(), _sent(path)
     if _manifest_bytes(remote) == data:
+        progress_file.unlink(missing_ok=True)
         return False
     files = _parsed(path, data)["files"]
-    progress_file = path.with_name(f".{path.name}.sent.json")
     with locked(path.with_name(f".{path.name}.mirror.lock"), str(path), wait=True):
         if _manifest_bytes(remote) == data:
+            progress_file.unlink(missing_ok=True)
             return False
         (remote / "manifest.json").delete()
         there = remote.listing()
@@ -95,6 +101,17 @@ def push(path: Path, remote: Remote) -> bool:
         progress_file.unlink(missing_ok=True)
     say(f"{path.stem}: sent {len(files)} files to {remote}")
     return True
+
+
+def to_be_sent(path: Path) -> None:
+    """From now on the local cache counts as newer than the one behind the URL, until it is sent."""
+    if not _sent(path).exists():
+        write_json(_sent(path), {})
+
+
+def _sent(path: Path) -> Path:
+    """What has been sent so far."""
+    return path.with_name(f".{path.name}.sent.json")
 
 
 def _manifest_bytes(remote: Remote) -> bytes | None:

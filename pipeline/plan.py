@@ -49,6 +49,7 @@ def plan(
 
     from pipeline.config import load
     from pipeline.console import say, table
+    from pipeline.errors import UserError
 
     experiment = load(config, overrides)
     options = experiment.extract
@@ -57,10 +58,12 @@ def plan(
     rate = GPUS[gpu] * 1e12 * utilisation * 3600
     rows, sizes = [], {}
     for outline in outlines:
-        seen = _projector(experiment, outline.patches, outline.d_vision, model.width)
-        if seen is None:
+        try:
+            visual, parameters = _projector(experiment, outline.patches, outline.d_vision, model.width)
+        except UserError:
+            if outline is outlines[0]:
+                raise
             continue
-        visual, parameters = seen
         training = model.training_flops(visual, text_tokens, experiment.federate.checkpointing)
         training += 6 * parameters * outline.patches
         sizes[outline.pool] = images * outline.patches * outline.d_vision * _STORED[options.dtype]
@@ -80,7 +83,7 @@ def plan(
         ["features", "an image", "visual tokens", f"cache ({options.dtype})", "extract", "federate"],
         rows,
     )
-    weights = [f"{decimal(int(model.parameters * bits / 8))} in {name}" for name, bits in _BITS.items()]
+    weights = [f"{decimal(model.size(bits))} in {name}" for name, bits in _BITS.items()]
     say(f"The LLM's weights in GPU memory: {', '.join(weights)}")
     say(_advice(experiment, sizes))
 
@@ -102,6 +105,10 @@ class _Shape:
     head: int
     attention: int
     width: int
+
+    def size(self, bits: float) -> int:
+        """Bytes in memory; only the blocks are quantised."""
+        return int((self.blocks * bits + (self.parameters - self.blocks) * 16) / 8)
 
     def training_flops(self, visual: int, text: int, checkpointing: bool) -> float:
         """One sample forward, and backward to the embeddings alone: the weights take no gradient.
@@ -143,19 +150,19 @@ def _language(path: Path) -> _Shape:
     )
 
 
-def _projector(experiment: Experiment, patches: int, d_vision: int, d_llm: int) -> tuple[int, int] | None:
-    """Visual tokens and parameters of the projector; None where it does not take so many patches."""
+def _projector(experiment: Experiment, patches: int, d_vision: int, d_llm: int) -> tuple[int, int]:
+    """Visual tokens and parameters of the projector.
+
+    Raises:
+        UserError: There is no such projector, or it does not take so many patches.
+    """
     import torch
 
     from pipeline import projector as projectors
-    from pipeline.errors import UserError
 
-    try:
-        with torch.device("meta"):
-            made = projectors.build(experiment.federate.projector, d_vision=d_vision, d_llm=d_llm)
-            return made.tokens(patches), sum(parameter.numel() for parameter in made.parameters())
-    except UserError:
-        return None
+    with torch.device("meta"):
+        made = projectors.build(experiment.federate.projector, d_vision=d_vision, d_llm=d_llm)
+        return made.tokens(patches), sum(parameter.numel() for parameter in made.parameters())
 
 
 def _beside(encoder: Component, config: Path) -> Component:

@@ -160,8 +160,11 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_S
         raise UserError(f"{tokenizer.name_or_path}: this tokenizer has no chat template; use 'v1'")
 
     def render(number: int, *, reply: bool) -> str:
+        # Answers are not thought about first, where a template would (Qwen3); others do not look at it.
         return str(
-            tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=reply)
+            tokenizer.apply_chat_template(
+                messages[:number], tokenize=False, add_generation_prompt=reply, enable_thinking=False
+            )
         )
 
     spans: _Spans = []
@@ -180,10 +183,10 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_S
 
 
 def _v1(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
-    spans: _Spans = [(V1_SYSTEM, False)]
+    spans: _Spans = [(V1_SYSTEM + " ", False)]
     for turn in _with_user(turns):
         if turn.role == "user":
-            spans.append((f" USER: {turn.content} ASSISTANT:", False))
+            spans.append((f"USER: {turn.content} ASSISTANT:", False))
         else:
             spans.append((f" {turn.content}{tokenizer.eos_token or ''}", True))
     return spans, True

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,11 +50,22 @@ CAPTION = (
     "a small red circle left of a large blue square above a green star and a yellow ring below a purple cross"
 )
 PIXELS = ("pixels", "pixels, frozen")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the frozen LLM is run."""
+
+    dtype: str = "float32"
+    checkpointing: bool = False
+    compiled: bool = False
+
+
 OURS = {
-    "cache": {},
-    "cache, checkpointing": {"checkpointing": True},
-    "cache, torch.compile": {"compiled": True},
-    "cache, bfloat16 LLM": {"dtype": "bfloat16"},
+    "cache": Way(),
+    "cache, checkpointing": Way(checkpointing=True),
+    "cache, torch.compile": Way(compiled=True),
+    "cache, bfloat16 LLM": Way(dtype="bfloat16"),
 }
 EPOCHS = 3
 
@@ -235,8 +246,9 @@ def measure(method: str, root: Path, small: bool) -> None:
             done()
             losses.append(loss)
     else:
-        options = {"dtype": "float32", "device": "cpu"} | OURS[method]
-        language = FrozenLanguageModel(root / "llama", **options)
+        options = OURS[method]
+        language = FrozenLanguageModel(root / "llama", dtype=options.dtype, device="cpu")
+        language.checkpointing, language.compiled = options.checkpointing, options.compiled
 
         def marked() -> Iterator[Batch]:
             for batch in stream(experiment, language).batches(0):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -20,6 +21,7 @@ from extract.encoders.transformers import Transformers
 from pipeline.cache import FeatureCache, partial_path
 from pipeline.cli import main
 from pipeline.errors import UserError
+from pipeline.records import Record
 
 
 def config(root: Path, clip_dir: Path, llama_dir: Path, source: str, more: str = "") -> Path:
@@ -316,3 +318,32 @@ def test_int8_features_are_near_and_say_how_near(tmp_path: Path, clip_dir: Path,
     for worker in ("1/2", "0/2"):
         assert run(path, "--worker", worker).exit_code == 0
     assert digest(tmp_path / "small/one.zarr") == whole
+
+
+def test_a_failing_disk_leaves_no_hole(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = workplace / "experiment.toml"
+    words = ["extract", str(config), "--silo", "clinic", "--set", f"features={tmp_path}"]
+    read = Record.read_image
+
+    def failing(record: Record) -> bytes:
+        if record.id.endswith("011.png"):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(record)
+
+    monkeypatch.setattr(Record, "read_image", failing)
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert "011.png: cannot be read ([Errno 5] Input/output error); mend that and rerun" in result.output
+    assert not (tmp_path / "clinic.zarr").exists()
+    monkeypatch.setattr(Record, "read_image", read)
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert FeatureCache(tmp_path / "clinic.zarr").manifest["failures"] == []
+
+
+def test_a_benchmark_takes_no_silos_place(workplace: Path) -> None:
+    words = ["extract", str(workplace / "experiment.toml"), "--benchmark", "clinic", "--images", "x"]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2
+    assert "--benchmark clinic: a silo is called so too" in result.output

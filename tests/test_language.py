@@ -5,20 +5,33 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import picture
 from PIL import Image
+from transformers import AutoTokenizer
 
 from extract.encoders.transformers import Transformers
 from pipeline import projector as projectors
 from pipeline.config import Component
 from pipeline.errors import UserError
-from pipeline.language import FrozenLanguageModel
-from pipeline.prompts import CAPTION_PROMPT, IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens, question, tokenise
+from pipeline.language import FrozenLanguageModel, load_language
+from pipeline.prompts import (
+    CAPTION_PROMPT,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    V1_SYSTEM,
+    Tokens,
+    _chat,
+    _v1,
+    question,
+    tokenise,
+)
 from pipeline.records import Text, Turn, caption
 
 CPU = "cpu"
@@ -187,6 +200,58 @@ def test_only_answers_are_supervised(language: FrozenLanguageModel, template: st
     assert prompt.supervised == 0
 
 
+def test_v1_is_vicunas() -> None:
+    """As `SeparatorStyle.TWO` of LLaVA's conversation.py joins turns."""
+    turns = (Turn("user", "<image>\na?"), Turn("assistant", "b"), Turn("user", "c?"), Turn("assistant", "d"))
+    spans, begin = _v1(turns, SimpleNamespace(eos_token="</s>"))  # type: ignore[arg-type]
+    assert begin
+    assert "".join(content for content, _ in spans) == (
+        f"{V1_SYSTEM} USER: <image>\na? ASSISTANT: b</s>USER: c? ASSISTANT: d</s>"
+    )
+
+
+def test_qwen3_is_not_asked_to_think(llama_dir: Path) -> None:
+    """Its template, cut down: a turn that is begun thinks unless told not to, the last one has thought."""
+    tokenizer = AutoTokenizer.from_pretrained(llama_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]"
+        "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    )
+    turns = (Turn("user", "<image>\nwhere?"), Turn("assistant", "left"))
+    spans, _ = _chat(turns, tokenizer)
+    assert spans == [("[user]<image>\nwhere?[assistant]<think></think>", False), ("left", True)]
+
+
+def test_a_tokenizer_of_sentencepiece_alone(llama_dir: Path, tmp_path: Path) -> None:
+    """Vicuna's repository has no tokenizer.json."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a small red circle is in the picture"] * 20),
+        model_writer=model,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    shutil.copytree(
+        llama_dir, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("token*", "*.jinja")
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    words = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
+    tokenizer = FrozenLanguageModel(tmp_path, dtype="float32", device=CPU).tokenizer
+    tokens = tokenise(caption("a red zoo"), "plain", tokenizer, patches=2, max_length=99)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert tokens.ids == [theirs.bos_id(), *[IMAGE_TOKEN_INDEX] * 2, *theirs.encode("a red zoo\n")]
+
+
 def test_a_bare_caption_gets_a_prompt_in_a_chat(language: FrozenLanguageModel) -> None:
     for template in ("chat", "v1"):
         tokens = tokenise(caption("a star"), template, language.tokenizer, patches=2, max_length=999)
@@ -262,7 +327,8 @@ def test_checkpointing_changes_no_bit_and_keeps_less(llama_dir: Path) -> None:
     kept = {}
     results = {}
     for checkpointing in (False, True):
-        model = FrozenLanguageModel(llama_dir, dtype="float32", device=CPU, checkpointing=checkpointing)
+        model = FrozenLanguageModel(llama_dir, dtype="float32", device=CPU)
+        model.checkpointing = checkpointing
         sizes: list[int] = []
         pack = lambda t, sizes=sizes: sizes.append(t.nbytes) or t  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -280,8 +346,9 @@ def test_checkpointing_changes_no_bit_and_keeps_less(llama_dir: Path) -> None:
 @pytest.mark.filterwarnings("default")  # torch.compile looks at what warns
 def test_compiled_training_is_equal_up_to_rounding(llama_dir: Path) -> None:
     plain = losses_and_gradient(FrozenLanguageModel(llama_dir, dtype="float32", device=CPU))
-    compiled = losses_and_gradient(FrozenLanguageModel(llama_dir, dtype="float32", device=CPU, compiled=True))
-    for ours, theirs in zip(compiled, plain, strict=True):
+    language = FrozenLanguageModel(llama_dir, dtype="float32", device=CPU)
+    language.compiled = True
+    for ours, theirs in zip(losses_and_gradient(language), plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -301,6 +368,25 @@ def test_device_map_changes_nothing_where_there_is_one_device(llama_dir: Path) -
     spread = FrozenLanguageModel(llama_dir, dtype="float32", device=CPU, device_map="auto")
     for ours, theirs in zip(losses_and_gradient(spread), plain, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_weights_that_are_missing_are_not_random(llama_dir: Path, tmp_path: Path) -> None:
+    from transformers import LlamaModel
+
+    shutil.copytree(llama_dir, tmp_path, dirs_exist_ok=True)
+    LlamaModel.from_pretrained(llama_dir).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"lm_head.weight is missing from its weights and would be random"):
+        FrozenLanguageModel(tmp_path, dtype="float32", device=CPU)
+
+
+def test_one_llm_is_kept_for_training_and_evaluation(llama_dir: Path) -> None:
+    options = {"content": "a", "dtype": "float32", "device": CPU}
+    first = load_language(llama_dir, **options)
+    assert load_language(llama_dir, **options) is first
+    gone = weakref.ref(first)
+    del first
+    load_language(llama_dir, **options | {"content": "b"})
+    assert gone() is None
 
 
 @pytest.mark.parametrize(("key", "value"), [("quantize", "4bit"), ("device_map", "auto")])

@@ -102,3 +102,31 @@ def test_a_model_that_nobody_knows_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["plan", str(config)])
     assert result.exit_code == 2
     assert "a model of type 'llama'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("federate.projector.name=mlp2x_gleu", "no projector is called 'mlp2x_gleu'"),
+        ("federate.projector.name=pixel_shuffle_mlp", "81 cached patches are no square grid"),
+    ],
+)
+def test_a_projector_that_does_not_fit_is_named(change: str, message: str) -> None:
+    result = CliRunner().invoke(main, ["plan", str(ROOT / "configs/qwen-0.5b.toml"), "--set", change])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_directory_of_open_clip_needs_no_weights(tmp_path: Path) -> None:
+    import open_clip
+
+    config = {"model_cfg": open_clip.get_model_config("ViT-B-32"), "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    (first, *_) = outlines(Component.model_validate({"name": "open_clip", "model": f"local-dir:{tmp_path}"}))
+    assert (first.patches, first.d_vision) == (49, 768)
+
+
+def test_only_blocks_are_quantised() -> None:
+    shown = plan(str(ROOT / "configs/qwen-0.5b.toml"))
+    # 136.1 M embeddings, which are the head too, stay at 16 bits; 357.9 M weights get 8, or 4.5.
+    assert "988.1 MB in bfloat16, 630.2 MB in 8bit, 473.6 MB in 4bit" in shown

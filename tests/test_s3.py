@@ -206,6 +206,25 @@ def test_new_images_reach_s3_and_its_readers(cloud: Path, tmp_path: Path) -> Non
     assert len(there(loaded).listing()) == len([file for file in local.rglob("*") if file.is_file()])
 
 
+def test_what_was_not_sent_yet_is_not_replaced_by_older(
+    cloud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(cloud)
+    write_llava(tmp_path / "d", 14)
+    with monkeypatch.context() as patched:
+        patched.setattr("extract.run.push", lambda *_: (_ for _ in ()).throw(UserError("no network")))
+        assert run("extract", cloud).exit_code == 2
+    newer = digest(loaded.cache_path("one"))
+    refused = run("federate", cloud)
+    assert refused.exit_code == 2
+    assert "not yet sent to" in refused.output
+    assert digest(loaded.cache_path("one")) == newer
+    assert "sent" in run("extract", cloud).output
+    assert there(loaded).listing().keys() >= {"manifest.json"}
+    assert run("federate", cloud).exit_code == 0
+    assert digest(loaded.cache_path("one")) == newer
+
+
 def test_a_cache_of_another_encoder_on_s3_is_not_overwritten(cloud: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "mirrors")
     refused = run("extract", cloud, "--set", "extract.encoder.layer=-1")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -379,3 +380,65 @@ def test_hdf5_datasets_go_together(tmp_path: Path) -> None:
         list(Hdf5(path=tmp_path / "d.h5", captions="short").records())
     with pytest.raises(UserError, match="not both"):
         list(Hdf5(path=tmp_path / "d.h5", captions="captions", conversations="talk").records())
+
+
+def test_zero_bytes_at_the_end_of_a_fixed_string_are_kept(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(buffer, "bmp")
+    with h5py.File(tmp_path / "d.h5", "w") as file:
+        file["images"] = np.array([buffer.getvalue(), picture(0, size=(2, 2))])
+    records, _ = split(list(Hdf5(path=tmp_path / "d.h5").records()))
+    assert Image.open(io.BytesIO(records[0].read_image())).convert("RGB").size == (4, 4)
+
+
+def test_a_damaged_chunk_loses_its_own_rows(tmp_path: Path) -> None:
+    path = tmp_path / "d.h5"
+    rgb = np.random.default_rng(0).integers(0, 255, (40, 6, 6, 3), dtype=np.uint8)
+    with h5py.File(path, "w") as file:
+        images = file.create_dataset("images", data=rgb, chunks=(1, 6, 6, 3), fletcher32=True)
+        at = images.id.get_chunk_info(33).byte_offset
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    records, skipped = split(list(Hdf5(path=path).records()))
+    assert [record.id for record in records] == [f"{n:09d}" for n in range(40) if n != 33]
+    assert [item.place for item in skipped] == [f"{path}[33]"]
+    assert "damaged" in skipped[0].reason
+
+
+def test_names_that_are_not_utf8_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(0))
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))).write_bytes(picture(1))
+    source = ImageFolder(path=tmp_path)
+    records, skipped = split(list(source.records()))
+    assert [record.id for record in records] == ["a.png"]
+    assert [item.reason for item in skipped] == ["its name is not UTF-8"]
+    json.dumps(skipped[0].place).encode()
+    assert source.size() == 1
+    assert source.identity()["names"] == ["a.png"]
+
+    odd = b"caf\xe9".decode("utf-8", "surrogateescape")
+    samples = [{"__key__": key, "png": picture(0), "txt": b"words"} for key in (odd, "b")]
+    write_shard(tmp_path / "0.tar", samples)
+    records, skipped = split(list(WebDataset(path=f"{tmp_path}/0.tar").records()))
+    assert [record.id for record in records] == ["b.png"]
+    assert "its name or text cannot be read" in skipped[0].reason
+    skipped[0].place.encode()
+
+
+def test_a_failing_disk_is_no_damaged_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it hides would be skipped for good."""
+    shard = write_shard(tmp_path / "0.tar", [{"__key__": f"{n}", "png": picture(n)} for n in range(9)])
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > len(self.getvalue()) / 2:
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return super().read(size)
+
+    whole = shard.read_bytes()
+    monkeypatch.setattr(Path, "open", lambda self, mode="r": Failing(whole))
+    with pytest.raises(
+        UserError, match=r"0.tar: cannot be read \(.*Stale file handle\); mend that and rerun"
+    ):
+        list(WebDataset(path=str(shard)).records())

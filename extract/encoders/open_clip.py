@@ -179,8 +179,10 @@ def _find(options: OpenClip) -> _Found:
 
 def _architecture(options: OpenClip) -> _Found:
     """A model of which no weights are needed."""
-    if ":" in options.model:
-        return _find(options)
+    schema, _, place = options.model.partition(":")
+    if schema in ("local-dir", "hf-hub"):
+        settings = read_json(Path(place) / _CONFIG) if schema == "local-dir" else _hub_settings(place)
+        return _described(options.model, settings, [])
     name, config = _named(options, _library())
     return _Found(name, None, config, (), _preprocessing(config, {}))
 
@@ -201,7 +203,7 @@ def _on_hub(model: str) -> _Found:
 
     repository = model.partition(":")[2]
     try:
-        settings = read_json(Path(download_pretrained_from_hf(repository, filename=_CONFIG)))
+        settings = _hub_settings(repository)
         weights = Path(download_pretrained_from_hf(repository))
     except Exception as error:
         raise UserError(
@@ -209,6 +211,12 @@ def _on_hub(model: str) -> _Found:
             "there is a network and use 'local-dir:/path'"
         ) from None
     return _described(model, settings, [weights])
+
+
+def _hub_settings(repository: str) -> Any:
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    return read_json(Path(download_pretrained_from_hf(repository, filename=_CONFIG)))
 
 
 def _described(model: str, settings: Any, weights: list[Path]) -> _Found:

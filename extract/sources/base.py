@@ -17,7 +17,7 @@ from pipeline.records import Record, Text, caption, from_llava
 from pipeline.registry import Registry
 from pipeline.store import Location, Remote
 
-_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def hash_file(path: Location, option: str) -> str:
         if isinstance(path, Remote):
             return hashlib.sha256(path.read_bytes()).hexdigest()
         return sha256_file(path)
-    except _NO_FILE:
+    except NO_FILE:
         raise UserError(f"{path}: no such file; set '{option}' to it") from None
 
 
@@ -105,7 +105,7 @@ def read_lines(path: Location, option: str) -> str:
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
-    except _NO_FILE:
+    except NO_FILE:
         raise UserError(f"{path}: no such file; set '{option}' to it") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}); convert it first") from None
@@ -135,6 +135,11 @@ def image_name(value: Any, folder: str) -> str:
         raise ValueError(f"its image '{value}' lies outside '{folder}'")
     value.encode()
     return value
+
+
+def printable(name: str) -> str:
+    """A name for people, also where its bytes are not UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def image_names(values: Iterable[Any], folder: str) -> list[str]:

@@ -46,12 +46,34 @@ class Hdf5(Source):
             images, others = self._datasets(file)
             seen: set[str] = set()
             for start in range(0, len(images), _ROWS_AT_ONCE):
-                rows = slice(start, start + _ROWS_AT_ONCE)
-                pictures = images[rows]
-                columns = {name: dataset[rows] for name, dataset in others.items()}
-                for offset, picture in enumerate(pictures):
-                    row = {name: column[offset] for name, column in columns.items()}
-                    yield self._record(start + offset, picture, row, seen)
+                stop = min(start + _ROWS_AT_ONCE, len(images))
+                try:
+                    yield from self._records(images, others, range(start, stop), seen)
+                except OSError:
+                    for number in range(start, stop):
+                        try:
+                            yield from self._records(images, others, range(number, number + 1), seen)
+                        except OSError as error:
+                            yield Skipped(f"{self.path}[{number}]", f"damaged: {error}")
+
+    def _records(
+        self, images: Any, others: dict[str, Any], numbers: range, seen: set[str]
+    ) -> list[Record | Skipped]:
+        """Some rows, read at once.
+
+        Raises:
+            OSError: One of them is damaged.
+        """
+        rows = slice(numbers.start, numbers.stop)
+        pictures = images[rows]
+        if pictures.dtype.kind == "S":
+            # As strings they would lose the zero bytes at their end.
+            pictures = pictures.view(f"V{pictures.dtype.itemsize}")
+        columns = {name: dataset[rows] for name, dataset in others.items()}
+        return [
+            self._record(number, pictures[place], {name: c[place] for name, c in columns.items()}, seen)
+            for place, number in enumerate(numbers)
+        ]
 
     def _record(self, number: int, picture: Any, row: dict[str, Any], seen: set[str]) -> Record | Skipped:
         place = f"{self.path}[{number}]"

@@ -20,6 +20,7 @@ from extract.sources.base import (
     image_name,
     image_names,
     json_lines,
+    printable,
     read_lines,
     stat_files,
     stat_images,
@@ -56,6 +57,8 @@ class ImageFolder(Source):
         if self.captions is not None:
             yield from by_image(self.pairs(), self.path)
             return
+        for name in self._unreadable:
+            yield Skipped(printable(str(self.path / name)), "its name is not UTF-8")
         for name in self._pictures:
             if self.only is not None:
                 yield Record(name, self.path / name, ())
@@ -123,7 +126,7 @@ class ImageFolder(Source):
         return image_names((row.get(self.image_column) for row in rows), "path")
 
     @cached_property
-    def _pictures(self) -> list[str]:
+    def _found(self) -> list[str]:
         if self.only is not None:
             lines = read_lines(self.only, "only").split("\n")
             return image_names((line.rstrip("\r") for line in lines), "path")
@@ -141,6 +144,14 @@ class ImageFolder(Source):
         if not found:
             raise UserError(f"{self.path}: no picture ({', '.join(_IMAGE_SUFFIXES)}) in it")
         return found
+
+    @cached_property
+    def _pictures(self) -> list[str]:
+        return image_names(self._found, "path")
+
+    @property
+    def _unreadable(self) -> list[str]:
+        return sorted(set(self._found) - set(self._pictures))
 
     @cached_property
     def _rows(self) -> list[tuple[str, Any]]:

@@ -7,6 +7,7 @@ Shards are opened here, from the disk or through fsspec, and handed to webdatase
 from __future__ import annotations
 
 import glob
+import gzip
 import json
 import os
 import tarfile
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from extract.sources.base import SOURCES, Skipped, Source, stat_files, texts_of
+from extract.sources.base import SOURCES, Skipped, Source, printable, stat_files, texts_of
 from pipeline.errors import UserError
 from pipeline.records import Record
 from pipeline.store import Remote, is_url
@@ -44,6 +45,8 @@ class WebDataset(Source):
             if isinstance(error, UserError):
                 # A lost connection is no damage: what it hides would be skipped for good.
                 raise UserError(error.args[0])
+            if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+                raise UserError(f"{reading[-1]}: cannot be read ({error}); mend that and rerun to go on")
             problems.append(Skipped(str(reading[-1]), f"damaged shard: {error.args[0]}"))
             return True
 
@@ -64,7 +67,7 @@ class WebDataset(Source):
         yield from problems
 
     def _record(self, sample: dict[str, Any], seen: dict[str, str]) -> Record | Skipped:
-        place = f"{sample['__url__']}:{sample['__key__']}"
+        place = f"{sample['__url__']}:{printable(sample['__key__'])}"
         suffix = next((suffix for suffix in _IMAGE_SUFFIXES if suffix in sample), None)
         if suffix is None:
             return Skipped(place, f"no image ({', '.join(_IMAGE_SUFFIXES)}) in the sample")
@@ -76,12 +79,13 @@ class WebDataset(Source):
             return Skipped(place, "a sample of this name came before")
         seen[name] = sample["__url__"]
         try:
+            name.encode()
             if "json" in sample:
                 texts = texts_of(json.loads(sample["json"]), self.split)
             else:
                 texts = texts_of([sample["txt"].decode()] if "txt" in sample else [], self.split)
         except (ValueError, RecursionError) as error:
-            return Skipped(place, f"its text cannot be read: {error}")
+            return Skipped(place, f"its name or text cannot be read: {error}")
         return Record(name, sample[suffix], texts)
 
     def identity(self) -> dict[str, Any]:

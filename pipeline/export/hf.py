@@ -42,6 +42,7 @@ _DISK_NAMES = {
 }
 # Content may be a list of pictures and texts, as processors want it, or plain text.
 _FLATTEN = (
+    "{%- set enable_thinking = false -%}"
     "{%- set flat = namespace(messages=[], text='') -%}"
     "{%- for message in messages -%}"
     "{%- if message['content'] is string or message['content'] is none -%}"
@@ -57,8 +58,8 @@ _FLATTEN = (
     "{%- set messages = flat.messages -%}"
 )
 _V1 = (
-    "{{ bos_token }}" + V1_SYSTEM + "{% for message in messages %}"
-    "{% if message['role'] == 'user' %} USER: {{ message['content'] }} ASSISTANT:"
+    "{{ bos_token }}" + V1_SYSTEM + "{{ ' ' }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {{ message['content'] }} ASSISTANT:"
     "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
