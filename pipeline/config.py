@@ -135,7 +135,7 @@ class Federate(Options):
     (`batch_size` by default): faster for small models, equal up to rounding. `initial` is what the
     projector starts from instead of random weights: a LLaVA `mm_projector.bin`, a directory of Hugging
     Face's LLaVA, or a run or projector of ours. `checkpointing` keeps only the inputs of the LLM's
-    layers for the backward pass and runs them again in it: half as much memory, a third slower.
+    layers for the backward pass and runs them again in it: a third of the memory, a third slower.
     `compile` trains through torch.compile: faster on long runs, equal up to rounding.
     """
 

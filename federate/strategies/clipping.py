@@ -14,12 +14,13 @@ from statistics import median
 import torch
 
 from federate.strategies.base import State, Update
+from federate.strategies.canonical import inner
 
 
 def norm(start: State, state: State) -> float:
     """‖D‖ of an update from `start` to `state`, over all parameters together."""
-    deltas = (state[name].double() - old.double() for name, old in start.items())
-    return sqrt(fsum(float(delta.square().sum()) for delta in deltas))
+    deltas = (state[name] - old for name, old in start.items())
+    return sqrt(fsum(inner(delta, delta) for delta in deltas))
 
 
 def usual(norms: Mapping[str, float], samples: Mapping[str, int]) -> dict[str, float]:
