@@ -100,6 +100,7 @@ def _train(
             else None,
             privacy=options.clipped,
             traffic=engine.traffic,
+            quorum=experiment.sites.quorum,
         )
     names = {"projector.safetensors": done.state}
     names |= {f"silos/{client}.safetensors": state for client, state in done.personal.items()}

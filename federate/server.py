@@ -21,6 +21,8 @@ from pipeline.manifest import write_atomic
 if TYPE_CHECKING:
     from federate.secure.summation import Exchange
 
+_REMEDY = "lower federate.optimizer.learning_rate or the strategy's step"
+
 
 @dataclass
 class Progress:
@@ -89,6 +91,7 @@ def run_rounds(
     secure: Secure | None = None,
     privacy: Privacy | None = None,
     traffic: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    quorum: int | None = None,
 ) -> Progress:
     """Run what is left of the rounds.
 
@@ -104,6 +107,8 @@ def run_rounds(
         secure: How to sum what clients keep to themselves; None where they send their updates.
         privacy: How clients clip and noise their updates, if they do.
         traffic: Bytes sent and received since it was asked last.
+        quorum: Clients whose updates a round needs; all of them by default. With enough of them the
+            round goes on without updates that are refused, as if those clients had not answered.
 
     Returns:
         The progress after the last round.
@@ -128,6 +133,8 @@ def run_rounds(
             for client in schedule[round_]
         ]
         results = _restored(jobs, train(jobs))
+        if secure is None:
+            results = _counted(jobs, results, progress.state, quorum)
         # A sum in which all count alike is as sensitive as one client's clipped update.
         samples = {result.client: 1 if privacy else result.samples for result in results}
         aggregate = _aggregated(strategy, progress, results, samples, secure)
@@ -166,6 +173,28 @@ def _restored(jobs: Sequence[Job], results: Sequence[LocalResult]) -> list[Local
         raise DivergedError(f"round {jobs[0].round}: {error}") from None
 
 
+def _counted(
+    jobs: Sequence[Job], results: Sequence[LocalResult], state: State, quorum: int | None
+) -> list[LocalResult]:
+    """Results whose updates are sound."""
+    sound, reasons = [], []
+    for result in results:
+        try:
+            check(state, [_update(result, result.samples)])
+            sound.append(result)
+        except ValueError as error:
+            reasons.append(str(error))
+    if reasons and len(sound) < min(quorum or len(jobs), len(jobs)):
+        raise DivergedError(f"round {jobs[0].round}: {'; '.join(reasons)}; {_REMEDY}")
+    for reason in reasons:
+        say(f"round {jobs[0].round + 1} goes on without it: {reason}")
+    return sound
+
+
+def _update(result: LocalResult, samples: int) -> Update:
+    return Update(result.client, result.state, samples, result.steps, result.gradient, result.alignment)
+
+
 def _told(round_: int, noise: Mapping[str, Sequence[float]], privacy: Privacy) -> float | None:
     """ε of the client that has spent most, after the round; None where there is no noise."""
     if not privacy.noise_multiplier:
@@ -187,10 +216,7 @@ def _fused(
     secure: Secure | None,
 ) -> Aggregate:
     if secure is None:
-        updates = [
-            Update(r.client, r.state, samples[r.client], r.steps, r.gradient, r.alignment) for r in results
-        ]
-        check(progress.state, updates)
+        updates = [_update(result, samples[result.client]) for result in results]
         return strategy.aggregate(progress.state, updates, progress.memory)
     from federate.secure.cohort import aggregate
     from federate.secure.summation import threshold_of
@@ -206,16 +232,15 @@ def _aggregated(
     samples: Mapping[str, int],
     secure: Secure | None,
 ) -> Aggregate:
-    remedy = "lower federate.optimizer.learning_rate or the strategy's step"
     try:
         aggregate = _fused(strategy, progress, results, samples, secure)
     except DroppedOutError:
         raise
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-        raise DivergedError(f"round {progress.round}: {error}; {remedy}") from None
+        raise DivergedError(f"round {progress.round}: {error}; {_REMEDY}") from None
     for name, tensor in aggregate.state.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise DivergedError(f"round {progress.round}: the aggregated {name} is not finite; {remedy}")
+            raise DivergedError(f"round {progress.round}: the aggregated {name} is not finite; {_REMEDY}")
     return aggregate
 
 

@@ -189,8 +189,9 @@ class Federate(Options):
 class Sites(Options):
     """Rounds over real sites; none of this decides what a run in which all take part ends in.
 
-    A round waits `round_timeout` seconds for its sites and goes on without those that did not answer if
-    `quorum` of them did, all by default. A run waits `join_timeout` seconds for its sites to appear.
+    A round waits `round_timeout` seconds for its sites and goes on without those that did not answer, or
+    sent no finite numbers, if `quorum` of them did, all by default. A run waits `join_timeout` seconds for
+    its sites to appear.
     """
 
     quorum: int | None = Field(None, ge=1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from test_sites import projector, sites_config  # noqa: F401
 from test_strategies import draw
 
+from federate.engines.here import Here
 from federate.history import distance
 from federate.poison import poisoned
 from federate.run import run
@@ -47,6 +51,28 @@ def test_updates_that_are_no_numbers_are_refused_by_name(
     ]
     with pytest.raises(UserError, match="client 'lab'"):
         run(load(sites_config, options))
+
+
+def test_with_a_quorum_rounds_go_on_without_them(sites_config: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def] # noqa: F811
+    """As if the client had not answered."""
+    options = [f"build={tmp_path}", "federate.strategy.name=fedcmp"]
+    bad = load(sites_config, [*options, "run=bad", "sites.quorum=2", "federate.poison.lab.kind=not_finite"])
+    run(bad)
+    assert (
+        "round 2 goes on without it: client 'lab' sent values that are not finite" in capsys.readouterr().out
+    )
+    rows = map(json.loads, (bad.run_path / "history.jsonl").read_text().splitlines())
+    assert [row["missing"] for row in rows if row["client"] is None] == [["lab"]] * 3
+
+    class Without(Here):
+        @contextmanager
+        def training(self, start: int) -> Iterator[object]:  # type: ignore[override]
+            with super().training(start) as train:
+                yield lambda jobs: train([job for job in jobs if job.client != "lab"])
+
+    others = load(sites_config, [*options, "run=others"])
+    run(others, Without)
+    assert projector(bad) == projector(others)
 
 
 def test_bad_captions_change_what_is_learnt_and_only_there(sites_config: Path, tmp_path: Path) -> None:  # noqa: F811
