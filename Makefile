@@ -66,6 +66,8 @@ help:
 	@echo "Installing into .venv (once; a few minutes, mostly torch)"
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --editable '.[dev]'
+	@# Apart: asked for all at once, pip searches for minutes.
+	.venv/bin/python -m pip install --quiet --editable '.[dev,flower,privacy]'
 	@touch $@
 
 # Stage one. A lost manifest asks for a check, as does a changed configuration.
