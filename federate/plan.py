@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from federate.participation import participants
@@ -61,6 +62,12 @@ def plan(experiment: Experiment, strategy: Strategy) -> Plan:
             f"federate.communication.payload = '{options.communication.payload}': secure sums are of exact "
             "numbers, and what privacy takes away must not be sent later; use float32"
         )
+    for package, wanted in (
+        ("cryptography", options.secure),
+        ("opacus", options.clipped is not None and options.clipped.noise_multiplier > 0),
+    ):
+        if wanted and find_spec(package) is None:
+            raise UserError(f"federate.privacy: needs {package}; run: pip install 'fedcmp[privacy]'")
     if options.secure:
         _refuse_insecure(options, made, strategy)
     if options.clipped is not None and (strategy.sees() != "mean" or strategy.pooled or strategy.personal):

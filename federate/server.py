@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,16 +132,18 @@ def run_rounds(
             )
             for client in schedule[round_]
         ]
-        results = _restored(jobs, train(jobs))
+        results = list(train(jobs))
         if secure is None:
-            results = _counted(jobs, results, progress.state, quorum)
+            results = _counted(jobs, results, quorum)
         # A sum in which all count alike is as sensitive as one client's clipped update.
         samples = {result.client: 1 if privacy else result.samples for result in results}
         aggregate = _aggregated(strategy, progress, results, samples, secure)
-        rows, noise = _rows(jobs, results, progress.state, aggregate), dict(progress.noise)
+        # Who drops out within a secure sum is not in it, and neither is its noise.
+        present = samples.keys() if secure is None else aggregate.figures["weight"].keys()
+        rows, noise = _rows(jobs, results, present, progress.state, aggregate), dict(progress.noise)
         if privacy is not None:
-            multiplier = privacy.noise_multiplier * (len(results) / len(jobs)) ** 0.5
-            noise |= {client: [*noise.get(client, []), multiplier] for client in samples}
+            multiplier = privacy.noise_multiplier * (len(present) / len(jobs)) ** 0.5
+            noise |= {client: [*noise.get(client, []), multiplier] for client in present}
             rows[-1]["epsilon"] = _told(round_, noise, privacy)
         sent, received = traffic()
         rows[-1] |= {"bytes": sent + received, "bytes_received": received}
@@ -159,29 +161,22 @@ def run_rounds(
     return progress
 
 
-def _restored(jobs: Sequence[Job], results: Sequence[LocalResult]) -> list[LocalResult]:
-    """Results with the projectors that compressed updates stand for."""
+def _restored(start: State, result: LocalResult) -> LocalResult:
+    """The result with the projector that a compressed update stands for."""
+    if result.sent is None:
+        return result
+    return replace(result, state=communication.received(start, result.sent, result.client), sent=None)
+
+
+def _counted(jobs: Sequence[Job], results: Sequence[LocalResult], quorum: int | None) -> list[LocalResult]:
+    """Results whose updates are sound, with the projectors that compressed ones stand for."""
     start = {job.client: job.start for job in jobs}
-    try:
-        return [
-            replace(r, state=communication.received(start[r.client], r.sent, r.client), sent=None)
-            if r.sent is not None
-            else r
-            for r in results
-        ]
-    except ValueError as error:
-        raise DivergedError(f"round {jobs[0].round}: {error}") from None
-
-
-def _counted(
-    jobs: Sequence[Job], results: Sequence[LocalResult], state: State, quorum: int | None
-) -> list[LocalResult]:
-    """Results whose updates are sound."""
     sound, reasons = [], []
     for result in results:
         try:
-            check(state, [_update(result, result.samples)])
-            sound.append(result)
+            whole = _restored(start[result.client], result)
+            check(start[result.client], [_update(whole, whole.samples)])
+            sound.append(whole)
         except ValueError as error:
             reasons.append(str(error))
     if reasons and len(sound) < min(quorum or len(jobs), len(jobs)):
@@ -245,7 +240,11 @@ def _aggregated(
 
 
 def _rows(
-    jobs: Sequence[Job], results: Sequence[LocalResult], before: State, aggregate: Aggregate
+    jobs: Sequence[Job],
+    results: Sequence[LocalResult],
+    present: Collection[str],
+    before: State,
+    aggregate: Aggregate,
 ) -> list[dict[str, Any]]:
     """The round in the history: a row a client that answered, and one of the server."""
     of = {job.client: job for job in jobs}
@@ -271,7 +270,7 @@ def _rows(
     whole = {
         "round": jobs[0].round,
         "client": None,
-        "missing": sorted(of.keys() - {result.client for result in results}),
+        "missing": sorted(of.keys() - set(present)),
         "loss": sum(result.loss * result.tokens for result in results) / tokens,
         "samples": sum(result.samples for result in results),
         "tokens": tokens,

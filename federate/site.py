@@ -81,6 +81,7 @@ class Site:
         self._residuals = Residuals(experiment.run_path / RESIDUALS)
         self._own: dict[str, Own] = {}
         self._sums: dict[str, int] = {}
+        self._told: dict[str, set[str]] = {}
         self._parties: dict[str, Party] = {}
         self._engine = LocalEngine(
             self.streams,
@@ -109,7 +110,10 @@ class Site:
         for job, result in zip(jobs, results, strict=True):
             self._own[job.client] = Own(job.client, job.start, result.state)
             self._sums[job.client] = 0
-        return [replace(result, state={}) for result in results]
+            self._told[job.client] = set()
+        return [
+            replace(result, state={}, gradient=None, alignment=None, optimizer=None) for result in results
+        ]
 
     def _poisoned(self, job: Job, result: LocalResult) -> LocalResult:
         if job.client not in self._poison:
@@ -141,6 +145,12 @@ class Site:
         if not self._secure or client not in self._own:
             raise ValueError(f"client '{client}' has no update to add to a secure sum")
         own = self._own[client]
+        if request["step"] in ("norm", "agree"):
+            if request["step"] in self._told[client]:
+                raise ValueError(
+                    f"client '{client}' refuses: told again and again it would reveal its update"
+                )
+            self._told[client].add(request["step"])
         if request["step"] == "norm":
             return {"norm": own.norm()}
         if request["step"] == "agree":

@@ -17,7 +17,7 @@ from conftest import digest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import CorruptCacheError, FeatureCache, Quantiser
+from pipeline.cache import CorruptCacheError, FeatureCache, Quantiser, partial_path
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.handover.change import merge, replace_texts, subset
@@ -260,6 +260,20 @@ def test_what_cannot_be_merged(tmp_path: Path, path: Path) -> None:
     with pytest.raises(UserError, match="different shapes"):
         merge({"one": one, "wide": wide}, tmp_path / "n.zarr")
     assert not (tmp_path / "n.zarr").exists()
+
+
+def test_new_texts_come_after_a_commit_that_was_killed(tmp_path: Path) -> None:
+    """The features are those of the cache that was about to take the place."""
+    old = caches.write(tmp_path / "a.zarr", caches.features(6))
+    new = caches.write(tmp_path / "new.zarr", caches.features(6, seed=1), source="new")
+    wanted = new.read(range(6))
+    new.path.rename(partial_path(old.path))
+    listing = tmp_path / "texts.jsonl"
+    listing.write_text('{"image": "é1.png", "caption": "neu"}')
+    made = replace_texts(old.path, listing)
+    np.testing.assert_array_equal(made.read(range(6)), wanted)
+    assert made.manifest["source"] == {"files": "new"}
+    assert verify(made.path) == []
 
 
 def test_licences_travel_with_the_features(extracted: Path, tmp_path: Path) -> None:

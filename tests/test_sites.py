@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,7 @@ def test_a_site_lost_within_a_secure_round_is_left_out(
     clients[2] = Dies(experiment, "practice")
     run(experiment, over(FakeLink(clients)))
     assert "practice dropped out of the secure sum: gone" in capsys.readouterr().out
+    assert [row["missing"] for row in rows(experiment) if row["client"] is None] == [["practice"]]
     others = load(
         sites_config,
         [*four, "federate.privacy.secure=false", "federate.silos=['clinic','lab','heldout4']", "run=o"],
@@ -388,6 +390,59 @@ def test_a_site_that_never_came_is_named(
         UserError, match=r"only 2 of 3 sites came within sites.join_timeout = 1 s; missing: practice"
     ):
         run(experiment, over(link))
+
+
+def test_another_cache_after_an_interruption_is_refused(sites_config: Path, tmp_path: Path) -> None:
+    experiment = quorum_of_two(sites_config, tmp_path, "federate.rounds=4")
+    everyone = {node: Service(experiment, silo) for node, silo in enumerate(SILOS)}
+
+    class Killed(BaseException):
+        pass
+
+    link = FakeLink(everyone)
+
+    def kill(node: int) -> None:
+        if [kind for _, kind in link.sent].count("train") == 5:
+            raise Killed
+
+    link.on_train = kill
+    with pytest.raises(Killed):
+        run(experiment, over(link))
+    checkpoint = (experiment.run_path / "checkpoint.pt").read_bytes()
+    everyone[1]._card = replace(everyone[1]._card, content="0" * 64)
+    with pytest.raises(UserError, match="site 'lab' came back with another cache than this run began with"):
+        run(experiment, over(FakeLink(everyone)))
+    assert (experiment.run_path / "checkpoint.pt").read_bytes() == checkpoint
+
+
+def test_a_site_that_cannot_be_understood_does_not_end_the_server(
+    sites_config: Path, services: dict[int, Service], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Other(Service):
+        def handle(self, request: dict) -> dict:
+            return {"silo": "practice"}
+
+    experiment = load(sites_config, [*QUICK, f"build={tmp_path}"])
+    odd = {node: services[node] for node in (10, 11)} | {12: Other(experiment, "practice")}
+    with pytest.raises(UserError, match="only 2 of 3 sites came"):
+        run(experiment, over(FakeLink(odd)))
+    assert "a site cannot be understood (KeyError('card'))" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("samples", [10**15, 0, "5"])
+def test_counts_that_cannot_be_are_no_answer(sites_config: Path, tmp_path: Path, samples: object) -> None:
+    class Boasts(Service):
+        def handle(self, request: dict) -> dict:
+            answer = super().handle(request)
+            if "result" in answer:
+                answer["result"]["samples"] = samples
+            return answer
+
+    experiment = quorum_of_two(sites_config, tmp_path, "federate.rounds=1")
+    sites: dict[int, Service] = {node: Service(experiment, silo) for node, silo in enumerate(SILOS)}
+    sites[2] = Boasts(experiment, "practice")
+    run(experiment, over(FakeLink(sites)))
+    assert [row["missing"] for row in rows(experiment) if row["client"] is None] == [["practice"]]
 
 
 def test_after_an_interruption_a_quorum_is_enough(

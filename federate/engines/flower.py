@@ -115,10 +115,13 @@ def serve(grid: Grid, context: Context) -> None:
         threading.Thread(target=_end_with, args=(Path(task["alive"]),), daemon=True).start()
     try:
         _run(load(Path(str(context.run_config["config"])), task["overrides"]), grid)
+        problem = ""
     except (UserError, OSError) as error:
         if task["outcome"] is None:
             raise
-        Path(task["outcome"]).write_text(str(error))
+        problem = str(error)
+    if task["outcome"] is not None:
+        Path(task["outcome"]).write_text(problem)
 
 
 def _end_with(alive: Path) -> None:

@@ -72,10 +72,11 @@ def federate(
         # Held while this process lives, however it ends.
         with locked(home / "alive", folder):
             _serve(config, address, keys, home)
-        if outcome.is_file():
-            raise UserError(outcome.read_text())
-    if not (experiment.run_path / "manifest.json").is_file():
-        raise UserError(f"{experiment.run_path}: the run ended early; run the same command to go on")
+        # Written whatever the run's end, empty where all is well.
+        if not outcome.is_file():
+            raise UserError(f"{experiment.run_path}: the run ended early; run the same command to go on")
+        if problem := outcome.read_text():
+            raise UserError(problem)
 
 
 def _serve(config: Path, address: str, keys: Keys, home: Path) -> None:

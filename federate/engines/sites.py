@@ -92,6 +92,7 @@ class Sites(Engine):
         self._refused: dict[str, str] = {}
         self._late: dict[str, str] = {}
         self._d_llm = 0
+        self._begun_with: dict[str, Card] = {}
         self._looked = float("-inf")
         self._sent = self._received = 0
 
@@ -106,6 +107,8 @@ class Sites(Engine):
         path = self._experiment.run_path / _SITES
         known = {name: Card(**card) for name, card in (read_json(path) or {}).items()}
         needed = self._quorum(len(silos)) if known.keys() >= set(silos) else len(silos)
+        if (self._experiment.run_path / "checkpoint.pt").exists():
+            self._begun_with = known
         say(f"waiting for {len(silos)} sites: {', '.join(silos)}")
         deadline = time.monotonic() + options.join_timeout
         while len(self._cards) < len(silos) and time.monotonic() < deadline:
@@ -122,6 +125,7 @@ class Sites(Engine):
             )
         cards = {silo: self._cards.get(silo) or known[silo] for silo in silos}
         write_json(path, {silo: card.plain() for silo, card in cards.items()})
+        self._cards = dict(cards)
         return cards
 
     @contextmanager
@@ -137,9 +141,7 @@ class Sites(Engine):
         began, needed = time.monotonic(), self._quorum(len(jobs))
         requests = {job.client: {"kind": "train", "job": job_as_dict(job)} for job in jobs}
         # A site speaks for its own silo alone.
-        round_ = self._ask(
-            requests, needed, lambda silo, reply: replace(result_of(reply["result"]), client=silo)
-        )
+        round_ = self._ask(requests, needed, self._result)
         results = dict(round_.replies)
         missing = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(round_.failures.items()))
         name = f"round {jobs[0].round + 1} of {jobs[0].rounds}"
@@ -153,6 +155,20 @@ class Sites(Engine):
             + (f"; missing: {missing}" if missing else "")
         )
         return [results[job.client] for job in jobs if job.client in results]
+
+    def _result(self, silo: str, reply: dict[str, Any]) -> LocalResult:
+        """What a site says of itself.
+
+        Raises:
+            ValueError: It cannot be.
+        """
+        result = replace(result_of(reply["result"]), client=silo)
+        counts = result.samples, result.steps, result.tokens
+        if not all(type(count) is int and count > 0 for count in counts):
+            raise ValueError(f"samples, steps and tokens are {counts}")
+        if result.samples > self._cards[silo].samples:
+            raise ValueError(f"{result.samples} samples, where it has {self._cards[silo].samples}")
+        return result
 
     def traffic(self) -> tuple[int, int]:
         """Bytes of messages, before Flower spares what it has sent already."""
@@ -251,24 +267,31 @@ class Sites(Engine):
         if isinstance(answer, Failure):
             self._known.discard(node)  # to be greeted again
             return
-        hello = unpack(answer)
-        silo, card = hello["silo"], Card(**hello["card"])
-        reason = self._objection(silo, card, hello["terms"])
+        try:
+            hello = unpack(answer)
+            silo, card, d_llm = hello["silo"], Card(**hello["card"]), hello["d_llm"]
+            reason = self._objection(silo, card, hello["terms"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            say(f"a site cannot be understood ({error!r}); give it the server's version of FedCMP")
+            return
         if reason is not None:
             say(reason)
             self._refused[silo] = reason
             return
         self._refused.pop(silo, None)
-        self._cards[silo], self._node[silo], self._d_llm = card, node, hello["d_llm"]
+        self._cards[silo], self._node[silo], self._d_llm = card, node, d_llm
         say(f"{silo} is here")
 
     def _objection(self, silo: str, card: Card, theirs: dict[str, Any]) -> str | None:
         """Why a site cannot take part, or None."""
         if silo not in self._experiment.federate.silos:
             return f"site '{silo}' is none of federate.silos; stop it"
-        before = self._cards.get(silo)
+        before = self._cards.get(silo) or self._begun_with.get(silo)
         if before is not None and before.content != card.content:
-            return f"site '{silo}' came back with another cache than this run began with; give it that one"
+            return (
+                f"site '{silo}' came back with another cache than this run began with; give it that one, or "
+                f"remove {self._experiment.run_path} to begin anew"
+            )
         first = next(iter(self._cards), silo)
         found = differences(terms(self._experiment, self._cards.get(first, card)), theirs)
         if found:

@@ -9,7 +9,7 @@ import numpy as np
 
 SECRET_BYTES = 32
 _FRACTION_BITS = 40
-_WHOLE_BITS = 22
+_WHOLE_BITS = 13  # so that a thousand clients' sum fits into the 23 bits before the point
 _PRIME = 2**521 - 1
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from math import prod
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -204,6 +205,9 @@ def _problem(manifest: dict[str, Any]) -> str | None:
             and _SHA256.fullmatch(entry[1])
         ):
             return f"size and SHA-256 of {name!r} are {_short(entry)}"
+    folders = {str(folder) for name in files for folder in PurePosixPath(name).parents}
+    if both := sorted(folders & files.keys()):
+        return f"it lists {both[0]!r} as a file and as a folder"
     return _out_of_proportion(manifest)
 
 

@@ -207,10 +207,10 @@ def replace_texts(path: Path, listing: Path) -> FeatureCache:
     Raises:
         UserError: A line cannot be read or is about an unknown image.
     """
-    cache = FeatureCache(path)
-    texts = _read_texts(listing, cache)
     with writing(path):
         finish_commit(path)
+        cache = FeatureCache(path)
+        texts = _read_texts(listing, cache)
         partial = partial_path(path)
         shutil.rmtree(partial, ignore_errors=True)
         for name in cache.manifest["files"]:

@@ -311,7 +311,8 @@ def _rows(cache: FeatureCache) -> Iterator[Problem]:
         (item.get("id"), item.get("status")) if isinstance(item, dict) else item
         for item in cache.manifest["failures"]
     ]
-    if failed != listed:
+    reasons = [item.get("reason") if isinstance(item, dict) else None for item in cache.manifest["failures"]]
+    if failed != listed or not all(isinstance(reason, str) for reason in reasons):
         yield Problem("manifest.json", "its failures are not those of images/status")
 
 
