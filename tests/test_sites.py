@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from math import sqrt
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from federate.engines import daemon
 from federate.engines.base import terms
 from federate.engines.service import Service
 from federate.engines.sites import Failure, Sites
+from federate.privacy import spent
 from federate.run import run
 from federate.strategies.base import Objective
 from federate.wire import Payload, job_as_dict, job_of, pack, result_as_dict, result_of, unpack
@@ -260,6 +262,13 @@ def test_a_site_lost_within_a_secure_round_is_left_out(
     run(experiment, over(FakeLink(clients)))
     assert "practice dropped out of the secure sum: gone" in capsys.readouterr().out
     assert [row["missing"] for row in rows(experiment) if row["client"] is None] == [["practice"]]
+    private = load(
+        sites_config, [*four, "federate.privacy.clip=0.1", "federate.privacy.noise_multiplier=2.0", "run=p"]
+    )
+    clients = {node: Service(private, silo) for node, silo in enumerate(private.federate.silos)}
+    run(private, over(FakeLink(clients | {2: Dies(private, "practice")})))
+    (epsilon,) = (row["epsilon"] for row in rows(private) if row["client"] is None)
+    assert epsilon == pytest.approx(spent([2.0 * sqrt(3 / 4)], 1e-5))
     others = load(
         sites_config,
         [*four, "federate.privacy.secure=false", "federate.silos=['clinic','lab','heldout4']", "run=o"],
