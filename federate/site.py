@@ -124,7 +124,8 @@ class Site:
 
     def _privatised(self, job: Job, result: LocalResult, options: Privacy) -> LocalResult:
         clients = len(self._schedule[job.round])
-        return replace(result, state=privatised(job.start, result.state, options, clients))
+        state = privatised(job.start, result.state, options, clients)
+        return replace(result, state=state, gradient=None, alignment=None)
 
     def _compressed(self, job: Job, result: LocalResult, options: Communication) -> LocalResult:
         left = self._residuals.after(job.client, job.counted)

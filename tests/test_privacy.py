@@ -11,12 +11,17 @@ import torch
 from test_sites import SILOS, FakeLink, over, projector, sites_config  # noqa: F401
 from test_strategies import draw
 
+from federate.client import Job
+from federate.engines.here import Here
 from federate.engines.service import Service
 from federate.history import distance
+from federate.plan import plan
 from federate.privacy import privatised, spent
 from federate.run import run
+from federate.strategies.fedavg import FedAvg
 from pipeline.config import Privacy, load
 from pipeline.errors import UserError
+from pipeline.projector import state_of
 
 
 def test_long_updates_are_shortened_and_short_ones_kept() -> None:
@@ -96,6 +101,20 @@ def test_missing_noise_is_accounted_for(sites_config: Path, tmp_path: Path) -> N
     (row,) = whole_rows(experiment.run_path)
     assert row["missing"] == ["practice"]
     assert row["epsilon"] == pytest.approx(spent([2.0 * sqrt(2 / 3)], 1e-5))
+
+
+@pytest.mark.parametrize("kept", ["clip=0.1", "secure=true"])
+def test_nothing_but_what_was_agreed_leaves_a_private_client(
+    sites_config: Path,  # noqa: F811
+    tmp_path: Path,
+    kept: str,
+) -> None:
+    experiment = load(sites_config, [f"federate.privacy.{kept}", f"build={tmp_path}"])
+    here = Here(experiment, plan(experiment, FedAvg()))
+    with here.training(0) as train:
+        start = state_of(train._engine.scratch)  # type: ignore[attr-defined]
+        (result,) = train([Job("clinic", start, 0, 0, 3, wants=frozenset({"gradient"}))])
+    assert result.gradient is None
 
 
 def test_clipped_clients_count_alike(sites_config: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -401,7 +401,8 @@ def test_a_site_that_never_came_is_named(
         run(experiment, over(link))
 
 
-def test_another_cache_after_an_interruption_is_refused(sites_config: Path, tmp_path: Path) -> None:
+def interrupted(sites_config: Path, tmp_path: Path) -> tuple[Experiment, dict[int, Service]]:
+    """A run of four rounds whose server was killed in the second, and its sites."""
     experiment = quorum_of_two(sites_config, tmp_path, "federate.rounds=4")
     everyone = {node: Service(experiment, silo) for node, silo in enumerate(SILOS)}
 
@@ -417,6 +418,11 @@ def test_another_cache_after_an_interruption_is_refused(sites_config: Path, tmp_
     link.on_train = kill
     with pytest.raises(Killed):
         run(experiment, over(link))
+    return experiment, everyone
+
+
+def test_another_cache_after_an_interruption_is_refused(sites_config: Path, tmp_path: Path) -> None:
+    experiment, everyone = interrupted(sites_config, tmp_path)
     checkpoint = (experiment.run_path / "checkpoint.pt").read_bytes()
     everyone[1]._card = replace(everyone[1]._card, content="0" * 64)
     with pytest.raises(UserError, match="site 'lab' came back with another cache than this run began with"):
@@ -457,21 +463,7 @@ def test_counts_that_cannot_be_are_no_answer(sites_config: Path, tmp_path: Path,
 def test_after_an_interruption_a_quorum_is_enough(
     sites_config: Path, services: dict[int, Service], tmp_path: Path
 ) -> None:
-    experiment = quorum_of_two(sites_config, tmp_path, "federate.rounds=4")
-    everyone = {node: Service(experiment, silo) for node, silo in enumerate(SILOS)}
-
-    class Killed(BaseException):
-        pass
-
-    link = FakeLink(everyone)
-
-    def kill(node: int) -> None:
-        if [kind for _, kind in link.sent].count("train") == 5:
-            raise Killed
-
-    link.on_train = kill
-    with pytest.raises(Killed):
-        run(experiment, over(link))
+    experiment, everyone = interrupted(sites_config, tmp_path)
     run(experiment, over(FakeLink({node: everyone[node] for node in (0, 2)})))
     missing = [row["missing"] for row in rows(experiment) if row["client"] is None]
     assert missing == [[], ["lab"], ["lab"], ["lab"]]
