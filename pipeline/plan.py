@@ -54,7 +54,7 @@ def plan(
     experiment = load(config, overrides)
     options = experiment.extract
     outlines = imported("extract.estimate:outlines")(_beside(options.encoder, config))
-    model = _language(_configured(experiment.language.path, config))
+    model = language_shape(_configured(experiment.language.path, config))
     rate = GPUS[gpu] * 1e12 * utilisation * 3600
     rows, sizes = [], {}
     for outline in outlines:
@@ -89,7 +89,7 @@ def plan(
 
 
 @dataclass(frozen=True)
-class _Shape:
+class Shape:
     """A causal LM.
 
     Attributes:
@@ -121,7 +121,7 @@ class _Shape:
         return 2 * weights + 3.5 * attention + again + 4 * self.head * text
 
 
-def _language(path: Path) -> _Shape:
+def language_shape(path: Path) -> Shape:
     """The shape of a causal LM from its configuration."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -141,7 +141,7 @@ def _language(path: Path) -> _Shape:
         getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     )
     embeddings = model.get_input_embeddings().weight
-    return _Shape(
+    return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         blocks=sum(parameter.numel() for parameter in model.get_decoder().parameters()) - embeddings.numel(),
         head=model.get_output_embeddings().weight.numel(),

@@ -162,15 +162,18 @@ def stream(experiment: Experiment, language: FrozenLanguageModel) -> Stream:
 
 
 def trained(
-    experiment: Experiment, language: FrozenLanguageModel, batches: Iterator[Batch], steps: int
+    experiment: Experiment,
+    language: FrozenLanguageModel,
+    batches: Iterator[Batch],
+    steps: int,
 ) -> LocalResult:
     """Local steps of the federated client."""
     cache = open_cache(experiment, "pictures")
-    scratch = own_projector(experiment, cache.d_vision, language.d_llm)
+    scratch = own_projector(experiment, cache.d_vision, language.d_llm).to(language.device)
     job = Job("pictures", projectors.state_of(scratch), turn=0, round=0, rounds=1)
-    size = experiment.federate.batch_size
+    micro = experiment.federate.micro_batch or experiment.federate.batch_size
     (result,) = train_together(
-        [job], [(steps, batches)], scratch, language, Optimizer(), micro_batch=size, advance=lambda _: None
+        [job], [(steps, batches)], scratch, language, Optimizer(), micro_batch=micro, advance=lambda _: None
     )
     return result
 

@@ -1,0 +1,521 @@
+"""A GPU against Hugging Face on the same GPU: python tests/bench_gpu.py [--small] [PART ...]
+
+Random models of real shapes: CLIP ViT-L/14 at 336 pixels, an LLM of Vicuna-7B's and one of Qwen2.5-0.5B's
+configuration, weights in bfloat16, 576 visual tokens and a caption of about 25. Parts:
+
+- `correct`: losses on the GPU against the CPU's, pinned buffers, 8 and 4 bits, equal bytes of a second run.
+- `extraction`: `fedcmp extract` from JPEG files beside the encoder alone on ready tensors.
+- `training`: `fedcmp federate`'s own local steps from that cache, beside the usual step of Hugging Face's
+  `LlavaForConditionalGeneration` on ready pixels with the same weights. MFU is the share of the data sheet's
+  dense bfloat16 peak, from the FLOPs that `fedcmp plan` counts for a step with a frozen LLM; what is computed
+  again under checkpointing does not count.
+- `generation`: batched answers from cached features, beside `generate` on the same features, one question at a time.
+- `aggregation`: FedAvg and Fed-CMP at LLaVA-1.5-7B size, eight clients.
+
+Without CUDA it says so and ends well. `--small` is a smoke run of tiny shapes on any machine.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from bench_aggregation import make_round
+from bench_training import CAPTION, stream, trained
+from conftest import picture
+
+from extract.encoders.base import ENCODERS
+from extract.run import run as extract
+from federate.strategies.fedavg import FedAvg
+from federate.strategies.fedcmp import FedCmp
+from pipeline import projector as projectors
+from pipeline.cache import open_cache
+from pipeline.cache.loader import float_batches
+from pipeline.config import Experiment, load
+from pipeline.language import FrozenLanguageModel
+from pipeline.plan import GPUS, language_shape
+from pipeline.prompts import question, tokenise_all
+
+CONFIGS = Path(__file__).parent.parent / "configs/models"
+PARTS = ("correct", "extraction", "training", "generation", "aggregation")
+LANGUAGES = {"7B": "vicuna-7b-v1.5", "0.5B": "Qwen2.5-0.5B-Instruct"}
+_PEAK = {name: peak * 1e12 for name, peak in GPUS.items()}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured where.
+
+    Attributes:
+        root: Models, pictures and caches.
+        device: `cuda`, or `cpu` in a smoke run.
+        small: Tiny shapes.
+    """
+
+    root: Path
+    device: str
+    small: bool
+
+    @property
+    def peak(self) -> float:
+        """The data sheet's dense bfloat16 FLOP/s of the card, 0 where it is not known."""
+        name = torch.cuda.get_device_name().lower() if self.device == "cuda" else ""
+        return next((peak for known, peak in _PEAK.items() if known in name), 0.0)
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, work: Callable[[], Any], times: int = 1) -> float:
+        """Median of the seconds that some work takes."""
+        spent = []
+        for _ in range(times):
+            self.wait()
+            began = time.perf_counter()
+            work()
+            self.wait()
+            spent.append(time.perf_counter() - began)
+        return median(spent)
+
+    def memory(self) -> float:
+        """GB that torch held at the most since `forget`."""
+        return torch.cuda.max_memory_allocated() / 1e9 if self.device == "cuda" else 0.0
+
+    def forget(self) -> None:
+        """Free what is unused, and begin to watch memory anew."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def say(text: str) -> None:
+    """A line at once, as a run may be cut off."""
+    print(text, flush=True)
+
+
+def _write_picture(path: Path, seed: int) -> None:
+    path.write_bytes(picture(seed, (640, 480), "jpeg"))
+
+
+def prepare(setting: Setting) -> None:
+    """Vision tower, pictures and an experiment file."""
+    from transformers import AutoConfig, CLIPImageProcessorPil, CLIPVisionModel
+
+    root, small = setting.root, setting.small
+    config = AutoConfig.from_pretrained(CONFIGS / "clip-vit-large-patch14-336")
+    if small:
+        config.hidden_size, config.intermediate_size, config.num_hidden_layers = 48, 96, 3
+        config.num_attention_heads, config.image_size = 4, 56
+    torch.manual_seed(0)
+    CLIPVisionModel(config).save_pretrained(root / "clip")
+    square = {"height": config.image_size, "width": config.image_size}
+    CLIPImageProcessorPil(size={"shortest_edge": config.image_size}, crop_size=square).save_pretrained(
+        root / "clip"
+    )
+    (root / "pictures").mkdir()
+    names = [f"{n:05d}.jpg" for n in range(24 if small else 2048)]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(_write_picture, [root / "pictures" / name for name in names], range(len(names))))
+    rows = "".join(json.dumps({"image": name, "caption": CAPTION}) + "\n" for name in names)
+    (root / "captions.jsonl").write_text(rows)
+    (root / "bench.toml").write_text(
+        f"""
+experiment = "bench"
+device = "{setting.device}"
+features = "{root}/features"
+build = "{root}/build"
+[extract]
+batch_size = {8 if small else 128}
+workers = {2 if small else 16}
+encoder = {{ name = "transformers", path = "{root}/clip" }}
+[extract.silos.pictures]
+name = "image_folder"
+path = "{root}/pictures"
+captions = "{root}/captions.jsonl"
+[language]
+path = "{root}/llm"
+[federate]
+silos = ["pictures"]
+rounds = 1
+batch_size = {8 if small else 32}
+"""
+    )
+
+
+def write_language(setting: Setting, name: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A random LLM of a real configuration with a small tokenizer, saved."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pipeline.world.models import tokenizer
+
+    out, words = setting.root / f"llm-{name}", tokenizer()
+    config = AutoConfig.from_pretrained(CONFIGS / LANGUAGES.get(name, LANGUAGES["7B"]))
+    if name == "tiny" or setting.small:
+        config.hidden_size, config.intermediate_size, config.num_hidden_layers = 64, 128, 2
+        config.num_attention_heads = config.num_key_value_heads = 4
+        config.vocab_size = 1000
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    config.bos_token_id, config.eos_token_id = words.bos_token_id, words.eos_token_id
+    config.pad_token_id = words.pad_token_id
+    torch.manual_seed(0)
+    with torch.device(setting.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(out, max_shard_size="4GB")
+    words.save_pretrained(out)
+    return out
+
+
+def experiment_of(setting: Setting, *overrides: str) -> Experiment:
+    """The experiment file with changes."""
+    return load(setting.root / "bench.toml", overrides)
+
+
+def extraction(setting: Setting) -> None:
+    """Images a second of stage one and of the encoder alone."""
+    experiment = experiment_of(setting)
+    dtype = "bfloat16" if setting.device == "cuda" else "float32"
+    encoder = ENCODERS.build(experiment.extract.encoder, "").load(setting.device, dtype)
+    from PIL import Image
+
+    files = sorted((setting.root / "pictures").glob("*.jpg"))
+    size = experiment.extract.batch_size
+    began = time.perf_counter()
+    pixels = torch.stack(
+        [torch.from_numpy(encoder.preprocess(Image.open(file).convert("RGB"))) for file in files[:size]]
+    )
+    alone = size / (time.perf_counter() - began)
+    ready = pixels.to(setting.device)
+    encoder.encode(ready[:2])
+    steps = 2 if setting.small else 8
+
+    def bare() -> None:
+        for _ in range(steps):
+            encoder.encode(ready)
+
+    setting.seconds(bare)
+    rate = steps * len(ready) / setting.seconds(bare, 3)
+    (outcome,) = extract(experiment, only=(), overwrite=True)
+    ours = len(files) / outcome.seconds
+    say(
+        f"extraction: {ours:,.0f} images/s from JPEG to cache, {ours / rate:.2f} of the bare encoder's "
+        f"{rate:,.0f}; one thread decodes and prepares {alone:,.0f} images/s"
+    )
+
+
+def steps_from_cache(setting: Setting, language: FrozenLanguageModel, size: int, micro: int) -> float:
+    """Samples a second of local training, the median step after the first."""
+    experiment = experiment_of(setting, f"federate.batch_size={size}", f"federate.micro_batch={micro}")
+    marks = []
+
+    def mark() -> None:
+        setting.wait()
+        marks.append(time.perf_counter())
+
+    own, number = stream(experiment, language), 3 if setting.small or size > 32 else 5
+
+    def batches() -> Any:
+        for batch in own.batches(0):
+            mark()
+            yield batch
+
+    trained(experiment, language, batches(), min(number, own.steps(0)))
+    # One more than there are steps has been asked for by then.
+    mark()
+    spent = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    return size / median(spent[1:])
+
+
+def usual_step(setting: Setting, language: FrozenLanguageModel, frozen: bool, size: int) -> float:
+    """Samples a second of Hugging Face's own step on ready pixels, sharing the LLM's weights."""
+    from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+
+    experiment = experiment_of(setting)
+    tower = CLIPVisionModel.from_pretrained(setting.root / "clip", dtype=torch.bfloat16)
+    llm, image = language.model, language.model.config.vocab_size - 1
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=tower.config,
+                text_config=llm.config,
+                image_token_index=image,
+                image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2,
+            )
+        )
+    model.model.language_model, model.lm_head = llm.get_decoder(), llm.get_output_embeddings()
+    model.model.vision_tower = tower.to(setting.device)
+    connector = model.model.multi_modal_projector.to_empty(device=setting.device).to(torch.bfloat16)
+    for parameter in connector.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.requires_grad_(not frozen)
+    optimizer = torch.optim.AdamW(connector.requires_grad_(True).parameters(), 1e-3, weight_decay=0)
+    own = stream(experiment, language)
+    batch = next(iter(own.batches(0)))
+    ids = batch.ids[:size].where(batch.ids[:size] >= 0, image)
+    side = tower.config.image_size
+    pixels = torch.randn(size, 3, side, side, device=setting.device, dtype=torch.bfloat16)
+
+    def step() -> None:
+        loss = model(input_ids=ids, pixel_values=pixels, labels=batch.labels[:size], use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(connector.parameters(), 1.0)
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    step()
+    rate = size / setting.seconds(step, 2 if setting.small else 4)
+    llm.requires_grad_(False)
+    return rate
+
+
+def training(setting: Setting) -> None:
+    """Local steps of both sizes."""
+    cache = open_cache(experiment_of(setting), "pictures")
+    for name in LANGUAGES:
+        path = write_language(setting, name)
+        shape = language_shape(path)
+        language = FrozenLanguageModel(path, dtype="bfloat16", device=setting.device)
+        own = stream(experiment_of(setting), language)
+        text = len(own_tokens(own)) - cache.patches
+        flops = shape.training_flops(cache.patches, text, checkpointing=False)
+        say(f"{name}: {flops / 1e12:.2f} TFLOP a sample, {cache.patches} visual tokens and {text} others")
+        sizes = (4, 8) if setting.small else (32, 128)
+        ways = {
+            f"cache, micro-batch {micro}": (sizes[0], micro, False)
+            for micro in ((2, 4) if setting.small else (4, 8, 16) if name == "7B" else (8, 32))
+        }
+        micro = 4 if setting.small else 8
+        ways[f"cache, micro-batch {micro}, batch {sizes[1]}"] = (sizes[1], micro, False)
+        ways[f"cache, micro-batch {micro}, checkpointing"] = (sizes[0], micro, True)
+        ways[f"cache, micro-batch {micro}, deterministic"] = (sizes[0], micro, False)
+        rows: dict[str, tuple[float, float]] = {}
+        for way, (size, small_batch, checkpointing) in ways.items():
+            language.checkpointing = checkpointing
+            torch.use_deterministic_algorithms("deterministic" in way, warn_only=True)
+            setting.forget()
+            try:
+                rate = steps_from_cache(setting, language, size, small_batch)
+            except torch.OutOfMemoryError:
+                say(f"  {way}: out of memory")
+                continue
+            rows[way] = rate, setting.memory()
+            report(setting, way, rows, flops)
+        language.checkpointing = False
+        torch.use_deterministic_algorithms(False)
+        for frozen in (True, False):
+            way = "Hugging Face on pixels" + (", frozen" if frozen else ", as loaded")
+            setting.forget()
+            try:
+                rate = usual_step(setting, language, frozen, micro)
+            except torch.OutOfMemoryError:
+                say(f"  {way}: out of memory at batch {micro}")
+                language.model.requires_grad_(False)
+                continue
+            rows[way] = rate, setting.memory()
+            report(setting, way, rows, flops)
+        del language, own
+        setting.forget()
+
+
+def report(setting: Setting, way: str, rows: dict[str, tuple[float, float]], flops: float) -> None:
+    """One row, with its ratio to the first one."""
+    (rate, memory), first = rows[way], next(iter(rows.values()))[0]
+    used = f"{rate * flops / setting.peak:.1%} MFU" if setting.peak else "MFU of an unknown peak"
+    say(f"  {way}: {rate:.1f} samples/s ({rate / first:.2f} of the first), {used}, {memory:.1f} GB")
+
+
+def own_tokens(own: Any) -> list[int]:
+    """Token ids of one sample of a stream."""
+    batch = next(iter(own.batches(0)))
+    return batch.ids[0].tolist()
+
+
+def generation(setting: Setting) -> None:
+    """Answers a second with the larger LLM, batched from features and one at a time on projected ones."""
+    name = "7B"
+    path = setting.root / f"llm-{name}"
+    language = FrozenLanguageModel(
+        path if path.exists() else write_language(setting, name), dtype="bfloat16", device=setting.device
+    )
+    cache = open_cache(experiment_of(setting), "pictures")
+    images, words = (4, 4) if setting.small else (128, 16)
+    made = projectors.build(
+        experiment_of(setting).federate.projector, d_vision=cache.d_vision, d_llm=language.d_llm
+    )
+    projectors.initialise(made, torch.Generator().manual_seed(0))
+    made = made.to(setting.device).eval()
+    order = [(0, row) for row in range(images)]
+    import numpy as np
+
+    asked = ("is there a dog?", "is there a large red square left of the blue ring in this picture?")
+    texts = [question(each) for _ in range(images) for each in asked]
+    tokens = tokenise_all(texts, "v1", language.tokenizer, patches=cache.patches, max_length=2048)
+    size = 4 if setting.small else 64
+
+    def ours() -> list[str]:
+        said: list[str] = []
+        batches = float_batches([cache], np.array(order), size // 2, torch.device(setting.device))
+        with torch.inference_mode():
+            for start, features in zip(range(0, len(tokens), size), batches, strict=True):
+                owners = [n // 2 for n in range(len(tokens[start : start + size]))]
+                said += language.generate(
+                    tokens[start : start + size], made(features), owners, max_new_tokens=words, stop=None
+                )
+        return said
+
+    features = next(iter(float_batches([cache], np.array(order[:1]), 1, torch.device(setting.device))))
+    model, few = language.model, 2 if setting.small else 8
+
+    def naive() -> None:
+        for sample in tokens[:few]:
+            ids = torch.tensor([sample.ids], device=setting.device)
+            with torch.inference_mode():
+                embeds = language.embed(ids, made(features))
+                model.generate(
+                    inputs_embeds=embeds, attention_mask=torch.ones_like(ids), max_new_tokens=words,
+                    min_new_tokens=words, do_sample=False, pad_token_id=0,
+                )  # fmt: skip
+
+    setting.seconds(naive)
+    ours()
+    setting.forget()
+    rate, alone = len(tokens) / setting.seconds(ours, 2), few / setting.seconds(naive, 2)
+    say(
+        f"generation, {name}: {rate:.1f} answers/s of at most {words} tokens in batches of {size}, "
+        f"{rate / alone:.1f} times one at a time ({alone:.2f}); {setting.memory():.1f} GB"
+    )
+
+
+def aggregation(setting: Setting) -> None:
+    """Seconds of the server's step, and of the card's own eigenpairs."""
+    state, updates = make_round(setting.small)
+    for name, strategy in {
+        "FedAvg": FedAvg(),
+        "Fed-CMP": FedCmp(),
+        "Fed-CMP, randomised": FedCmp(basis="randomised"),
+    }.items():
+        began = time.perf_counter()
+        strategy.aggregate(state, updates, {})
+        say(f"aggregation, {name}: {time.perf_counter() - began:.2f} s on {torch.get_num_threads()} threads")
+    width = state["linear_2.weight"].shape[0]
+    gram = torch.randn(width, width, dtype=torch.float64)
+    gram = gram @ gram.T
+    for device in dict.fromkeys(("cpu", setting.device)):
+        there = gram.to(device)
+        torch.linalg.eigh(there[:64, :64])
+        spent = setting.seconds(lambda there=there: torch.linalg.eigh(there))
+        say(f"aggregation: float64 eigenpairs of width {width} on {device}: {spent:.2f} s")
+
+
+def correct(setting: Setting) -> None:
+    """What the GPU computes against the CPU."""
+    import numpy as np
+
+    experiment = experiment_of(setting)
+    cpu, there = torch.device("cpu"), torch.device(setting.device)
+    cache = open_cache(experiment, "pictures")
+    order = np.array([(0, row) for row in range(min(16, cache.images))])
+    pairs = zip(
+        float_batches([cache], order, 4, there), float_batches([cache], order, 4, cpu), strict=True
+    )
+    same = all(bool(torch.equal(ours.cpu(), theirs)) for ours, theirs in pairs)
+    check("features through pinned buffers are those of the cache", same)
+    from PIL import Image
+
+    files = sorted((setting.root / "pictures").glob("*.jpg"))[:4]
+    states = {}
+    for device, dtype in (("cpu", "float32"), (setting.device, "float32"), (setting.device, "bfloat16")):
+        encoder = ENCODERS.build(experiment.extract.encoder, "").load(device, dtype)
+        pixels = [torch.from_numpy(encoder.preprocess(Image.open(file).convert("RGB"))) for file in files]
+        states[device, dtype] = encoder.encode(torch.stack(pixels)).float().cpu()
+    reference = states["cpu", "float32"]
+    for key, limit in (((setting.device, "float32"), 1e-3), ((setting.device, "bfloat16"), 2e-2)):
+        off = float((states[key] - reference).norm() / reference.norm())
+        check(f"features in {key[1]}: off by {off:.1e} of the CPU's in float32", off <= limit)
+    path = write_language(setting, "tiny", torch.float32)
+    losses: dict[tuple[str, str, str], float] = {}
+    hashes = []
+    ways = [("cpu", "float32", "none"), (setting.device, "float32", "none")]
+    mode = torch.are_deterministic_algorithms_enabled()
+    ways += [(setting.device, "float32", "none"), (setting.device, "bfloat16", "none")]
+    repeated = {}
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        language = FrozenLanguageModel(path, dtype="bfloat16", device=setting.device)
+        pair = [trained(experiment, language, stream(experiment, language).batches(0), steps=2) for _ in "ab"]
+        first, second = (projectors.content_hash(each.state) for each in pair)
+        repeated[deterministic] = first == second
+    say(f"equal bytes in bfloat16 without and with deterministic algorithms: {repeated}")
+    if setting.device == "cuda":
+        ways += [(setting.device, "bfloat16", "8bit"), (setting.device, "bfloat16", "4bit")]
+    for place, (device, dtype, bits) in enumerate(ways):
+        torch.use_deterministic_algorithms(place in (1, 2), warn_only=True)
+        language = FrozenLanguageModel(path, dtype=dtype, device=device, quantize=bits)
+        result = trained(experiment, language, stream(experiment, language).batches(0), steps=2)
+        losses[device, dtype, bits] = result.loss
+        if (device, dtype) == ways[1][:2]:
+            hashes.append(projectors.content_hash(result.state))
+    torch.use_deterministic_algorithms(mode)
+    wanted = losses["cpu", "float32", "none"]
+    limits = {"none": {"float32": 1e-5, "bfloat16": 1e-2}, "8bit": {"bfloat16": 5e-2}, "4bit": {"bfloat16": 0.2}}
+    for (device, dtype, bits), loss in losses.items():
+        off = abs(loss - wanted) / wanted
+        what = dtype if bits == "none" else bits
+        check(f"loss of two steps on {device} in {what}: {loss:.5f}, off by {off:.1e}", off <= limits[bits][dtype])
+    check("two runs on the device end in equal bytes", hashes[0] == hashes[1])
+
+
+_missed: list[str] = []
+
+
+def check(what: str, holds: bool) -> None:
+    """A line, and a mark where it does not hold."""
+    say(f"{'passed' if holds else 'MISSED'}: {what}")
+    if not holds:
+        _missed.append(what)
+
+
+def main(parts: list[str], small: bool) -> int:
+    unknown = sorted({*parts} - {*PARTS})
+    if unknown:
+        print(f"bench_gpu: no part is called {unknown[0]}; known: {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    cuda = torch.cuda.is_available()
+    if not cuda and not small:
+        say("bench-gpu: skipped, torch sees no CUDA device; --small runs tiny shapes on the CPU")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(Path(folder), "cuda" if cuda else "cpu", small)
+        say(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}")
+        prepare(setting)
+        chosen = [part for part in PARTS if part in parts or not parts]
+        if "extraction" not in chosen:
+            extract(experiment_of(setting), only=(), overwrite=False)
+        # The others read the cache that it writes.
+        for part in sorted(chosen, key=lambda part: part != "extraction"):
+            began = time.perf_counter()
+            globals()[part](setting)
+            say(f"({part}: {time.perf_counter() - began:.0f} s)")
+            setting.forget()
+    return 1 if _missed else 0
+
+
+if __name__ == "__main__":
+    names = [each for each in sys.argv[1:] if each != "--small"]
+    sys.exit(main(names, "--small" in sys.argv))
