@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -75,6 +76,7 @@ class FrozenLanguageModel:
         self.embeddings = self.model.get_input_embeddings()
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
+        self._state = _state_name(self.decoder)
         self.device = self.embeddings.weight.device if placed else torch.device(device)
         self._layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
         # Before transformers 5.2x it had the second name.
@@ -168,7 +170,7 @@ class FrozenLanguageModel:
         cache = None
         if shared:
             start = torch.tensor(samples[0].ids[:shared], device=self.device).expand(len(projected), -1)
-            cache = self.decoder(inputs_embeds=self.embed(start, projected), use_cache=True).past_key_values
+            cache = self.decoder(inputs_embeds=self.embed(start, projected), use_cache=True)[self._state]
             cache.batch_select_indices(torch.tensor(owners))
             attention = torch.cat([attention.new_ones(len(samples), shared), attention], 1)
             embeds = self.embeddings(rest)
@@ -182,14 +184,14 @@ class FrozenLanguageModel:
                 inputs_embeds=embeds,
                 attention_mask=attention,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{self._state: cache},
             )
             said.append(self.head(output.last_hidden_state[:, -1]).argmax(-1).to(self.device))
             finished |= torch.isin(said[-1], ending)
             if bool(finished.all()):
                 break
-            cache, embeds = output.past_key_values, self.embeddings(said[-1][:, None])
+            cache, embeds = output[self._state], self.embeddings(said[-1][:, None])
             attention = torch.cat([attention, attention.new_ones(len(samples), 1)], 1)
             positions = positions[:, -1:] + 1
         answers = [_until(row, ends) for row in torch.stack(said, 1).tolist()]
@@ -288,6 +290,12 @@ def _quantization(quantize: str, dtype: str) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
     )
+
+
+def _state_name(decoder: Any) -> str:
+    """What a decoder calls its state, as an argument and in its output: transformers 5.24 renamed it."""
+    arguments = inspect.signature(type(decoder).forward).parameters
+    return "cache" if "cache" in arguments else "past_key_values"
 
 
 def _end_tokens(*ids: int | list[int] | None) -> set[int]:
