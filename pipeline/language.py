@@ -1,27 +1,30 @@
-"""The frozen LLM: visual tokens spliced into its input embeddings, loss, generation."""
+"""The frozen LLM: visual tokens spliced into its input embeddings, loss, answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging as transformers_logging
 
-from pipeline.errors import UserError, one_line
+from pipeline.arithmetic import Ways, proven
+from pipeline.console import say
+from pipeline.decoding import arguments, greedy
+from pipeline.errors import UserError
+from pipeline.loading import load_model, load_tokenizer
 from pipeline.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens
 
 
 class FrozenLanguageModel:
     """A causal LM of transformers whose parameters take no gradient.
+
+    A few tokens prove at loading that loss and answers are those of the whole model.
 
     Args:
         path: Directory of a saved model with its tokenizer.
@@ -34,10 +37,12 @@ class FrozenLanguageModel:
     Attributes:
         checkpointing: Keep only the layers' inputs for the backward pass and run them again in it.
         compiled: Train through torch.compile.
+        ways: How loss and answers are computed.
+        rows: Rows of its word embeddings: token ids are below.
 
     Raises:
-        UserError: The directory is missing or does not hold such a model with all of its weights, or a
-            package is missing.
+        UserError: The directory is missing or does not hold such a model with all of its weights, a
+            package is missing, or its loss cannot be computed from embeddings.
     """
 
     def __init__(
@@ -49,38 +54,24 @@ class FrozenLanguageModel:
         quantize: str = "none",
         device_map: str = "none",
     ) -> None:
-        self.checkpointing = self.compiled = False
-        transformers_logging.disable_progress_bar()
-        placed = _placement(quantize, device_map, device)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=getattr(torch, dtype),
-                quantization_config=_quantization(quantize, dtype),
-                device_map=placed,
-                output_loading_info=True,
-            )
-        except Exception as error:
-            raise UserError(f"language.path = {path}: cannot be loaded: {one_line(error)}") from None
-        model, report = loaded
-        if report["missing_keys"]:
-            missing = min(report["missing_keys"])
-            raise UserError(
-                f"language.path = {path}: {missing} is missing from its weights and would be random; give "
-                "the whole causal LM"
-            )
-        self.model: Any = (model if placed else model.to(device)).eval().requires_grad_(False)
+        self.path, self.checkpointing, self.compiled = path, False, False
+        model, placed = load_model(path, dtype=dtype, device=device, quantize=quantize, device_map=device_map)
+        self.tokenizer = load_tokenizer(path)
+        self.model: Any = model
         self._ends = _end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
         self.embeddings = self.model.get_input_embeddings()
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
+        self.rows = len(self.embeddings.weight)
         self.device = self.embeddings.weight.device if placed else torch.device(device)
         self._layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-        # Before transformers 5.2x it had the second name.
-        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-        getattr(model, next(name for name in names if hasattr(model, name)))({"use_reentrant": False})
+        if self._layers:
+            # Before transformers 5.2x it had the second name.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            getattr(model, next(name for name in names if hasattr(model, name)))({"use_reentrant": False})
         self.d_llm: int = self.embeddings.embedding_dim
+        self.ways = Ways()
+        self.ways = proven(self)
 
     def embed(self, ids: Tensor, projected: Tensor) -> Tensor:
         """Splice projected visual tokens into word embeddings.
@@ -98,8 +89,13 @@ class FrozenLanguageModel:
         visual = ids == IMAGE_TOKEN_INDEX
         if bool((visual.sum(1) != projected.shape[1]).any()):
             raise ValueError(f"every row needs exactly {projected.shape[1]} visual tokens")
-        embeds = self.embeddings(ids.clamp(min=0))
+        embeds = self.words(ids.clamp(min=0))
         return embeds.masked_scatter(visual.unsqueeze(-1), projected.to(embeds.dtype))
+
+    def words(self, ids: Tensor) -> Tensor:
+        """Embeddings of words `(*ids.shape, d_llm)` as visual tokens stand among them."""
+        embeds = self.embeddings(ids)
+        return embeds if self.ways.scale == 1 else embeds * self.ways.scale
 
     def token_losses(self, ids: Tensor, labels: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of every supervised token; logits are computed only there.
@@ -115,18 +111,45 @@ class FrozenLanguageModel:
         Returns:
             Losses `(supervised,)` float32 and the row of each `(supervised,)` int64.
         """
-        embeds = self.embed(ids, projected)
-        with self._checkpointing():
-            decoder = self._compiled_decoder if self.compiled else self.decoder
-            hidden = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
         targets = labels[:, 1:]
         rows, places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
-        logits = self.head(hidden[rows.to(hidden.device), places.to(hidden.device)]).float()
+        logits = self.logits(self.embed(ids, projected), rows, places).float()
         return cross_entropy(logits.to(ids.device), targets[rows, places], reduction="none"), rows
 
+    def logits(self, embeds: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """Logits of the tokens that follow some places.
+
+        Args:
+            embeds: `(batch, length, d_llm)`, padded on the right.
+            rows: `(n,)` int64.
+            places: `(n,)` int64.
+
+        Returns:
+            `(n, vocabulary)` in the LLM's dtype.
+        """
+        with self._checkpointing():
+            if not self.ways.whole:
+                hidden = self._trained(inputs_embeds=embeds, use_cache=False).last_hidden_state
+                return self.head(hidden[rows.to(hidden.device), places.to(hidden.device)])
+            # The same columns of every row: a sample's supervised tokens lie side by side.
+            columns, places = places.unique(return_inverse=True)
+            keep = {"logits_to_keep": columns} if "logits_to_keep" in arguments(self.model) else {}
+            logits = self._trained(inputs_embeds=embeds, use_cache=False, **keep).logits
+            logits = logits if keep else logits[:, columns.to(logits.device)]
+            return logits[rows.to(logits.device), places.to(logits.device)]
+
+    @property
+    def body(self) -> Any:
+        """What takes embeddings: the decoder, or the whole model where it changes what its head says."""
+        return self.model if self.ways.whole else self.decoder
+
+    @property
+    def _trained(self) -> Any:
+        return self._compiled if self.compiled else self.body
+
     @cached_property
-    def _compiled_decoder(self) -> Any:
-        return torch.compile(self.decoder)
+    def _compiled(self) -> Any:
+        return torch.compile(self.body)
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
@@ -149,7 +172,7 @@ class FrozenLanguageModel:
         max_new_tokens: int,
         stop: str | None,
     ) -> list[str]:
-        """Greedy decoding with a KV cache; prompts about one image share the computation of its tokens.
+        """Greedy answers; prompts about one image share the computation of its tokens.
 
         Args:
             samples: Prompts.
@@ -162,53 +185,9 @@ class FrozenLanguageModel:
             The answers, stripped.
         """
         ends = self._ends | (self._newlines if stop == "\n" else set())
-        ending = torch.tensor(sorted(ends), dtype=torch.int64, device=self.device)
-        shared = self._shared(samples)
-        rest, attention = self._collate_left([sample.ids[shared:] for sample in samples])
-        cache = None
-        if shared:
-            start = torch.tensor(samples[0].ids[:shared], device=self.device).expand(len(projected), -1)
-            cache = self.decoder(inputs_embeds=self.embed(start, projected), use_cache=True).past_key_values
-            cache.batch_select_indices(torch.tensor(owners))
-            attention = torch.cat([attention.new_ones(len(samples), shared), attention], 1)
-            embeds = self.embeddings(rest)
-        else:
-            embeds = self.embed(rest, projected[list(owners)])
-        positions = (attention.cumsum(1) - 1).clamp(min=0)[:, shared:]
-        said: list[Tensor] = []
-        finished = torch.zeros(len(samples), dtype=torch.bool, device=self.device)
-        for _ in range(max_new_tokens):
-            output = self.decoder(
-                inputs_embeds=embeds,
-                attention_mask=attention,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            said.append(self.head(output.last_hidden_state[:, -1]).argmax(-1).to(self.device))
-            finished |= torch.isin(said[-1], ending)
-            if bool(finished.all()):
-                break
-            cache, embeds = output.past_key_values, self.embeddings(said[-1][:, None])
-            attention = torch.cat([attention, attention.new_ones(len(samples), 1)], 1)
-            positions = positions[:, -1:] + 1
-        answers = [_until(row, ends) for row in torch.stack(said, 1).tolist()]
+        answers = greedy(self, samples, projected, owners, length=max_new_tokens, ends=ends)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [(text.split(stop)[0] if stop else text).strip() for text in texts]
-
-    def _shared(self, samples: Sequence[Tokens]) -> int:
-        """Tokens up to the end of the image if all prompts begin with the same ones and go on, else 0.
-
-        Only with full attention: a sliding window would count the padding between image and question.
-        """
-        config = self.model.config.get_text_config()
-        window = None if hasattr(config, "layer_types") else getattr(config, "sliding_window", None)
-        if window is not None or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
-            return 0
-        first = samples[0].ids
-        end = len(first) - first[::-1].index(IMAGE_TOKEN_INDEX)
-        same = all(len(sample.ids) > end and sample.ids[:end] == first[:end] for sample in samples)
-        return end if same else 0
 
     @cached_property
     def _newlines(self) -> set[int]:
@@ -220,29 +199,53 @@ class FrozenLanguageModel:
     def pad_id(self) -> int:
         """A token id for padding; which one does not matter, since it is never attended to."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
+            if token is not None and token < self.rows:
                 return int(token)
         return 0
 
     def collate(self, samples: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-        """Ids and labels `(batch, length)` int64 on the device, padded on the right."""
+        """Ids and labels `(batch, length)` int64 on the device, padded on the right.
+
+        Raises:
+            UserError: A token id has no row in the word embeddings.
+        """
         length = max(len(sample.ids) for sample in samples)
         ids = torch.full((len(samples), length), self.pad_id)
         labels = torch.full((len(samples), length), IGNORE_INDEX)
         for row, sample in enumerate(samples):
             ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
             labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
+        self.check(ids)
         return ids.to(self.device), labels.to(self.device)
 
-    def _collate_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask `(batch, length)` int64 on the device, padded on the left."""
+    def collate_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask `(batch, length)` int64 on the device, padded on the left.
+
+        Raises:
+            UserError: A token id has no row in the word embeddings.
+        """
         length = max(map(len, rows))
         ids = torch.full((len(rows), length), self.pad_id)
         attention = torch.zeros((len(rows), length), dtype=torch.int64)
         for place, row in enumerate(rows):
             ids[place, length - len(row) :] = torch.tensor(row)
             attention[place, length - len(row) :] = 1
+        self.check(ids)
         return ids.to(self.device), attention.to(self.device)
+
+    def check(self, ids: Tensor) -> None:
+        """Every token id needs a row in the word embeddings.
+
+        Raises:
+            UserError: One has none.
+        """
+        highest = int(ids.max()) if ids.numel() else 0
+        if highest >= self.rows:
+            word = self.tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(
+                f"language.path = {self.path}: its tokenizer has token {highest} ({word!r}), but its word "
+                f"embeddings have {self.rows} rows; give the tokenizer that the model was trained with"
+            )
 
 
 _loaded: dict[tuple[Any, ...], FrozenLanguageModel] = {}
@@ -260,34 +263,9 @@ def load_language(path: Path, content: str, **options: Any) -> FrozenLanguageMod
     if key not in _loaded:
         _loaded.clear()
         _loaded[key] = FrozenLanguageModel(path, **options)
+        if note := _loaded[key].ways.note:
+            say(f"language.path = {path}: {note}")
     return _loaded[key]
-
-
-def _placement(quantize: str, device_map: str, device: str) -> Any:
-    """What transformers is told about devices; None where the model is moved as a whole.
-
-    Raises:
-        UserError: A package is missing.
-    """
-    for package, key, value in (
-        ("bitsandbytes", "quantize", quantize),
-        ("accelerate", "device_map", device_map),
-    ):
-        if value != "none" and find_spec(package) is None:
-            raise UserError(f"language.{key} = '{value}': needs {package}; run: pip install 'fedcmp[large]'")
-    if device_map != "none":
-        return device_map
-    return {"": device} if quantize != "none" else None
-
-
-def _quantization(quantize: str, dtype: str) -> BitsAndBytesConfig | None:
-    if quantize == "none":
-        return None
-    if quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
-    )
 
 
 def _end_tokens(*ids: int | list[int] | None) -> set[int]:
@@ -296,8 +274,3 @@ def _end_tokens(*ids: int | list[int] | None) -> set[int]:
     for each in ids:
         ends |= set(each) if isinstance(each, list) else {each} - {None}  # type: ignore[arg-type]
     return ends
-
-
-def _until(tokens: list[int], ends: set[int]) -> list[int]:
-    """Tokens up to and with the first that ends an answer."""
-    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))]

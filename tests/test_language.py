@@ -393,6 +393,6 @@ def test_one_llm_is_kept_for_training_and_evaluation(llama_dir: Path) -> None:
 def test_a_missing_package_is_named(
     llama_dir: Path, key: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.language.find_spec", lambda name: None)
+    monkeypatch.setattr("pipeline.loading.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"language\.{key} = '{value}'.*fedcmp\[large\]"):
         FrozenLanguageModel(llama_dir, dtype="float32", device=CPU, **{key: value})

@@ -1,0 +1,134 @@
+"""A causal LM and its tokenizer from a directory, or one line that says why they cannot be used."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from pipeline.errors import UserError, one_line
+
+_TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "*.tiktoken", "tekken.json")
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The fast tokenizer of a model's directory.
+
+    Raises:
+        UserError: There is none, it knows no words, or it is not a fast one.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        if any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
+            raise UserError(
+                f"language.path = {path}: its tokenizer cannot be loaded: {one_line(error)}"
+            ) from None
+        tokenizer = None
+    # Without files transformers makes a tokenizer of special tokens alone.
+    if tokenizer is None or not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise UserError(
+            f"language.path = {path}: no tokenizer in it; copy the model's tokenizer.json and "
+            "tokenizer_config.json there"
+        )
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"language.path = {path}: {type(tokenizer).__name__} is no fast tokenizer, which says where each "
+            "token ends in a text; add a tokenizer.json"
+        )
+    return tokenizer
+
+
+def load_model(path: Path, *, dtype: str, device: str, quantize: str, device_map: str) -> tuple[Any, bool]:
+    """A causal LM in eval mode, its parameters frozen, and whether transformers placed it on its devices.
+
+    Args:
+        path: Directory of a saved model.
+        dtype: `bfloat16` or `float32`.
+        device: Where it runs.
+        quantize: `8bit` or `4bit` (NF4) weights by bitsandbytes, or `none`.
+        device_map: `auto` spreads its layers over all GPUs and main memory, `none` does not.
+
+    Raises:
+        UserError: The directory is missing or does not hold such a model with all of its weights, or a
+            package is missing.
+    """
+    transformers_logging.disable_progress_bar()
+    placed = _placement(quantize, device_map, device)
+    _refuse_gguf(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if getattr(config, "is_encoder_decoder", False):
+            raise UserError(
+                f"language.path = {path}: {config.model_type} is an encoder-decoder; give a decoder-only LM"
+            )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            quantization_config=_quantization(quantize, dtype),
+            device_map=placed,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"language.path = {path}: cannot be loaded: {one_line(error)}") from None
+    model, report = loaded
+    if report["missing_keys"]:
+        missing = min(report["missing_keys"])
+        raise UserError(
+            f"language.path = {path}: {missing} is missing from its weights and would be random; give "
+            "the whole causal LM"
+        )
+    model = (model if placed else model.to(device)).eval().requires_grad_(False)
+    for module in model.modules():
+        # bitsandbytes would repack 4-bit weights in the first pass without gradients; later ones are wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model, placed is not None
+
+
+def _refuse_gguf(path: Path) -> None:
+    """Transformers does not look for GGUF files by itself, and cannot save what it reads from them.
+
+    Raises:
+        UserError: The path is such a file, or a directory that has such weights alone.
+    """
+    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if files and not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+        raise UserError(
+            f"language.path = {path}: {files[0].name} is a GGUF file; give the directory of the original "
+            "safetensors weights, or convert it (docs/language.md, GGUF)"
+        )
+
+
+def _placement(quantize: str, device_map: str, device: str) -> Any:
+    """What transformers is told about devices; None where the model is moved as a whole.
+
+    Raises:
+        UserError: A package is missing.
+    """
+    for package, key, value in (
+        ("bitsandbytes", "quantize", quantize),
+        ("accelerate", "device_map", device_map),
+    ):
+        if value != "none" and find_spec(package) is None:
+            raise UserError(f"language.{key} = '{value}': needs {package}; run: pip install 'fedcmp[large]'")
+    if device_map != "none":
+        return device_map
+    return {"": device} if quantize != "none" else None
+
+
+def _quantization(quantize: str, dtype: str) -> BitsAndBytesConfig | None:
+    if quantize == "none":
+        return None
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype)
+    )
