@@ -20,10 +20,10 @@ from pipeline.config import Component
 from pipeline.console import progress, say, table
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import UserError, did_you_mean
-from pipeline.identity import LANGUAGE_FILES
 from pipeline.language import FrozenLanguageModel, load_language
-from pipeline.manifest import fingerprint, model_hashes, provenance, write_json
+from pipeline.manifest import fingerprint, provenance, write_json
 from pipeline.projectors.base import Projector
+from pipeline.saved_model import LANGUAGE_FILES, model_hashes
 
 FORMAT = {"name": "fedcmp-merge", "version": 1}
 _BATCH = 32

@@ -7,21 +7,10 @@ from typing import Any
 
 from pipeline.config import Experiment
 from pipeline.device import pick_device, pick_dtype
-from pipeline.manifest import fingerprint, model_hashes
+from pipeline.manifest import fingerprint
+from pipeline.saved_model import LANGUAGE_FILES, model_hashes
 
 FORMAT = {"name": "fedcmp-run", "version": 1}
-LANGUAGE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def language_identity(experiment: Experiment) -> dict[str, Any]:

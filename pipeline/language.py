@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError
 from pipeline.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens
+from pipeline.saved_model import why_unloadable
 
 
 class FrozenLanguageModel:
@@ -53,16 +54,17 @@ class FrozenLanguageModel:
         transformers_logging.disable_progress_bar()
         placed = _placement(quantize, device_map, device)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
                 quantization_config=_quantization(quantize, dtype),
                 device_map=placed,
                 output_loading_info=True,
+                trust_remote_code=False,
             )
         except Exception as error:
-            raise UserError(f"language.path = {path}: cannot be loaded: {one_line(error)}") from None
+            raise UserError(f"language.path = {path}: cannot be loaded: {why_unloadable(error)}") from None
         model, report = loaded
         if report["missing_keys"]:
             missing = min(report["missing_keys"])
