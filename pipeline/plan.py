@@ -47,7 +47,7 @@ def plan(
     """
     from rich.filesize import decimal
 
-    from pipeline.config import load
+    from pipeline.components import load
     from pipeline.console import say, table
     from pipeline.errors import UserError
 
