@@ -39,7 +39,7 @@ def evaluate(configs: tuple[Path, ...], overrides: tuple[str, ...], only: tuple[
       fedcmp evaluate configs/demo/*.toml --benchmark pope
     """
     from evaluate.run import evaluate_runs
-    from pipeline.config import load
+    from pipeline.components import load
 
     evaluate_runs([load(config, overrides) for config in configs], only)
 
@@ -56,7 +56,7 @@ def score(configs: tuple[Path, ...], overrides: tuple[str, ...], only: tuple[str
       fedcmp score configs/demo/*.toml --benchmark pope --set evaluate.bootstrap=10000
     """
     from evaluate.run import score_runs
-    from pipeline.config import load
+    from pipeline.components import load
 
     score_runs([load(config, overrides) for config in configs], only)
 
@@ -76,7 +76,7 @@ def compare(configs: tuple[Path, ...], overrides: tuple[str, ...], only: tuple[s
       fedcmp compare a-seed0.toml b-seed0.toml a-seed1.toml b-seed1.toml --benchmark pope
     """
     from evaluate.versus import compare_runs
-    from pipeline.config import load
+    from pipeline.components import load
 
     compare_runs([load(config, overrides) for config in configs], only)
 
@@ -91,6 +91,6 @@ def report(configs: tuple[Path, ...], overrides: tuple[str, ...]) -> None:
       fedcmp report configs/demo/*.toml
     """
     from evaluate.report import write_report
-    from pipeline.config import load
+    from pipeline.components import load
 
     write_report([load(config, overrides) for config in configs])

@@ -12,11 +12,11 @@ import numpy as np
 from evaluate.answers import Saved, answers_path, begin_answers, read_answers
 from evaluate.benchmarks.base import BENCHMARKS, Benchmark, Item, Problem
 from evaluate.compare import interval, pooled
-from pipeline.cache import FeatureCache, differences, open_cache
+from pipeline.cache import FeatureCache, open_cache
 from pipeline.config import Experiment
 from pipeline.console import progress, say, table
 from pipeline.errors import UserError, did_you_mean
-from pipeline.identity import language_identity, run_identity
+from pipeline.identity import language_identity, run_differences, run_identity
 from pipeline.manifest import fingerprint, locked, read_json, write_atomic, write_json
 
 FORMAT = {"name": "fedcmp-scores", "version": 2}
@@ -141,9 +141,7 @@ def read_manifest(experiment: Experiment) -> dict[str, Any]:
     manifest: dict[str, Any] | None = read_json(path / "manifest.json")
     if manifest is None:
         raise UserError(f"{path}: no finished run here; run 'fedcmp federate' first")
-    ours = run_identity(experiment)
-    trained = {name: manifest.get("identity", {}).get(name) for name in ours}
-    changed = differences(ours, trained)
+    changed = run_differences(run_identity(experiment), manifest.get("identity", {}))
     if changed:
         raise UserError(
             f"{path}: trained with another configuration ({'; '.join(changed)}); run 'fedcmp federate' again"

@@ -12,6 +12,7 @@ from extract.runner import Outcome, current, extract_silo
 from extract.sources.base import SOURCES
 from extract.workers import Worker
 from pipeline.cache import FORMAT, Identity, differences
+from pipeline.components import check
 from pipeline.config import Experiment
 from pipeline.console import progress, say, table
 from pipeline.device import pick_device, pick_dtype
@@ -45,6 +46,7 @@ def run(
     for name in only:
         if name not in options.silos:
             raise UserError(f"--silo {name}: there is no such silo{did_you_mean(name, options.silos)}")
+    check(experiment, "extract", "evaluate")
     encoder = ENCODERS.build(options.encoder, "extract.encoder")
     sources = {
         name: SOURCES.build(component, f"extract.silos.{name}")
@@ -62,6 +64,8 @@ def run(
 
     @cache
     def loaded() -> LoadedEncoder:
+        # A mistake in any stage costs no picture; torch, which strategies import, is needed now anyway.
+        check(experiment)
         return encoder.load(device, compute_dtype)
 
     outcomes = []

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from federate.texts import Counts
 from pipeline.cache import FeatureCache
 from pipeline.cache.loader import float_batches
 from pipeline.errors import UserError
@@ -51,10 +52,14 @@ class Stream:
         turns: Rounds the client takes part in, which the pass is split over.
         seed: Seed of the experiment.
         visual_tokens: Tokens an image takes in a prompt; as many as it has cached patches if None.
+        without: Texts to leave out, by silo.
         mismatched: Give every picture the text of another one.
 
     Raises:
         UserError: There are fewer training texts than turns.
+
+    Attributes:
+        counts: Texts that are trained on, and that are left out, by silo.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Stream:
         turns: int,
         seed: int,
         visual_tokens: int | None = None,
+        without: Mapping[str, Mapping[int, str]] | None = None,
         mismatched: bool = False,
     ) -> None:
         self._caches = list(caches.values())
@@ -75,12 +81,23 @@ class Stream:
         self._template, self._max_length = template, max_length
         self._visual_tokens = self._caches[0].patches if visual_tokens is None else visual_tokens
         self._batch_size, self._turns = batch_size, turns
-        texts = [cache.usable_texts("train") for cache in self._caches]
+        left_out = {silo: (without or {}).get(silo, {}) for silo in caches}
+        usable = {silo: cache.usable_texts("train") for silo, cache in caches.items()}
+        texts = [np.setdiff1d(usable[silo], np.array([*left_out[silo]], np.int64)) for silo in caches]
+        self.counts = {
+            silo: Counts(len(kept), len(left_out[silo])) for silo, kept in zip(caches, texts, strict=True)
+        }
         where = np.repeat(np.arange(len(texts)), [len(indices) for indices in texts])
         samples = np.stack([where, np.concatenate(texts)], axis=1)
         name = int.from_bytes(hashlib.sha256("\0".join(caches).encode()).digest()[:8], "little")
         self._samples = np.random.default_rng([seed, name]).permutation(samples)
         self._mismatched = mismatched
+        reasons = [reason for found in left_out.values() for reason in found.values()]
+        if not len(samples) and reasons:
+            raise UserError(
+                f"silo {', '.join(caches)}: none of its {len(reasons)} training texts can be trained on; the "
+                f"first: {reasons[0]}"
+            )
         if not len(samples):
             others = sum(cache.texts for cache in self._caches)
             raise UserError(
@@ -88,8 +105,9 @@ class Stream:
                 "a readable image); remove it from federate.silos, or mend its source and extract it again"
             )
         if len(samples) < turns:
+            without_them = f" (besides {len(reasons)} that cannot be trained on)" if reasons else ""
             raise UserError(
-                f"silo {', '.join(caches)}: {len(samples)} training texts do not fill "
+                f"silo {', '.join(caches)}: {len(samples)} training texts{without_them} do not fill "
                 f"its {turns} rounds; lower federate.rounds"
             )
 

@@ -61,7 +61,7 @@ def federate(
       fedcmp federate configs/demo/fedavg.toml --set federate.rounds=5 --set run=short
       fedcmp federate configs/demo/fedcmp.toml --engine flower --insecure
     """
-    from pipeline.config import load
+    from pipeline.components import load
 
     experiment = load(config, overrides)
     if engine == "local":
@@ -113,7 +113,7 @@ def site(
       fedcmp site configs/demo/fedcmp.toml --silo photo --superlink 127.0.0.1:18080 --insecure
     """
     from federate.engines.processes import need_flower
-    from pipeline.config import load
+    from pipeline.components import load
 
     experiment = load(config, overrides)
     need_flower()

@@ -14,16 +14,17 @@ import torch
 from federate import history
 from federate.batches import Stream
 from federate.strategies.base import STRATEGIES, Aggregate, State, Strategy, Update, check
+from federate.texts import unusable
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache, same_key
 from pipeline.config import Component
 from pipeline.console import progress, say, table
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import UserError, did_you_mean
-from pipeline.identity import LANGUAGE_FILES
 from pipeline.language import FrozenLanguageModel, load_language
-from pipeline.manifest import fingerprint, model_hashes, provenance, write_json
+from pipeline.manifest import fingerprint, provenance, write_json
 from pipeline.projectors.base import Projector
+from pipeline.saved_model import LANGUAGE_FILES, model_hashes
 
 FORMAT = {"name": "fedcmp-merge", "version": 1}
 _BATCH = 32
@@ -321,6 +322,20 @@ def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
     first = next(iter(caches.values()))
     _refuse_another_width(sources[0].path, projector, first, language, guide.language)
     projector.to(device)
+    visual_tokens = projector.tokens(first.patches)
+    without = {
+        name: unusable(
+            cache,
+            language.tokenizer,
+            template=guide.template,
+            max_length=_MAX_LENGTH,
+            visual_tokens=visual_tokens,
+        )
+        for name, cache in caches.items()
+    }
+    for name, reasons in without.items():
+        if reasons:
+            say(f"{name}: {len(reasons)} texts are left out; the first: {next(iter(reasons.values()))}")
     aligned = []
     with progress("alignment", len(sources), "projectors") as task:
         for number, update in enumerate(inputs.updates):
@@ -333,7 +348,8 @@ def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
                 batch_size=_BATCH,
                 turns=1,
                 seed=0,
-                visual_tokens=projector.tokens(first.patches),
+                visual_tokens=visual_tokens,
+                without={name: without[name]},
             )
             some = islice(stream.batches(0), -(-guide.texts // _BATCH))
             contributions = alignment_contributions(projector, inputs.base, update.state, language, some)

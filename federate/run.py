@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from federate import history
 from federate.engines.base import Card, Engine
 from federate.plan import Plan, plan
-from pipeline.cache import differences
+from federate.texts import Counts
 from pipeline.config import Experiment
 from pipeline.console import say, table
 from pipeline.device import pick_device
-from pipeline.identity import run_identity
+from pipeline.errors import UserError
+from pipeline.identity import run_differences, run_identity
 from pipeline.manifest import fingerprint, locked, provenance, read_json, write_json
 
 if TYPE_CHECKING:
@@ -45,12 +46,11 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
     with locked(out / ".lock", str(out)):
         cards = clients.cards()
         wanted = run_identity(experiment, next(iter(cards.values())).language) | {
-            "strategy": strategy.model_dump(mode="json"),
             "caches": {name: cards[name].content for name in experiment.federate.silos},
         }
         manifest = read_json(out / "manifest.json")
         if manifest is not None:
-            changed = differences(wanted, manifest.get("identity", {}))
+            changed = run_differences(wanted, manifest.get("identity", {})) or _damaged(out, manifest)
             if not changed:
                 say(f"{out}: nothing to do, this run is what the configuration asks for")
                 return out
@@ -61,6 +61,18 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
         _summary(experiment.run, out)
     say(f"Projector and history in {out}")
     return out
+
+
+def _damaged(out: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Why the projectors of a finished run are not those that it ended with."""
+    from pipeline import projector as projectors
+
+    for name in manifest["projectors"]:
+        try:
+            projectors.load_projector(out / name)
+        except UserError:
+            return [f"{name} is missing or not the one of its manifest"]
+    return []
 
 
 def _train(
@@ -85,8 +97,9 @@ def _train(
     first = cards[options.silos[0]]
     with engine.training(saved.round if saved else 0) as train:
         projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=engine.d_llm)
+        counts = engine.counts()
         if saved is None:
-            saved = _beginning(experiment, strategy, outline, cards, projector)
+            saved = _beginning(experiment, strategy, outline, counts, projector, wanted)
         done = run_rounds(
             saved,
             strategy,
@@ -115,6 +128,7 @@ def _train(
             "identity": wanted,
             "fingerprint": print_of_run,
             "cache_key": fingerprint(first.key),
+            "texts": {silo: counts[silo]._asdict() for silo in options.silos},
             "features": {"patches": first.patches, "key": first.key},
             "projectors": {name: projectors.content_hash(state) for name, state in names.items()},
             "made_by": provenance(pick_device(experiment.device)),
@@ -125,7 +139,12 @@ def _train(
 
 
 def _beginning(
-    experiment: Experiment, strategy: Strategy, outline: Plan, cards: Mapping[str, Card], projector: Projector
+    experiment: Experiment,
+    strategy: Strategy,
+    outline: Plan,
+    counts: Mapping[str, Counts],
+    projector: Projector,
+    wanted: Mapping[str, Any],
 ) -> Progress:
     """What a run starts from: initial weights, and the strategy's memory."""
     import torch
@@ -139,7 +158,10 @@ def _beginning(
     else:
         start_from(experiment.federate.initial, projector)
     state = projectors.state_of(projector)
-    samples = {client: sum(cards[silo].samples for silo in silos) for client, silos in outline.groups.items()}
+    initial = experiment.federate.initial
+    if initial and projectors.content_hash(state) != wanted["federate"]["initial"]:
+        raise UserError(f"federate.initial = {initial}: changed just now; run this again")
+    samples = {name: sum(counts[silo].samples for silo in silos) for name, silos in outline.groups.items()}
     return Progress(state, memory=strategy.begin(state, samples))
 
 

@@ -18,11 +18,12 @@ from federate.poison import poisoned
 from federate.privacy import privatised
 from federate.residuals import RESIDUALS, Residuals
 from federate.secure.contribution import Own
+from federate.texts import check_texts
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache
 from pipeline.config import Communication, Experiment, Privacy
 from pipeline.device import pick_device
-from pipeline.identity import FORMAT, language_identity, language_options
+from pipeline.identity import FORMAT, federate_options, language_identity, language_options
 from pipeline.language import load_language
 from pipeline.manifest import provenance
 
@@ -59,6 +60,8 @@ class Site:
         first = next(iter(caches.values()))
         scratch = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
         turns, poison = plan.turns(), options.poison or {}
+        visual_tokens = scratch.tokens(first.patches)
+        without = check_texts(experiment, caches, language.tokenizer, visual_tokens)
         self.d_llm = language.d_llm
         self.streams = {
             client: Stream(
@@ -69,11 +72,15 @@ class Site:
                 batch_size=options.batch_size,
                 turns=turns[client],
                 seed=experiment.seed,
-                visual_tokens=scratch.tokens(first.patches),
+                visual_tokens=visual_tokens,
+                without=without,
                 mismatched=client in poison and poison[client].kind == "captions",
             )
             for client, silos in plan.groups.items()
             if caches.keys() >= set(silos)
+        }
+        self.counts = {
+            silo: counts for stream in self.streams.values() for silo, counts in stream.counts.items()
         }
         self._secure, self._clipped, self._schedule = options.secure, options.clipped, plan.schedule
         self._poison, self._seed = poison, experiment.seed
@@ -173,7 +180,7 @@ def _memo(experiment: Experiment, device: str) -> Memo | None:
     """Local updates shared by runs with the same LLM, data handling and arithmetic."""
     if experiment.memo is None:
         return None
-    options = experiment.federate.model_dump(mode="json")
+    options = federate_options(experiment)
     shared = ("batch_size", "micro_batch", "projector", "optimizer")
     texts = {"template": experiment.language.template, "max_length": experiment.language.max_length}
     context = {

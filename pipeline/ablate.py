@@ -69,8 +69,11 @@ def _trials(ablation: Ablation, tuned: dict[tuple[str, str], Any]) -> Iterator[T
 def _check(ablation: Ablation) -> None:
     """Find mistakes in options and measures before anything is computed."""
     from pipeline.cli import imported
+    from pipeline.components import check
     from pipeline.grid import grid, trial
 
+    for scenario in ablation.scenarios:
+        check(trial(ablation, scenario, ablation.baseline, ablation.seeds[0], ()).experiment)
     strategies = imported("federate.strategies.base:STRATEGIES")
     for strategy in ablation.strategies:
         for options in grid(ablation, strategy):

@@ -27,6 +27,15 @@ COMMANDS = {
     "world": ("pipeline.world.cli:world", "Write the embedded default's data, or train its models."),
 }
 
+# Where the components of an experiment file are found, by their place in it.
+REGISTRIES = {
+    "extract.encoder": "extract.encoders.base:ENCODERS",
+    "extract.silos": "extract.sources.base:SOURCES",
+    "federate.projector": "pipeline.projectors.base:PROJECTORS",
+    "federate.strategy": "federate.strategies.base:STRATEGIES",
+    "evaluate.benchmarks": "evaluate.benchmarks.base:BENCHMARKS",
+}
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 

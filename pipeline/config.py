@@ -165,6 +165,16 @@ class Federate(Options):
         """How updates are clipped and noised, if they are."""
         return self.privacy if self.privacy is not None and self.privacy.clip is not None else None
 
+    @field_validator("privacy")
+    @classmethod
+    def _no_privacy_is_none(cls, value: Privacy | None) -> Privacy | None:
+        return None if value == Privacy() else value
+
+    @field_validator("poison")
+    @classmethod
+    def _no_poison_is_none(cls, value: dict[Name, Poison] | None) -> dict[Name, Poison] | None:
+        return value or None
+
     @field_validator("communication")
     @classmethod
     def _default_is_none(cls, value: Communication | None) -> Communication | None:

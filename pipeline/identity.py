@@ -5,23 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.cache import differences
+from pipeline.components import as_built
 from pipeline.config import Experiment
 from pipeline.device import pick_device, pick_dtype
-from pipeline.manifest import fingerprint, model_hashes
+from pipeline.manifest import fingerprint
+from pipeline.saved_model import LANGUAGE_FILES, model_hashes
 
-FORMAT = {"name": "fedcmp-run", "version": 1}
-LANGUAGE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+# 2: of the files that are loaded, and of components as they are built.
+FORMAT = {"name": "fedcmp-run", "version": 2}
 
 
 def language_identity(experiment: Experiment) -> dict[str, Any]:
@@ -49,6 +41,21 @@ def language_options(experiment: Experiment) -> dict[str, Any]:
     }
 
 
+def federate_options(experiment: Experiment) -> dict[str, Any]:
+    """JSON value of all of stage two that decides a client's training, however it was written down.
+
+    Components count with all their options, and what stands for a number is that number.
+    """
+    options = experiment.federate
+    written = options.model_dump(mode="json", exclude={"initial", "checkpointing", "projector", "strategy"})
+    return written | {
+        "projector": as_built("federate.projector", options.projector),
+        "strategy": as_built("federate.strategy", options.strategy),
+        "micro_batch": options.micro_batch or options.batch_size,
+        "clients_per_round": min(options.clients_per_round or len(options.silos), len(options.silos)),
+    }
+
+
 def run_identity(experiment: Experiment, language: dict[str, Any] | None = None) -> dict[str, Any]:
     """JSON value of every option that decides the trained projector.
 
@@ -56,9 +63,7 @@ def run_identity(experiment: Experiment, language: dict[str, Any] | None = None)
         experiment: The experiment.
         language: The LLM's identity where it is not on this machine.
     """
-    federate = experiment.federate.model_dump(mode="json", exclude={"initial", "checkpointing"})
-    if not experiment.federate.compile:
-        del federate["compile"]  # runs from before the option stay valid
+    federate = federate_options(experiment)
     if experiment.federate.initial is not None:
         federate["initial"] = _initial_content(experiment.federate.initial)
     return {
@@ -68,6 +73,13 @@ def run_identity(experiment: Experiment, language: dict[str, Any] | None = None)
         "language": (language or language_identity(experiment))
         | {"template": experiment.language.template, "max_length": experiment.language.max_length},
     }
+
+
+def run_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """How a run's identity differs from that of a run that is there, as `place: ours, theirs`."""
+    if theirs.get("format") != FORMAT:
+        return [f"format: that of another version of FedCMP ({theirs.get('format')}, not {FORMAT})"]
+    return differences(ours, {name: theirs.get(name) for name in ours})
 
 
 def _initial_content(path: Path) -> str:

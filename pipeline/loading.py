@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError
+from pipeline.saved_model import why_unloadable
 
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "*.tiktoken", "tekken.json")
 
@@ -26,7 +27,7 @@ def load_tokenizer(path: Path) -> Any:
     except Exception as error:
         if any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
             raise UserError(
-                f"language.path = {path}: its tokenizer cannot be loaded: {one_line(error)}"
+                f"language.path = {path}: its tokenizer cannot be loaded: {why_unloadable(error)}"
             ) from None
         tokenizer = None
     # Without files transformers makes a tokenizer of special tokens alone.
@@ -77,7 +78,7 @@ def load_model(path: Path, *, dtype: str, device: str, quantize: str, device_map
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"language.path = {path}: cannot be loaded: {one_line(error)}") from None
+        raise UserError(f"language.path = {path}: cannot be loaded: {why_unloadable(error)}") from None
     model, report = loaded
     if report["missing_keys"]:
         missing = min(report["missing_keys"])

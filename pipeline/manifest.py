@@ -9,9 +9,8 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,32 +36,6 @@ def sha256_file(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def model_hashes(directory: Path, files: Sequence[str]) -> dict[str, str]:
-    """SHA-256 by name of a saved model's weights and of those of `files` that are there.
-
-    The weights are what transformers loads: `*.safetensors`, or `*.bin` where there are none.
-
-    Raises:
-        UserError: The directory does not exist or holds no saved model.
-    """
-    weights = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
-    if not weights or not (directory / "config.json").is_file():
-        raise UserError(f"{directory}: no config.json with weights; give the directory of a saved model")
-    others = [directory / name for name in ("config.json", *files) if (directory / name).is_file()]
-    return {path.name: _sha256_unchanged(path, *_stamp(path)) for path in [*others, *weights]}
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-
-@lru_cache(maxsize=256)
-def _sha256_unchanged(path: Path, *stamp: int) -> str:
-    """Hash of a file, kept while its size, time and inode stay: an LLM is not read for every run."""
-    return sha256_file(path)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def plan(
     """
     from rich.filesize import decimal
 
-    from pipeline.config import load
+    from pipeline.components import load
     from pipeline.console import say, table
     from pipeline.errors import UserError
 
@@ -126,15 +126,16 @@ def language_shape(path: Path) -> Shape:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from pipeline.errors import UserError, one_line
+    from pipeline.errors import UserError
+    from pipeline.saved_model import why_unloadable
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise UserError(
-            f"language.path = {path}: no configuration of a causal LM: {one_line(error)}"
+            f"language.path = {path}: no configuration of a causal LM: {why_unloadable(error)}"
         ) from None
     text = config.get_text_config()
     heads = text.num_attention_heads * (

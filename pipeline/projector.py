@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Component
 from pipeline.errors import UserError
-from pipeline.manifest import canonical, write_atomic
+from pipeline.manifest import canonical, read_json, write_atomic
 from pipeline.projectors.base import PROJECTORS, Projector
 
 State = dict[str, Tensor]
@@ -96,10 +96,10 @@ def save_projector(path: Path, state: Mapping[str, Tensor], architecture: str) -
 
 
 def load_projector(path: Path) -> tuple[Projector, State]:
-    """Read a projector written by `save_projector`.
+    """Read a projector written by `save_projector`; where a manifest speaks of it, it must be that one.
 
     Raises:
-        UserError: The file is missing, damaged, or not such a projector.
+        UserError: The file is missing, damaged, or not such a projector, or not the one of its run.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -121,7 +121,27 @@ def load_projector(path: Path) -> tuple[Projector, State]:
         projector.load_state_dict(state)
     except Exception:
         raise UserError(f"{path}: its weights are not those of its architecture; train it again") from None
+    recorded, manifest = recorded_content(path)
+    if recorded is not None and recorded != content_hash(state):
+        raise UserError(
+            f"{path}: holds {content_hash(state)[:12]}, but {manifest} says {recorded[:12]}; another file "
+            "was put in its place: put the right one back, or run again what made it"
+        )
     return projector, state
+
+
+def recorded_content(path: Path) -> tuple[str | None, Path | None]:
+    """The content hash that a manifest gives a projector, and that manifest: of its run, or of a merge."""
+    folder = path.parent.parent if path.parent.name == "silos" else path.parent
+    for manifest, name in (
+        (folder / "manifest.json", path.relative_to(folder).as_posix()),
+        (path.with_suffix(".json"), path.name),
+    ):
+        found = read_json(manifest) if manifest.is_file() else None
+        recorded = found.get("projectors") if isinstance(found, dict) else None
+        if isinstance(recorded, dict) and name in recorded:
+            return str(recorded[name]), manifest
+    return None, None
 
 
 def content_hash(state: Mapping[str, Tensor]) -> str:

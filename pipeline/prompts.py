@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.records import IMAGE_PLACEHOLDER, Text, Turn
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ V1_SYSTEM = (
 )
 
 _Spans = list[tuple[str, bool]]
+
+
+class BadTextError(UserError):
+    """A text that cannot be trained on or asked, though others can."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,9 @@ def tokenise(
         max_length: Tokens to keep at most; what is longer is cut at the end.
 
     Raises:
-        UserError: `plain` is given several exchanges, not exactly one image is referred to, or
+        BadTextError: `plain` is given several exchanges, not exactly one image is referred to, or
             `max_length` leaves no room for the image or for anything of the answer.
+        UserError: The tokenizer has no such template.
     """
     return tokenise_all([text], template, tokenizer, patches=patches, max_length=max_length)[0]
 
@@ -85,11 +90,48 @@ def tokenise_all(
     ]
 
 
+def problems(
+    texts: Sequence[Text],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    patches: int,
+    max_length: int,
+) -> list[str | None]:
+    """Why `tokenise` would refuse each of many texts, or None; several times faster than to try.
+
+    Raises:
+        UserError: The tokenizer has no such template.
+    """
+    found: list[str | None] = [None] * len(texts)
+    stretches, owners = [], []
+    for number, text in enumerate(texts):
+        try:
+            spans, _ = _rendered(text, template, tokenizer)
+        except BadTextError as error:
+            found[number] = str(error)
+            continue
+        stretches += _joined(spans).split(IMAGE_PLACEHOLDER)
+        owners.append(number)
+    if not stretches:
+        return found
+    encoded = tokenizer(stretches, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    for place, number in enumerate(owners):
+        length = len(encoded[2 * place]) + len(encoded[2 * place + 1]) + patches + 1
+        if length > max_length:
+            # Something is cut: only then does it matter what.
+            try:
+                tokenise(texts[number], template, tokenizer, patches=patches, max_length=max_length)
+            except BadTextError as error:
+                found[number] = str(error)
+    return found
+
+
 def _rendered(text: Text, template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
     spans, begin = _RENDER[template](text.turns, tokenizer)
     content = _joined(spans)
     if content.count(IMAGE_PLACEHOLDER) != 1:
-        raise UserError(
+        raise BadTextError(
             f"text {content[:60]!r} refers to {content.count(IMAGE_PLACEHOLDER)} images, not one; "
             f"remove the superfluous '{IMAGE_PLACEHOLDER}'"
         )
@@ -117,7 +159,7 @@ def _spliced(
     kept = Tokens(ids[:max_length], labels[:max_length])
     lost_answer = not kept.supervised and any(supervised)
     if kept.ids.count(IMAGE_TOKEN_INDEX) < patches or lost_answer:
-        raise UserError(
+        raise BadTextError(
             f"language.max_length = {max_length} leaves no room for the image's {patches} tokens and an "
             f"answer in text {content[:60]!r}; raise it"
         )
@@ -137,7 +179,7 @@ def stop_string(template: str) -> str | None:
 def _plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
     answers = [turn.content for turn in turns if turn.role == "assistant"]
     if len(answers) > 1:
-        raise UserError(
+        raise BadTextError(
             f"a text with {len(answers)} answers, the first {answers[0][:40]!r}, has no 'plain' "
             "form; set language.template to 'chat' or 'v1'"
         )
@@ -155,17 +197,24 @@ def _with_user(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
+    from jinja2 import TemplateError
+
     messages = [{"role": turn.role, "content": turn.content} for turn in _with_user(turns)]
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.name_or_path}: this tokenizer has no chat template; use 'v1'")
 
     def render(number: int, *, reply: bool) -> str:
         # Answers are not thought about first, where a template would (Qwen3); others do not look at it.
-        return str(
-            tokenizer.apply_chat_template(
-                messages[:number], tokenize=False, add_generation_prompt=reply, enable_thinking=False
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages[:number], tokenize=False, add_generation_prompt=reply, enable_thinking=False
+                )
             )
-        )
+        except TemplateError as error:
+            raise BadTextError(
+                f"text {messages[0]['content'][:60]!r}: the chat template refuses it: {one_line(error)}"
+            ) from None
 
     spans: _Spans = []
     done = ""
@@ -173,7 +222,7 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_S
         answer = message["role"] == "assistant"
         upto = render(index + 1, reply=not answer)
         if not upto.startswith(done):
-            raise UserError(
+            raise BadTextError(
                 f"{tokenizer.name_or_path}: its chat template rewrites earlier turns, so answers "
                 "cannot be told from prompts; use 'v1'"
             )

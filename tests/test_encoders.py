@@ -748,7 +748,7 @@ def test_extraction_into_a_cache(
 
 def test_caches_from_before_these_options_stay_valid(clip_dir: Path) -> None:
     """The identity that version 0.1.0 wrote."""
-    from pipeline.manifest import model_hashes
+    from pipeline.saved_model import model_hashes
 
     assert Transformers(path=clip_dir, pool=2).identity() == {
         "name": "transformers",

@@ -326,7 +326,7 @@ def test_a_changed_default_of_a_strategy_trains_again(
         momentum: float = 0.123
 
     monkeypatch.setitem(STRATEGIES._classes, "fedavgm", Changed)
-    assert "training again, because strategy.momentum: 0.123 here" in run(extracted, *words).output
+    assert "training again, because federate.strategy.momentum: 0.123 here" in run(extracted, *words).output
 
 
 def test_an_aggregate_that_is_not_finite_ends_the_run_in_one_line(extracted: Path) -> None:

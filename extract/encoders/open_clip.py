@@ -189,13 +189,14 @@ def _architecture(options: OpenClip) -> _Found:
 
 def _in_directory(model: str, directory: Path) -> _Found:
     settings = read_json(directory / _CONFIG)
-    weights = sorted(path for form in ("safetensors", "bin", "pth") for path in directory.glob(f"*.{form}"))
-    if not weights or settings is None:
+    # What it would load; which of several files that is, open_clip alone knows.
+    weights = _library().factory._find_checkpoint_in_dir(directory) if directory.is_dir() else None
+    if weights is None or settings is None:
         raise UserError(
             f"extract.encoder.model = '{model}': {directory} has no {_CONFIG} with weights (.safetensors, "
             ".bin or .pth); give the directory of a saved open_clip model"
         )
-    return _described(model, settings, weights)
+    return _described(model, settings, [Path(weights)])
 
 
 def _on_hub(model: str) -> _Found:

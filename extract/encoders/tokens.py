@@ -12,7 +12,8 @@ from PIL import Image
 from pydantic import Field
 
 from extract.encoders.base import Encoder, LoadedEncoder
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError
+from pipeline.saved_model import why_unloadable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -184,4 +185,4 @@ def check_layer(layer: int, blocks: int) -> int:
 def unloadable(where: str, error: Exception) -> UserError:
     """Why a model or its library cannot be loaded, with the remedy where torchvision is at fault."""
     remedy = f"; {_TORCHVISION}" if "torchvision" in str(error) else ""
-    return UserError(f"{where}: cannot be loaded: {one_line(error)}{remedy}")
+    return UserError(f"{where}: cannot be loaded: {why_unloadable(error)}{remedy}")

@@ -12,7 +12,8 @@ from PIL import Image
 from extract.encoders.base import ENCODERS, LoadedEncoder
 from extract.encoders.tokens import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
 from pipeline.errors import UserError
-from pipeline.manifest import model_hashes, read_json
+from pipeline.manifest import read_json
+from pipeline.saved_model import model_hashes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,16 +155,16 @@ def _read(path: Path, where: str, device: str) -> tuple[_Family, Any, Any]:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = config.model_type
         if kind not in _FAMILIES:
             raise UserError(f"{where}: a model of type '{kind}'; supported: {', '.join(_FAMILIES)}")
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
         if device == "meta":
             with torch.device(device):
-                model = AutoModel.from_config(config)
+                model = AutoModel.from_config(config, trust_remote_code=False)
             return _FAMILIES[kind], processor, getattr(model, "vision_model", model)
-        model, report = AutoModel.from_pretrained(path, output_loading_info=True)
+        model, report = AutoModel.from_pretrained(path, output_loading_info=True, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:

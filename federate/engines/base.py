@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from federate.texts import Counts
 from pipeline.cache import FeatureCache
 from pipeline.config import Experiment
-from pipeline.identity import language_identity
+from pipeline.identity import federate_options, language_identity
 
 if TYPE_CHECKING:
     from federate.server import Train
@@ -25,7 +26,8 @@ class Card:
         key: What made the features: encoder, preprocessing, dtype.
         patches: Tokens an image.
         d_vision: Width of a token.
-        samples: Training texts.
+        samples: Training texts, those that cannot be trained on included until the site is ready.
+        left_out: Training texts that cannot be trained on.
         language: The frozen LLM's files and dtype.
     """
 
@@ -35,17 +37,20 @@ class Card:
     d_vision: int
     samples: int
     language: dict[str, Any]
+    left_out: int = 0
 
     @classmethod
-    def of(cls, cache: FeatureCache, experiment: Experiment) -> Card:
-        """The card of a silo on this machine."""
+    def of(cls, cache: FeatureCache, experiment: Experiment, counts: Counts | None = None) -> Card:
+        """The card of a silo on this machine; without counts, its texts have not been looked at."""
+        samples, left_out = counts or Counts(len(cache.usable_texts("train")), 0)
         return cls(
             content=cache.content,
             key=cache.manifest["key"],
             patches=cache.patches,
             d_vision=cache.d_vision,
-            samples=len(cache.usable_texts("train")),
+            samples=samples,
             language=language_identity(experiment),
+            left_out=left_out,
         )
 
     def plain(self) -> dict[str, Any]:
@@ -72,6 +77,10 @@ class Engine(ABC):
     def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Take a step of a secure round with some clients; returns what those said who answered."""
 
+    @abstractmethod
+    def counts(self) -> dict[str, Counts]:
+        """Every silo's texts, those that cannot be trained on apart; known while training."""
+
     def traffic(self) -> tuple[int, int]:
         """Bytes sent to clients, and received from them, since this was asked last."""
         return 0, 0
@@ -89,7 +98,7 @@ def terms(experiment: Experiment, card: Card) -> dict[str, Any]:
     """
     return {
         "seed": experiment.seed,
-        "federate": experiment.federate.model_dump(mode="json", exclude={"initial", "checkpointing"}),
+        "federate": federate_options(experiment),
         "language": card.language
         | {"template": experiment.language.template, "max_length": experiment.language.max_length},
         "features": card.key,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from federate.engines.base import Card, Engine
 from federate.plan import Plan
+from federate.texts import Counts
 from pipeline.cache import open_cache, same_key
 from pipeline.config import Experiment
 from pipeline.console import progress
@@ -50,6 +51,11 @@ class Here(Engine):
         with progress(self._experiment.run, steps, "steps") as task:
             advance = task.advance
             yield site
+
+    def counts(self) -> dict[str, Counts]:
+        """What was found when the LLM was loaded."""
+        assert self._site is not None
+        return self._site.counts
 
     def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Every client answers."""

@@ -36,7 +36,7 @@ class Service:
         cache = open_cache(experiment, silo)
         self.silo = silo
         self._site = Site(experiment, plan(experiment, strategy), {silo: cache})
-        self._card = Card.of(cache, experiment)
+        self._card = Card.of(cache, experiment, self._site.counts[silo])
         self._terms = terms(experiment, self._card)
 
     def handle(self, request: dict[str, Any]) -> dict[str, Any]:

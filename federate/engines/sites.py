@@ -13,6 +13,7 @@ from federate.engines.base import Card, Engine, terms
 from federate.engines.service import check_sites
 from federate.plan import Plan
 from federate.strategies.base import STRATEGIES
+from federate.texts import Counts
 from federate.wire import Payload, job_as_dict, pack, result_of, unpack
 from pipeline.cache import differences
 from pipeline.config import Experiment
@@ -132,6 +133,10 @@ class Sites(Engine):
     def training(self, start: int) -> Iterator[Train]:
         """Sites are ready when they have shown their cards."""
         yield self._train
+
+    def counts(self) -> dict[str, Counts]:
+        """What the sites' cards say."""
+        return {silo: Counts(card.samples, card.left_out) for silo, card in self._cards.items()}
 
     def _quorum(self, clients: int) -> int:
         return min(self._experiment.sites.quorum or clients, clients)

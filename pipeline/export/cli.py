@@ -33,7 +33,7 @@ def export(
     Example:
       fedcmp export build/runs/clinics/clinics --to hf --out exported --config configs/clinics.toml
     """
-    from pipeline.config import load
+    from pipeline.components import load
     from pipeline.errors import UserError
     from pipeline.export.run import export as write
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.console import say
-from pipeline.errors import UserError, one_line
+from pipeline.errors import UserError
 from pipeline.export.rope import with_older_rope
 from pipeline.export.subject import Subject
 from pipeline.manifest import read_json, write_json
@@ -22,6 +22,7 @@ from pipeline.projector import State
 from pipeline.projectors.linear import LinearProjector
 from pipeline.projectors.mlp import MlpProjector
 from pipeline.prompts import IMAGE_TOKEN_INDEX, V1_SYSTEM, question, tokenise
+from pipeline.saved_model import why_unloadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -216,9 +217,11 @@ def _loaded(kind: Any, path: Path, option: str) -> Any:
         UserError: It cannot be loaded, or not all of its weights are there.
     """
     try:
-        model, report = kind.from_pretrained(path, dtype="auto", output_loading_info=True)
+        model, report = kind.from_pretrained(
+            path, dtype="auto", output_loading_info=True, trust_remote_code=False
+        )
     except Exception as error:
-        raise UserError(f"{option} {path}: cannot be loaded: {one_line(error)}") from None
+        raise UserError(f"{option} {path}: cannot be loaded: {why_unloadable(error)}") from None
     if report["missing_keys"]:
         missing = min(report["missing_keys"])
         raise UserError(f"{option} {path}: {missing} is missing from its weights; give the whole model")
@@ -229,7 +232,7 @@ def _tokenizer(language: Path) -> PreTrainedTokenizerBase:
     """The LLM's tokenizer, with a token for pictures."""
     from transformers import AddedToken, AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(language)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(language, trust_remote_code=False)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         token = AddedToken(IMAGE_TOKEN, normalized=False, special=True)
         tokenizer.add_tokens([token], special_tokens=True)
@@ -257,7 +260,7 @@ def _assembled(out: Path, parts: State) -> State:
     from transformers import AutoConfig, LlavaForConditionalGeneration
 
     with _quiet(), torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration(AutoConfig.from_pretrained(out))
+        model: Any = LlavaForConditionalGeneration(AutoConfig.from_pretrained(out, trust_remote_code=False))
     model.load_state_dict(parts, strict=True, assign=True)
     state: State = model.state_dict()
     left = [name for name, tensor in state.items() if tensor.is_meta]
@@ -360,8 +363,8 @@ def _compare_prompts(out: Path, language: Path, template: str, image: int) -> No
     from transformers import AutoTokenizer
 
     with _quiet():
-        written: Any = AutoTokenizer.from_pretrained(out)
-        own: Any = AutoTokenizer.from_pretrained(language)
+        written: Any = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+        own: Any = AutoTokenizer.from_pretrained(language, trust_remote_code=False)
     asked = tokenise(question(_QUESTION), template, own, patches=2, max_length=1_000_000)
     ours = [image if token == IMAGE_TOKEN_INDEX else token for token in asked.ids]
     content = [{"type": "image"}, {"type": "text", "text": _QUESTION}]

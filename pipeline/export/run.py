@@ -11,11 +11,9 @@ from pipeline.config import Experiment
 from pipeline.console import say
 from pipeline.errors import UserError
 from pipeline.export.subject import Subject, read_subject, refuse_inexpressible
-from pipeline.identity import LANGUAGE_FILES
 from pipeline.manifest import (
     fingerprint,
     locked,
-    model_hashes,
     provenance,
     read_json,
     sha256_file,
@@ -23,6 +21,7 @@ from pipeline.manifest import (
     write_json,
 )
 from pipeline.projector import content_hash
+from pipeline.saved_model import LANGUAGE_FILES, model_hashes
 
 FORMAT = {"name": "fedcmp-export", "version": 1}
 

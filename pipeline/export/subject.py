@@ -10,7 +10,7 @@ from pipeline.cache import FeatureCache, open_cache
 from pipeline.config import Experiment
 from pipeline.errors import UserError
 from pipeline.manifest import read_json
-from pipeline.projector import State, content_hash, load_projector
+from pipeline.projector import State, load_projector
 from pipeline.projectors.base import Projector
 
 _EXPRESSIBLE = frozenset({"name", "files", "layer", "tokens", "pool", "pooling", "resize"})
@@ -67,8 +67,6 @@ def read_subject(path: Path, experiment: Experiment | None) -> Subject:
         raise UserError(f"{path}: no finished run here; run 'fedcmp federate' first")
     if content is None:
         run = {}
-    elif content != content_hash(state):
-        raise UserError(f"{file}: not the projector of {folder / 'manifest.json'}; train it again")
     features = run.get("features") or _features(file, projector, run, experiment)
     language = run["identity"]["language"]["files"] if run else None
     return Subject(file, projector, state, features["patches"], features["key"], language)

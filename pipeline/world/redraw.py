@@ -90,7 +90,7 @@ def _features(weights: Path, pictures: np.ndarray) -> torch.Tensor:
 
     logging.disable_progress_bar()
     model = CLIPVisionModel.from_pretrained(weights).eval()
-    processor = AutoImageProcessor.from_pretrained(weights, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(weights, backend="pil", trust_remote_code=False)
     with torch.no_grad():
         parts = [
             model(pixels(part, processor), output_hidden_states=True).hidden_states[-2][:, 1:]
