@@ -12,6 +12,8 @@ from PIL import Image
 from pydantic import Field
 
 from extract.encoders.base import Encoder, LoadedEncoder
+from extract.pictures import FULL_RANGE, Reading
+from pipeline.device import device_type
 from pipeline.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -38,6 +40,12 @@ class PatchEncoder(Encoder, ABC):
         resize: `crop` prepares pictures as the model's own processor does (CLIP and DINOv2: centre
             crop, SigLIP: squash); `pad` makes them square with the processor's mean colour first;
             `squash` ignores the aspect ratio. `pad` and `squash` show the whole picture.
+        orientation: `as_stored` reads pixels in the order of the file, as LLaVA does; `exif` turns
+            pictures as their EXIF data say.
+        transparency: `ignored` shows the colour that is stored under transparent parts, as LLaVA
+            does; `white` puts pictures on white.
+        white_level: Value of white in 16-bit grey pictures, such as 4095; by default 65535, and
+            pictures that stay far below it are listed as unreadable.
     """
 
     layer: int = Field(-2, le=-1)
@@ -45,14 +53,18 @@ class PatchEncoder(Encoder, ABC):
     pool: int = Field(1, ge=1)
     pooling: Literal["mean", "pixel_shuffle"] = "mean"
     resize: Literal["crop", "pad", "squash"] = "crop"
+    orientation: Literal["as_stored", "exif"] = "as_stored"
+    transparency: Literal["ignored", "white"] = "ignored"
+    white_level: int | None = Field(None, ge=255, le=FULL_RANGE)
 
     def choices(self) -> dict[str, Any]:
         """Identity of these options; the newer ones only where set, so that older caches stay valid."""
         chosen: dict[str, Any] = {"layer": self.layer, "tokens": self.tokens, "pool": self.pool}
         if self.pooling != "mean":
             chosen["pooling"] = self.pooling
-        if self.resize != "crop":
-            chosen["resize"] = self.resize
+        for name in ("resize", "orientation", "transparency", "white_level"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                chosen[name] = getattr(self, name)
         return chosen
 
 
@@ -98,6 +110,7 @@ class LoadedPatchEncoder(LoadedEncoder):
                 "or more"
             )
         self._shared, self._device, self._dtype = options, device, dtype
+        self.reading = Reading(options.orientation, options.transparency, options.white_level)
         self._fill = tuple(int(value * 255) for value in mean)
         shuffled = options.pooling == "pixel_shuffle"
         self.d_vision = width * (options.pool**2 if shuffled else 1)
@@ -123,7 +136,11 @@ class LoadedPatchEncoder(LoadedEncoder):
         """Pixels `(batch, ...)` to features `(batch, patches, d_vision)` float32."""
         import torch
 
-        faster = nullcontext() if self._dtype == "float32" else torch.autocast(self._device, torch.bfloat16)
+        faster = (
+            nullcontext()
+            if self._dtype == "float32"
+            else torch.autocast(device_type(self._device), torch.bfloat16)
+        )
         with torch.inference_mode(), faster:
             cls, patches = self._states(pixels.to(self._device))
         if self._shared.tokens == "cls_patch":
