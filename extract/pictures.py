@@ -73,7 +73,7 @@ def read_rgb(data: bytes, reading: Reading) -> tuple[Image.Image, tuple[str, ...
 
 def _sixteen_bits(image: Image.Image) -> bool:
     """Whether a file of colours has 16 bits a channel, of which Pillow keeps the upper 8."""
-    return image.mode != "I;16" and any(";16" in str(part[3]) for part in image.tile)
+    return image.mode != "I;16" and any(";16" in str(part[3]) for part in getattr(image, "tile", ()))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -105,7 +105,7 @@ def _grey(image: Image.Image, white_level: int | None) -> Image.Image:
 def _require_full_range(rgb: Image.Image, white_level: int | None) -> None:
     if white_level == FULL_RANGE:
         return
-    brightest = max(int(high) for _, high in rgb.getextrema())  # type: ignore[misc,arg-type]
+    brightest = max(int(high) for _, high in rgb.getextrema())  # type: ignore[misc]
     if white_level is not None or 0 < brightest < _FAR_BELOW >> 8:
         raise ValueError(
             f"it has 16 bits a colour, of which only the upper 8 are read; they reach {brightest} of 255; "

@@ -12,6 +12,7 @@ from PIL import Image
 from pydantic import Field
 
 from extract.encoders.base import Encoder, LoadedEncoder
+from extract.encoders.crop import MOST_PIXELS, CentreCrop
 from extract.pictures import FULL_RANGE, Reading
 from pipeline.device import device_type
 from pipeline.errors import UserError, one_line
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-_MOST_PIXELS = 200_000_000
 _TORCHVISION = (
     "install the torchvision made for this torch (where torch is the CPU build: pip install "
     "--force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu)"
@@ -79,6 +79,7 @@ class LoadedPatchEncoder(LoadedEncoder):
         width: Channels of a hidden state.
         has_cls: Whether a CLS token comes before the patches.
         mean: The processor's mean colour, each channel from 0 to 1.
+        crop: What `_pixels` does with the shape of pictures where it cuts out their centre.
 
     Raises:
         UserError: The options do not fit the model.
@@ -94,6 +95,7 @@ class LoadedPatchEncoder(LoadedEncoder):
         width: int,
         has_cls: bool,
         mean: Sequence[float],
+        crop: CentreCrop | None = None,
     ) -> None:
         if options.tokens == "cls_patch" and not has_cls:
             raise UserError(
@@ -111,14 +113,15 @@ class LoadedPatchEncoder(LoadedEncoder):
             )
         self._shared, self._device, self._dtype = options, device, dtype
         self.reading = Reading(options.orientation, options.transparency, options.white_level)
+        self._crop = crop if options.resize == "crop" else None
         self._fill = tuple(int(value * 255) for value in mean)
         shuffled = options.pooling == "pixel_shuffle"
         self.d_vision = width * (options.pool**2 if shuffled else 1)
         self.patches = (grid // options.pool) ** 2 + (options.tokens == "cls_patch")
 
     @abstractmethod
-    def _pixels(self, image: Image.Image) -> np.ndarray:
-        """One RGB image, square already where it is padded, to float32 pixels."""
+    def _pixels(self, image: Image.Image, *, cropped: bool = False) -> np.ndarray:
+        """One RGB image, square already where it is padded or `cropped` to size, to float32 pixels."""
 
     @abstractmethod
     def _states(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,9 +131,13 @@ class LoadedPatchEncoder(LoadedEncoder):
         """One RGB image to what the model takes, float32.
 
         Raises:
-            ValueError: The picture is too elongated to be padded.
+            ValueError: The picture is too elongated to be padded or cropped.
         """
-        return self._pixels(expand_to_square(image, self._fill) if self._shared.resize == "pad" else image)
+        if self._shared.resize == "pad":
+            return self._pixels(expand_to_square(image, self._fill))
+        if self._crop is not None and self._crop.is_needed(image.size):
+            return self._pixels(self._crop.centre(image), cropped=True)
+        return self._pixels(image)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(batch, ...)` to features `(batch, patches, d_vision)` float32."""
@@ -179,7 +186,7 @@ def expand_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
     if width == height:
         return image
     side = max(width, height)
-    if side * side > _MOST_PIXELS:
+    if side * side > MOST_PIXELS:
         raise ValueError(f"{width}x{height} pixels are too elongated to pad to a square")
     square = Image.new("RGB", (side, side), fill)
     square.paste(image, ((side - width) // 2, (side - height) // 2))

@@ -222,7 +222,7 @@ class FeatureCache:
 
     def places(self, shard: int) -> list[list[int]]:
         """Offset and length of every image in a shard's file."""
-        return self._shard(shard)[1].tolist()  # type: ignore[no-any-return]
+        return self._shard(shard)[1].tolist()
 
     def will_need(self, rows: Sequence[int] | np.ndarray) -> None:
         """Have the system read features ahead that are asked for soon."""
