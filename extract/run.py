@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from extract.encoders.base import ENCODERS, LoadedEncoder
+from extract.pictures import NOTES
 from extract.runner import Outcome, current, extract_silo
+from extract.shortage import shortage
 from extract.sources.base import SOURCES
 from extract.workers import Worker
-from pipeline.cache import FORMAT, Identity, differences
+from pipeline.cache import FORMAT, FeatureCache, Identity, differences
 from pipeline.components import check
 from pipeline.config import Experiment
 from pipeline.console import progress, say, table
@@ -84,10 +85,11 @@ def run(
         with progress(name, source.size(), "images") as task:
             try:
                 outcomes.append(extract_silo(path, source, identity, loaded(), options, device, task, worker))
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
+            except (OSError, MemoryError, RuntimeError) as error:
+                short = shortage(error)
+                if short is None:
                     raise
-                raise UserError(f"{path}: the disk is full; free some space and rerun to go on") from None
+                raise UserError(f"{path}: {short} and rerun to go on") from None
         if outcomes[-1].cache is not None:
             _send(experiment, path)
     listing, names = experiment.features / "silos.txt", "".join(f"{name}\n" for name in options.silos)
@@ -138,8 +140,20 @@ def _summary(experiment: Experiment, outcomes: Sequence[Outcome]) -> None:
         if len(problems) > _PROBLEMS_SHOWN:
             more = len(problems) - _PROBLEMS_SHOWN
             say(f"  and {more} more in {outcome.cache.path / 'manifest.json'}")
+        for note, number in manifest.get("notes", {}).items():
+            say(f"{outcome.path.stem}: " + NOTES[note].format(f"{number:,} picture{'s' * (number > 1)}"))
+        lost = outcome.cache.texts - _usable(outcome.cache)
+        if lost:
+            say(
+                f"{outcome.path.stem}: {lost:,} text{'s' * (lost > 1)} on pictures without features, not used"
+            )
     if all(outcome.state == "unchanged" for outcome in outcomes):
         say("Nothing to do: every cache is what the configuration asks for.")
+
+
+def _usable(cache: FeatureCache) -> int:
+    """Texts about pictures that have features."""
+    return int((cache.status[cache.text_image] == 0).sum())
 
 
 def _row(outcome: Outcome) -> list[str]:
@@ -151,7 +165,7 @@ def _row(outcome: Outcome) -> list[str]:
     return [
         outcome.path.stem,
         f"{manifest['images'] - failures:,}",
-        f"{manifest['texts']:,}",
+        f"{_usable(outcome.cache):,}",
         f"{failures + len(manifest['skipped']):,}",
         f"{megabytes:,.1f}",
         f"{manifest['images'] / outcome.seconds:,.0f}" if outcome.seconds else "-",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 from extract.encoders.base import LoadedEncoder
+from extract.pictures import read_rgb
+from extract.shortage import require_room, shortage
 from extract.sources.base import NO_FILE, Skipped, Source
 from extract.workers import Worker
 from pipeline.cache import (
@@ -193,7 +194,13 @@ class _Decoded:
     pixels: np.ndarray | None
 
 
-def _decode(record: Record, preprocess: Callable[[Image.Image], np.ndarray]) -> _Decoded:
+def _decode(record: Record, encoder: LoadedEncoder) -> _Decoded:
+    """Read and prepare one picture.
+
+    Raises:
+        UserError: It cannot be read now, but perhaps later.
+        MemoryError: So does whatever else `shortage` knows.
+    """
     texts = tuple((text.kind, text.split, text.encode().decode()) for text in record.texts)
 
     def failed(status: str, reason: str, digest: str = "") -> _Decoded:
@@ -202,31 +209,40 @@ def _decode(record: Record, preprocess: Callable[[Image.Image], np.ndarray]) -> 
     try:
         data = record.read_image()
     except OSError as error:
+        if shortage(error):
+            raise
         if not isinstance(error, NO_FILE) and error.errno not in _NO_NAME:
             # Anything else may pass, and a hole in the cache would stay.
             raise UserError(f"{record.id}: cannot be read ({error}); mend that and rerun to go on") from None
         return failed("missing", str(error))
     digest = hashlib.sha256(data).hexdigest()
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = preprocess(_to_rgb(image))
+        image, notes = read_rgb(data, encoder.reading)
+        pixels = encoder.preprocess(image)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        if shortage(error):
+            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{record.id}: cannot be read ({error}); mend that and rerun to go on") from None
         # Pillow names the buffer by its address, which would differ from run to run.
         reason = _ADDRESS.sub("it", f"{type(error).__name__}: {error}")
         return failed("unreadable", reason, digest)
-    return _Decoded(Row(record.id, digest, 0, "", texts), pixels)
+    return _Decoded(Row(record.id, digest, 0, "", texts, notes), pixels)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; 16-bit grey is scaled, where Pillow would clip it to white."""
-    if image.mode.startswith("I"):
-        pixels = np.asarray(image).astype(np.int64)
-        if pixels.min() < 0 or pixels.max() > 0xFFFF:
-            raise ValueError(f"its pixels go from {pixels.min()} to {pixels.max()}, not from 0 to 65535")
-        return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range; convert it to 8 bit")
-    return image.convert("RGB")
+def _decoded(records: Sequence[Record], first: Iterable[_Decoded], encoder: LoadedEncoder) -> list[_Decoded]:
+    """What threads decoded, once all are idle; what failed is tried again alone before it is given up.
+
+    Raises:
+        MemoryError: There is too little memory to tell damage from the want of it.
+    """
+    decoded = list(first)
+    for place, item in enumerate(decoded):
+        if STATUS[item.row.status] == "unreadable":
+            decoded[place] = _decode(records[place], encoder)
+            if decoded[place].row.status:
+                require_room()
+    return decoded
 
 
 def _calibrate(
@@ -235,7 +251,7 @@ def _calibrate(
     """Channels of the first readable images."""
     sample: list[np.ndarray] = []
     for records in chunks(_only_records(source, []), options.batch_size):
-        decoded = list(pool.map(lambda record: _decode(record, encoder.preprocess), records))
+        decoded = _decoded(records, pool.map(lambda record: _decode(record, encoder), records), encoder)
         features = _encode(decoded, encoder).numpy()
         readable = [item.pixels is not None for item in decoded]
         sample += [each for each in features[readable] if np.isfinite(each).all()]
@@ -252,15 +268,15 @@ def _encode_shard(
     quantiser: Quantiser | None,
 ) -> tuple[np.ndarray, list[Row], list[float] | None]:
     def decode(batch: Sequence[Record]) -> list[Future[_Decoded]]:
-        return [pool.submit(_decode, record, encoder.preprocess) for record in batch]
+        return [pool.submit(_decode, record, encoder) for record in batch]
 
     features: list[np.ndarray] = []
     rows: list[Row] = []
     measured = [0.0] * 4 if quantiser else None
     batches = list(chunks(records, options.batch_size))
     ahead = decode(batches[0])
-    for following in [*batches[1:], []]:
-        decoded, ahead = [future.result() for future in ahead], decode(following)
+    for batch, following in zip(batches, [*batches[1:], []], strict=True):
+        decoded, ahead = _decoded(batch, (future.result() for future in ahead), encoder), decode(following)
         encoded = _encode(decoded, encoder)
         known = _rows(decoded, encoded, options.dtype)
         stored = (
@@ -296,8 +312,7 @@ def _rows(decoded: Sequence[_Decoded], features: torch.Tensor, dtype: str) -> li
     rows = [item.row for item in decoded]
     kept = features if dtype == "int8" else features.to(getattr(torch, dtype))
     for place in (~torch.isfinite(kept).flatten(1).all(1)).nonzero().flatten().tolist():
-        old = rows[place]
-        rows[place] = Row(old.id, old.sha256, STATUS.index("not finite"), "features overflow", old.texts)
+        rows[place] = replace(rows[place], status=STATUS.index("not finite"), reason="features overflow")
     return rows
 
 

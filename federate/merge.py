@@ -19,7 +19,7 @@ from pipeline import projector as projectors
 from pipeline.cache import FeatureCache, same_key
 from pipeline.config import Component
 from pipeline.console import progress, say, table
-from pipeline.device import pick_device, pick_dtype
+from pipeline.device import device_type, pick_device, pick_dtype
 from pipeline.errors import UserError, did_you_mean
 from pipeline.language import FrozenLanguageModel, load_language
 from pipeline.manifest import fingerprint, provenance, write_json
@@ -358,7 +358,12 @@ def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
     say(f"Alignment: {guide.texts} training texts at most from each of {', '.join(caches)}")
     guided = {
         "caches": {path: cache.content for path, cache in caches.items()},
-        "language": {"path": str(guide.language), "files": files, "dtype": dtype, "device": device},
+        "language": {
+            "path": str(guide.language),
+            "files": files,
+            "dtype": dtype,
+            "device": device_type(device),
+        },
         "template": guide.template,
         "texts": guide.texts,
         "contributions": {update.client: update.alignment for update in aligned},

@@ -22,7 +22,7 @@ from federate.texts import check_texts
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache
 from pipeline.config import Communication, Experiment, Privacy
-from pipeline.device import pick_device
+from pipeline.device import device_type, pick_device
 from pipeline.identity import FORMAT, federate_options, language_identity, language_options
 from pipeline.language import load_language
 from pipeline.manifest import provenance
@@ -187,7 +187,7 @@ def _memo(experiment: Experiment, device: str) -> Memo | None:
         "options": {name: options[name] for name in shared},
         "language": language_identity(experiment) | texts,
         "compile": experiment.federate.compile,
-        "device": device,
+        "device": device_type(device),
         "threads": torch.get_num_threads(),
         "format": FORMAT,
         "made_by": provenance(device)["packages"],

@@ -164,7 +164,7 @@ def _pool(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
 
     from pipeline.device import pick_device
 
-    size = jobs or (1 if pick_device("auto") == "cuda" else os.cpu_count() or 1)
+    size = jobs or (1 if pick_device("auto") != "cpu" else os.cpu_count() or 1)
     pool = ProcessPoolExecutor(size, get_context("spawn"), _begin_worker)
     try:
         yield pool

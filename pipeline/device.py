@@ -10,22 +10,38 @@ from pipeline.errors import UserError
 
 
 def pick_device(name: str) -> str:
-    """`cpu` or `cuda`; `auto` is CUDA where torch can use it.
+    """`cpu`, `cuda`, or `cuda:N` for a process that torchrun started; `auto` is CUDA where torch can use it.
 
     Raises:
-        UserError: CUDA is asked for and torch sees none.
+        UserError: CUDA is asked for and torch sees none, or `LOCAL_RANK` is no number.
     """
     usable = name != "cpu" and _has_driver() and _torch_sees_cuda()
     if name == "cuda" and not usable:
         raise UserError("device = 'cuda': torch sees no CUDA device; use device = 'cpu' or 'auto'")
-    return "cuda" if usable else "cpu"
+    return _own_gpu() if usable else "cpu"
+
+
+def device_type(device: str) -> str:
+    """`cpu` or `cuda`: what a device is, whichever of several it is."""
+    return device.partition(":")[0]
 
 
 def pick_dtype(name: str, device: str) -> str:
     """`auto` is bfloat16 on CUDA and float32 on the CPU."""
     if name != "auto":
         return name
-    return "bfloat16" if device == "cuda" else "float32"
+    return "bfloat16" if device_type(device) == "cuda" else "float32"
+
+
+def _own_gpu() -> str:
+    """The GPU of this process among those of its machine; torchrun numbers its processes by `LOCAL_RANK`."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None:
+        return "cuda"
+    if not rank.isdecimal():
+        raise UserError(f"LOCAL_RANK={rank} is no number; unset it, or start with torchrun")
+    # A launcher may show every process its own GPU alone, or start more processes than there are GPUs.
+    return f"cuda:{int(rank) % _gpus()}"
 
 
 def _has_driver() -> bool:
@@ -42,3 +58,9 @@ def _torch_sees_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()

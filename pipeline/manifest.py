@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.device import device_type
 from pipeline.errors import UserError
 
 _PACKAGES = ("fedcmp", "torch", "transformers", "open_clip_torch", "zarr", "numpy", "webdataset")
@@ -126,6 +127,6 @@ def provenance(device: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": device,
+        "device": device_type(device),
         "packages": versions,
     }

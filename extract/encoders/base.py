@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from extract.pictures import Reading
 from pipeline.config import Options
 from pipeline.registry import Registry
 
@@ -19,6 +20,7 @@ class LoadedEncoder(ABC):
 
     patches: int
     d_vision: int
+    reading: Reading = Reading()
 
     @abstractmethod
     def preprocess(self, image: Image.Image) -> np.ndarray:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from extract.encoders.base import ENCODERS, LoadedEncoder
+from extract.encoders.crop import CentreCrop
 from extract.encoders.tokens import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
 from pipeline.errors import UserError, did_you_mean, one_line
 from pipeline.manifest import fingerprint, read_json, sha256_file
@@ -15,7 +18,6 @@ from pipeline.manifest import fingerprint, read_json, sha256_file
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from PIL import Image
 
 _CONFIG = "open_clip_config.json"
 _QUICK = "-quickgelu"
@@ -110,13 +112,15 @@ class _Loaded(LoadedPatchEncoder):
             width=visual.conv1.out_channels if trunk is None else trunk.embed_dim,
             has_cls=trunk is None or getattr(trunk, "cls_token", None) is not None,
             mean=found.preprocessing["mean"],
+            crop=_crop(found.preprocessing),
         )
         check_layer(options.layer, len(blocks))
         tower.prune_intermediate_layers([options.layer])
         self._visual = visual.to(device)
         self._transform = _transform(found.preprocessing, options.resize)
 
-    def _pixels(self, image: Image.Image) -> np.ndarray:
+    def _pixels(self, image: Image.Image, *, cropped: bool = False) -> np.ndarray:
+        # What has its size already is neither resized nor cropped again.
         return self._transform(image).numpy()
 
     def _states(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -334,6 +338,17 @@ def _transform(preprocessing: dict[str, Any], resize: str) -> Any:
 
     changed = {} if resize == "crop" else {"resize_mode": "squash"}
     return image_transform_v2(PreprocessCfg(**(preprocessing | changed)), is_train=False)
+
+
+def _crop(preprocessing: dict[str, Any]) -> CentreCrop | None:
+    """What the transform does with shapes, where it resizes the shorter side and cuts out the centre."""
+    height, width = _pair(preprocessing["size"])
+    resample = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}.get(
+        preprocessing["interpolation"]
+    )
+    if preprocessing["resize_mode"] != "shortest" or height != width or resample is None:
+        return None
+    return CentreCrop(height, height, resample, lambda all_, kept: round((all_ - kept) / 2))
 
 
 def _pair(size: Any) -> list[int]:

@@ -12,6 +12,9 @@ from PIL import Image
 from pydantic import Field
 
 from extract.encoders.base import Encoder, LoadedEncoder
+from extract.encoders.crop import MOST_PIXELS, CentreCrop
+from extract.pictures import FULL_RANGE, Reading
+from pipeline.device import device_type
 from pipeline.errors import UserError
 from pipeline.saved_model import why_unloadable
 
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-_MOST_PIXELS = 200_000_000
 _TORCHVISION = (
     "install the torchvision made for this torch (where torch is the CPU build: pip install "
     "--force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu)"
@@ -39,6 +41,12 @@ class PatchEncoder(Encoder, ABC):
         resize: `crop` prepares pictures as the model's own processor does (CLIP and DINOv2: centre
             crop, SigLIP: squash); `pad` makes them square with the processor's mean colour first;
             `squash` ignores the aspect ratio. `pad` and `squash` show the whole picture.
+        orientation: `as_stored` reads pixels in the order of the file, as LLaVA does; `exif` turns
+            pictures as their EXIF data say.
+        transparency: `ignored` shows the colour that is stored under transparent parts, as LLaVA
+            does; `white` puts pictures on white.
+        white_level: Value of white in 16-bit grey pictures, such as 4095; by default 65535, and
+            pictures that stay far below it are listed as unreadable.
     """
 
     layer: int = Field(-2, le=-1)
@@ -46,14 +54,18 @@ class PatchEncoder(Encoder, ABC):
     pool: int = Field(1, ge=1)
     pooling: Literal["mean", "pixel_shuffle"] = "mean"
     resize: Literal["crop", "pad", "squash"] = "crop"
+    orientation: Literal["as_stored", "exif"] = "as_stored"
+    transparency: Literal["ignored", "white"] = "ignored"
+    white_level: int | None = Field(None, ge=255, le=FULL_RANGE)
 
     def choices(self) -> dict[str, Any]:
         """Identity of these options; the newer ones only where set, so that older caches stay valid."""
         chosen: dict[str, Any] = {"layer": self.layer, "tokens": self.tokens, "pool": self.pool}
         if self.pooling != "mean":
             chosen["pooling"] = self.pooling
-        if self.resize != "crop":
-            chosen["resize"] = self.resize
+        for name in ("resize", "orientation", "transparency", "white_level"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                chosen[name] = getattr(self, name)
         return chosen
 
 
@@ -68,6 +80,7 @@ class LoadedPatchEncoder(LoadedEncoder):
         width: Channels of a hidden state.
         has_cls: Whether a CLS token comes before the patches.
         mean: The processor's mean colour, each channel from 0 to 1.
+        crop: What `_pixels` does with the shape of pictures where it cuts out their centre.
 
     Raises:
         UserError: The options do not fit the model.
@@ -83,6 +96,7 @@ class LoadedPatchEncoder(LoadedEncoder):
         width: int,
         has_cls: bool,
         mean: Sequence[float],
+        crop: CentreCrop | None = None,
     ) -> None:
         if options.tokens == "cls_patch" and not has_cls:
             raise UserError(
@@ -99,14 +113,16 @@ class LoadedPatchEncoder(LoadedEncoder):
                 "or more"
             )
         self._shared, self._device, self._dtype = options, device, dtype
+        self.reading = Reading(options.orientation, options.transparency, options.white_level)
+        self._crop = crop if options.resize == "crop" else None
         self._fill = tuple(int(value * 255) for value in mean)
         shuffled = options.pooling == "pixel_shuffle"
         self.d_vision = width * (options.pool**2 if shuffled else 1)
         self.patches = (grid // options.pool) ** 2 + (options.tokens == "cls_patch")
 
     @abstractmethod
-    def _pixels(self, image: Image.Image) -> np.ndarray:
-        """One RGB image, square already where it is padded, to float32 pixels."""
+    def _pixels(self, image: Image.Image, *, cropped: bool = False) -> np.ndarray:
+        """One RGB image, square already where it is padded or `cropped` to size, to float32 pixels."""
 
     @abstractmethod
     def _states(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,15 +132,23 @@ class LoadedPatchEncoder(LoadedEncoder):
         """One RGB image to what the model takes, float32.
 
         Raises:
-            ValueError: The picture is too elongated to be padded.
+            ValueError: The picture is too elongated to be padded or cropped.
         """
-        return self._pixels(expand_to_square(image, self._fill) if self._shared.resize == "pad" else image)
+        if self._shared.resize == "pad":
+            return self._pixels(expand_to_square(image, self._fill))
+        if self._crop is not None and self._crop.is_needed(image.size):
+            return self._pixels(self._crop.centre(image), cropped=True)
+        return self._pixels(image)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(batch, ...)` to features `(batch, patches, d_vision)` float32."""
         import torch
 
-        faster = nullcontext() if self._dtype == "float32" else torch.autocast(self._device, torch.bfloat16)
+        faster = (
+            nullcontext()
+            if self._dtype == "float32"
+            else torch.autocast(device_type(self._device), torch.bfloat16)
+        )
         with torch.inference_mode(), faster:
             cls, patches = self._states(pixels.to(self._device))
         if self._shared.tokens == "cls_patch":
@@ -163,7 +187,7 @@ def expand_to_square(image: Image.Image, fill: tuple[int, ...]) -> Image.Image:
     if width == height:
         return image
     side = max(width, height)
-    if side * side > _MOST_PIXELS:
+    if side * side > MOST_PIXELS:
         raise ValueError(f"{width}x{height} pixels are too elongated to pad to a square")
     square = Image.new("RGB", (side, side), fill)
     square.paste(image, ((side - width) // 2, (side - height) // 2))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from extract.encoders.base import ENCODERS, LoadedEncoder
+from extract.encoders.crop import CentreCrop
 from extract.encoders.tokens import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
 from pipeline.errors import UserError
 from pipeline.manifest import read_json
@@ -100,6 +101,7 @@ class _Loaded(LoadedPatchEncoder):
             width=config.hidden_size,
             has_cls=family.has_cls,
             mean=self._processor.image_mean,
+            crop=_crop(self._processor),
         )
         if self._naflex and options.resize == "crop":
             raise UserError(
@@ -121,7 +123,9 @@ class _Loaded(LoadedPatchEncoder):
     def _see(self, block: Any, inputs: Any, output: Any) -> None:
         self._seen.append(output[0] if isinstance(output, tuple) else output)
 
-    def _pixels(self, image: Image.Image) -> np.ndarray:
+    def _pixels(self, image: Image.Image, *, cropped: bool = False) -> np.ndarray:
+        if cropped:
+            return self._processed(image, do_resize=False)
         if self._shared.resize == "crop":
             return self._processed(image)
         if self._naflex:
@@ -178,6 +182,19 @@ def _read(path: Path, where: str, device: str) -> tuple[_Family, Any, Any]:
             "model again with the transformers that is installed"
         )
     return _FAMILIES[kind], processor, tower
+
+
+def _crop(processor: Any) -> CentreCrop | None:
+    """What a processor does with shapes, where it resizes the shorter side and cuts out the centre."""
+    size, side = processor.size or {}, processor.crop_size or {}
+    edge = size.get("shortest_edge")
+    steps = getattr(processor, "do_resize", False) and getattr(processor, "do_center_crop", False)
+    if not steps or not edge or size.get("longest_edge") or side.get("height") != side.get("width"):
+        return None
+    if side["height"] > edge or processor.resample == Image.Resampling.NEAREST:
+        return None
+    resample = Image.Resampling(processor.resample)
+    return CentreCrop(edge, side["height"], resample, lambda all_, kept: (all_ - kept) // 2)
 
 
 def _cut(tower: Any, place: str, layer: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,15 @@ from pipeline.registry import Registry
 from pipeline.store import Location, Remote
 
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+# What every Pillow reads; a list of its own would depend on the machine.
+IMAGE_SUFFIXES = tuple(
+    "jpg jpeg png webp bmp tif tiff gif jpe jfif jp2 j2k jpx avif apng dib pbm pgm ppm pnm tga".split()
+)
+# Pictures all the same, to be named where they are left out.
+OTHER_IMAGE_SUFFIXES = tuple(
+    "heic heif jxl svg dcm dicom nii psd exr hdr ico icns eps pcx sgi dds raw dng cr2 cr3 nef arw orf rw2 "
+    "ndpi svs mrxs czi npy".split()
+)
 
 
 @dataclass(frozen=True)
@@ -123,18 +133,33 @@ def json_lines(path: Location, text: str) -> Iterator[tuple[str, Any]]:
                 yield place, Skipped(place, f"not valid JSON: {error}")
 
 
-def image_name(value: Any, folder: str) -> str:
-    """Check the relative path of an image.
+def image_name(value: Any, option: str, folder: Location | None = None) -> str:
+    """The path of an image relative to its folder, so that one file has one name.
+
+    Args:
+        value: A path, absolute or relative to the folder, or a list of one.
+        option: The option that names the folder, for the error.
+        folder: The folder, where absolute paths may lead into it.
 
     Raises:
-        ValueError: It is no path, or one that leads out of the folder, which the option `folder` names.
+        ValueError: It is no path, there are several, or it leads out of the folder.
     """
+    if isinstance(value, list) and len(value) > 1:
+        raise ValueError(f"it names {len(value)} images; one is read")
+    if isinstance(value, list) and value:
+        value = value[0]
     if not isinstance(value, str) or not value:
         raise ValueError("it names no image")
-    if Path(value).is_absolute() or ".." in Path(value).parts or "\0" in value:
-        raise ValueError(f"its image '{value}' lies outside '{folder}'")
-    value.encode()
-    return value
+    path = value
+    if isinstance(folder, Path) and posixpath.isabs(path):
+        path = posixpath.relpath(path, folder.absolute())
+    elif isinstance(folder, Remote) and path.startswith(f"{str(folder).rstrip('/')}/"):
+        path = path.removeprefix(f"{str(folder).rstrip('/')}/")
+    path = posixpath.normpath(path)
+    if posixpath.isabs(path) or path.split("/")[0] in ("..", ".") or "\0" in path:
+        raise ValueError(f"its image '{value}' lies outside '{option}'")
+    path.encode()
+    return path
 
 
 def printable(name: str) -> str:
@@ -142,12 +167,12 @@ def printable(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def image_names(values: Iterable[Any], folder: str) -> list[str]:
+def image_names(values: Iterable[Any], option: str, folder: Location | None = None) -> list[str]:
     """The different names among values that `image_name` accepts, in their order."""
     names: dict[str, None] = {}
     for value in values:
         try:
-            names[image_name(value, folder)] = None
+            names[image_name(value, option, folder)] = None
         except ValueError:
             continue
     return list(names)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from extract.sources.base import (
+    IMAGE_SUFFIXES,
     SOURCES,
     Pair,
     Skipped,
@@ -26,11 +26,10 @@ from extract.sources.base import (
     stat_images,
     text_of,
 )
+from extract.sources.folder import Found, look_through
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import Record, Text
 from pipeline.store import Location, Remote
-
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @SOURCES.register("image_folder")
@@ -57,21 +56,22 @@ class ImageFolder(Source):
         if self.captions is not None:
             yield from by_image(self.pairs(), self.path)
             return
-        for name in self._unreadable:
-            yield Skipped(printable(str(self.path / name)), "its name is not UTF-8")
-        for name in self._pictures:
-            if self.only is not None:
-                yield Record(name, self.path / name, ())
-                continue
-            beside = self._text_of(name)
-            texts: tuple[Text, ...] = ()
+        if self.only is None:
+            yield from self._inside.skipped
+        for name in self._listed:
             try:
-                texts = (text_of(beside.read_bytes().decode("utf-8-sig"), self.split),)
-            except FileNotFoundError:
-                pass  # a picture may be for benchmarks only
+                _checked(name)
             except ValueError as error:
-                yield Skipped(str(beside), str(error))
-                continue
+                yield Skipped(printable(str(self.path / name)), str(error))
+        for name in self._pictures:
+            texts: tuple[Text, ...] = ()
+            beside = None if self.only is not None else self._text_of(name)
+            if beside is not None:  # a picture without may be for benchmarks only
+                try:
+                    texts = (text_of(beside.read_bytes().decode("utf-8-sig"), self.split),)
+                except ValueError as error:
+                    yield Skipped(str(beside), f"{error}; its picture is left out too")
+                    continue
             yield Record(name, self.path / name, texts)
 
     def pairs(self) -> Iterator[Pair | Skipped]:
@@ -83,7 +83,7 @@ class ImageFolder(Source):
             try:
                 if not isinstance(row, dict):
                     raise ValueError("it is no object with columns")
-                image = image_name(row.get(self.image_column), "path")
+                image = image_name(row.get(self.image_column), "path", self.path)
                 entry = row if self._has_turns(row) else row.get(self.text_column)
                 if entry is None:
                     raise ValueError(f"it has no '{self.text_column}'")
@@ -99,11 +99,11 @@ class ImageFolder(Source):
             identity |= {"names": names, "images": stat_images(self.path, names)}
             if self.only is not None:
                 return identity | {"texts": None}
-            return identity | {
-                "texts": stat_files(self._text_of(name) for name in names)
-                if isinstance(self.path, Path)
-                else stat_images(self.path, [str(Path(name).with_suffix(".txt")) for name in names]),
-            }
+            if isinstance(self.path, Remote):
+                beside = [self._inside.texts.get(_stem(name), f"{_stem(name)}.txt") for name in names]
+                return identity | {"texts": stat_images(self.path, beside)}
+            texts = (self._text_of(name) or self.path / f"{_stem(name)}.txt" for name in names)
+            return identity | {"texts": stat_files(texts)}
         return identity | {
             "columns": [self.image_column, self.text_column],
             "texts": hash_file(self.captions, "captions"),
@@ -117,41 +117,36 @@ class ImageFolder(Source):
     def _has_turns(self, row: dict[str, Any]) -> bool:
         return self.text_column not in row and "conversations" in row
 
-    def _text_of(self, name: str) -> Location:
-        return self.path / str(Path(name).with_suffix(".txt"))
+    def _text_of(self, name: str) -> Location | None:
+        beside = self._inside.texts.get(_stem(name))
+        return None if beside is None else self.path / beside
 
     @property
     def _named(self) -> list[str]:
         rows = (row for _, row in self._rows if isinstance(row, dict))
-        return image_names((row.get(self.image_column) for row in rows), "path")
+        return image_names((row.get(self.image_column) for row in rows), "path", self.path)
 
     @cached_property
-    def _found(self) -> list[str]:
-        if self.only is not None:
-            lines = read_lines(self.only, "only").split("\n")
-            return image_names((line.rstrip("\r") for line in lines), "path")
-        if isinstance(self.path, Remote):
-            names = list(self.path.listing())
-        elif self.path.is_dir():
-            names = [
-                os.path.relpath(os.path.join(folder, file), self.path)
-                for folder, _, files in os.walk(self.path)
-                for file in files
-            ]
-        else:
+    def _inside(self) -> Found:
+        if isinstance(self.path, Path) and not self.path.is_dir():
             raise UserError(f"{self.path}: no such folder; set 'path' to the folder of pictures")
-        found = sorted(name for name in names if name.lower().endswith(_IMAGE_SUFFIXES))
-        if not found:
-            raise UserError(f"{self.path}: no picture ({', '.join(_IMAGE_SUFFIXES)}) in it")
+        found = look_through(self.path)
+        if not found.pictures:
+            why = f"; {found.skipped[0].place}: {found.skipped[0].reason}" if found.skipped else ""
+            raise UserError(f"{self.path}: no picture ({', '.join(IMAGE_SUFFIXES)}) in it{why}")
         return found
 
     @cached_property
-    def _pictures(self) -> list[str]:
-        return image_names(self._found, "path")
+    def _listed(self) -> list[str]:
+        """Names of pictures, also of those that cannot be used, each once."""
+        if self.only is None:
+            return self._inside.pictures
+        lines = (line.rstrip("\r") for line in read_lines(self.only, "only").split("\n"))
+        return list(dict.fromkeys(line for line in lines if line))
 
-    @property
-    def _unreadable(self) -> list[str]:
-        return sorted(set(self._found) - set(self._pictures))
+    @cached_property
+    def _pictures(self) -> list[str]:
+        return [name for name in self._listed if _is_usable(name)]
 
     @cached_property
     def _rows(self) -> list[tuple[str, Any]]:
@@ -187,3 +182,27 @@ class ImageFolder(Source):
                 yield place, dict(zip(header, values, strict=True))
             elif values:
                 yield place, Skipped(place, f"{len(values)} columns where the header has {len(header)}")
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _checked(name: str) -> None:
+    """Require a name that a cache can hold, of a file inside the folder.
+
+    Raises:
+        ValueError: It is not.
+    """
+    try:
+        image_name(name, "path")
+    except UnicodeEncodeError:
+        raise ValueError("its name is not UTF-8") from None
+
+
+def _is_usable(name: str) -> bool:
+    try:
+        _checked(name)
+    except ValueError:
+        return False
+    return True

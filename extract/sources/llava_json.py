@@ -32,7 +32,7 @@ class LlavaJson(Source):
 
     Args:
         path: A `.json` list or a `.jsonl` file.
-        images: Folder that the `image` fields are relative to.
+        images: Folder that the `image` fields are relative to, or lead into.
     """
 
     path: Location
@@ -49,7 +49,8 @@ class LlavaJson(Source):
                 yield entry
                 continue
             try:
-                image = image_name(entry.get("image") if isinstance(entry, dict) else None, "images")
+                named = entry.get("image") if isinstance(entry, dict) else None
+                image = image_name(named, "images", self.images)
                 yield Pair(place, image, text_of(entry, self.split), entry)
             except ValueError as error:
                 yield Skipped(place, str(error))
@@ -69,7 +70,7 @@ class LlavaJson(Source):
 
     def _names(self) -> list[str]:
         entries = (entry for _, entry in self._entries if isinstance(entry, dict))
-        return image_names((entry.get("image") for entry in entries), "images")
+        return image_names((entry.get("image") for entry in entries), "images", self.images)
 
     @cached_property
     def _entries(self) -> list[tuple[str, Any]]:

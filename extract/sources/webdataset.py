@@ -11,16 +11,51 @@ import gzip
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from extract.sources.base import SOURCES, Skipped, Source, printable, stat_files, texts_of
+from extract.shortage import shortage
+from extract.sources.base import (
+    IMAGE_SUFFIXES,
+    OTHER_IMAGE_SUFFIXES,
+    SOURCES,
+    Skipped,
+    Source,
+    printable,
+    stat_files,
+    texts_of,
+)
 from pipeline.errors import UserError
 from pipeline.records import Record
 from pipeline.store import Remote, is_url
 
-_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_PICTURES = {*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES}
+_FILES_HELD = 64
+_KEY = "a sample's name ends at its first dot, as webdataset has it"
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of a shard: `suffix` is what follows the first dot of its name, in lower case."""
+
+    shard: str
+    key: str
+    suffix: str
+    data: bytes
+
+    @property
+    def place(self) -> str:
+        return f"{self.shard}:{printable(self.key)}.{printable(self.suffix)}"
+
+    def at_last_dot(self) -> _File:
+        """The same under the name up to its last dot."""
+        more, _, suffix = self.suffix.rpartition(".")
+        return replace(self, key=f"{self.key}.{more}" if more else self.key, suffix=suffix)
 
 
 @SOURCES.register("webdataset")
@@ -37,7 +72,7 @@ class WebDataset(Source):
         """Yield samples in order of shards; a damaged shard is skipped from the damage on."""
         # Should webdataset ever open or decode something itself, it must refuse pipes and pickles.
         os.environ["WDS_SECURE"] = "1"
-        from webdataset.tariterators import group_by_keys, tar_file_expander
+        from webdataset.tariterators import tar_file_expander
 
         problems: list[Skipped] = []
 
@@ -45,6 +80,8 @@ class WebDataset(Source):
             if isinstance(error, UserError):
                 # A lost connection is no damage: what it hides would be skipped for good.
                 raise UserError(error.args[0])
+            if shortage(error):
+                raise error
             if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
                 raise UserError(f"{reading[-1]}: cannot be read ({error}); mend that and rerun to go on")
             problems.append(Skipped(str(reading[-1]), f"damaged shard: {error.args[0]}"))
@@ -53,40 +90,58 @@ class WebDataset(Source):
         reading: list[Path | Remote] = []
 
         def opened() -> Iterator[dict[str, Any]]:
-            for shard in self._shards():
+            for shard in dict.fromkeys(self._shards()):
                 reading.append(shard)
                 with shard.open() if isinstance(shard, Remote) else shard.open("rb") as stream:
                     yield {"url": str(shard), "stream": stream}
 
-        seen: dict[str, str] = {}
-        files = tar_file_expander(opened(), handler=damaged)
-        for sample in group_by_keys(files, handler=damaged):
+        names = _Names()
+        beside: Counter[tuple[str, str]] = Counter()
+        files = _files(tar_file_expander(opened(), handler=damaged), problems)
+        for sample in _samples(files):
             yield from problems
             problems.clear()
-            yield self._record(sample, seen)
+            yield from self._record(sample, names, beside)
         yield from problems
+        for (shard, suffix), number in beside.items():
+            yield Skipped(shard, f"{number} '.{suffix}' beside another picture of the sample, which is taken")
 
-    def _record(self, sample: dict[str, Any], seen: dict[str, str]) -> Record | Skipped:
-        place = f"{sample['__url__']}:{printable(sample['__key__'])}"
-        suffix = next((suffix for suffix in _IMAGE_SUFFIXES if suffix in sample), None)
+    def _record(
+        self, files: Sequence[_File], names: _Names, beside: Counter[tuple[str, str]]
+    ) -> Iterator[Record | Skipped]:
+        """The record of a sample, if it is one, after what is left out of it."""
+        sample: dict[str, bytes] = {}
+        for file in files:
+            if file.suffix in sample:
+                yield Skipped(file.place, "a file of this name came before")
+            sample.setdefault(file.suffix, file.data)
+        shard, key = files[0].shard, files[0].key
+        place = f"{shard}:{printable(key)}"
+        pictures = [suffix for suffix in sample if suffix.rpartition(".")[2] in _PICTURES]
+        suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
         if suffix is None:
-            return Skipped(place, f"no image ({', '.join(_IMAGE_SUFFIXES)}) in the sample")
-        name = f"{sample['__key__']}.{suffix}"
-        if seen.get(name, sample["__url__"]) != sample["__url__"]:
-            # Keys that start again in every shard are told apart by the shard's name.
-            name = f"{Path(sample['__url__']).stem}/{name}"
-        if name in seen:
-            return Skipped(place, "a sample of this name came before")
-        seen[name] = sample["__url__"]
+            for left_out in pictures:
+                why = f"not a format that is read; {_KEY}" if "." in left_out else "not a format that is read"
+                yield Skipped(f"{place}.{left_out}", why)
+            if not pictures:
+                yield Skipped(
+                    place,
+                    f"no image ({', '.join(IMAGE_SUFFIXES)}) in the sample; the files of a sample must stand "
+                    f"together in the shard (tar --sort=name), and {_KEY}",
+                )
+            return
+        beside.update((shard, left_out) for left_out in pictures if left_out != suffix)
+        name = names.take(shard, f"{key}.{suffix}")
+        if name is None:
+            yield Skipped(place, "a sample of this name came before")
+            return
         try:
             name.encode()
-            if "json" in sample:
-                texts = texts_of(json.loads(sample["json"]), self.split)
-            else:
-                texts = texts_of([sample["txt"].decode()] if "txt" in sample else [], self.split)
+            texts = texts_of(_about(sample), self.split)
         except (ValueError, RecursionError) as error:
-            return Skipped(place, f"its name or text cannot be read: {error}")
-        return Record(name, sample[suffix], texts)
+            yield Skipped(place, f"its name or text cannot be read: {error}")
+            return
+        yield Record(name, sample[suffix], texts)
 
     def identity(self) -> dict[str, Any]:
         """Name, size and time (URLs: version) of every shard."""
@@ -100,7 +155,7 @@ class WebDataset(Source):
                 if isinstance(shard, Remote):
                     return None
                 with tarfile.open(shard, "r:") as tar:
-                    count += sum(name.lower().endswith(_IMAGE_SUFFIXES) for name in tar.getnames())
+                    count += sum(name.lower().rpartition(".")[2] in IMAGE_SUFFIXES for name in tar.getnames())
         except tarfile.TarError:
             return None
         return count
@@ -113,6 +168,92 @@ class WebDataset(Source):
             if not shard.is_file():
                 raise UserError(f"{shard}: no such shard; 'path' is {self.path!r}")
         return shards
+
+
+class _Names:
+    """Names of a silo's pictures: keys that start again in every shard are told apart by its path."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._here: set[str] = set()
+        self._shard = ""
+
+    def take(self, shard: str, name: str) -> str | None:
+        """The name of a picture of a shard, None where the same shard has it already."""
+        if shard != self._shard:
+            self._shard, self._here = shard, set()
+        if name in self._here:
+            return None
+        self._here.add(name)
+        *folders, file = shard.split("/")
+        above = [*folders, Path(file).stem]
+        free = (
+            candidate
+            for depth in range(len(above) + 1)
+            if (candidate := "/".join([*above[len(above) - depth :], name])) not in self._taken
+        )
+        taken = next(free, None)
+        if taken is not None:
+            self._taken.add(taken)
+        return taken
+
+
+def _files(found: Iterable[dict[str, Any]], problems: list[Skipped]) -> Iterator[_File | None]:
+    """The files of all shards, None at the end of each; pictures without a usable name become problems."""
+    for file in found:
+        if not file:
+            yield None
+            continue
+        folder, _, base = file["fname"].rpartition("/")
+        key, dot, suffix = base.partition(".")
+        if key and dot:
+            yield _File(file["__url__"], f"{folder}/{key}" if folder else key, suffix.lower(), file["data"])
+        elif base.lower().rpartition(".")[2] in _PICTURES:
+            place = f"{file['__url__']}:{printable(file['fname'])}"
+            problems.append(Skipped(place, "its name begins with a dot"))
+
+
+def _samples(files: Iterable[_File | None]) -> Iterator[list[_File]]:
+    """Files of a shard that stand together and have one name, up to the first dot.
+
+    Where several dots are in all their names, as in `scan.2024.0001.jpg`, the last one ends it instead.
+    """
+    held: list[_File] = []
+    for file in files:
+        if held and (file is None or file.key != held[0].key):
+            yield from _divided(held)
+            held = []
+        if file is None:
+            continue
+        held.append(file)
+        if len(held) >= _FILES_HELD and all("." in each.suffix for each in held):
+            *whole, last = _divided(held)
+            yield from whole
+            # What was divided by its last dots may go on with the next file.
+            held = held[-len(last) :]
+    if held:
+        yield from _divided(held)
+
+
+def _divided(files: list[_File]) -> list[list[_File]]:
+    if not all("." in file.suffix for file in files):
+        return [files]
+    return [list(run) for _, run in groupby(map(_File.at_last_dot, files), attrgetter("key"))]
+
+
+def _about(sample: dict[str, bytes]) -> Any:
+    """What a sample says of its picture; a `.json` without a text is metadata where there is a `.txt`."""
+    entry = json.loads(sample["json"]) if "json" in sample else []
+    return [sample["txt"].decode("utf-8-sig")] if "txt" in sample and not _tells(entry) else entry
+
+
+def _tells(entry: Any) -> bool:
+    """Whether there is any text in a JSON value."""
+    if isinstance(entry, list):
+        return any(map(_tells, entry))
+    if isinstance(entry, dict):
+        return "conversations" in entry or "from" in entry or _tells(entry.get("caption"))
+    return isinstance(entry, str) and bool(entry.strip())
 
 
 def _matches(pattern: str) -> list[Path | Remote]:

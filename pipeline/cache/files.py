@@ -7,7 +7,7 @@ import os
 import stat
 import zipfile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -41,17 +41,57 @@ class Mapped:
         self.size = size
         self.data = np.frombuffer(self._mmap, np.uint8, size, self._shift)
 
-    def will_need(self, start: int, end: int) -> None:
-        """Have the system read a range ahead."""
-        self._advise(mmap.MADV_WILLNEED, start, end)
-
     def release(self, start: int, end: int) -> None:
         """Take a range out of this process's memory; it stays in the system's."""
-        self._advise(mmap.MADV_DONTNEED, max(start - _AROUND, 0), end + _AROUND)
+        first = (max(start - _AROUND, 0) + self._shift) & -mmap.PAGESIZE
+        last = min(end + _AROUND + self._shift, len(self._mmap))
+        self._mmap.madvise(mmap.MADV_DONTNEED, first, max(last - first, 1))
 
-    def _advise(self, advice: int, start: int, end: int) -> None:
-        first = (start + self._shift) & -mmap.PAGESIZE
-        self._mmap.madvise(advice, first, max(min(end + self._shift, len(self._mmap)) - first, 1))
+
+class Ranged:
+    """A file's bytes a range at a time; no descriptor is kept, so that any number of files may be in use.
+
+    A file that shrinks while it is in use is an error here, where it would end a process that maps it.
+
+    Attributes:
+        size: Bytes of the file.
+    """
+
+    def __init__(self, path: Path, start: int, size: int) -> None:
+        self._path, self._start, self.size = os.fspath(path), start, size
+
+    def read(self, offset: int, *targets: Any) -> None:
+        """Fill buffers with the bytes from `offset` on, one after the other.
+
+        Raises:
+            CorruptCacheError: The file is shorter.
+        """
+        left = [memoryview(target).cast("B") for target in targets]
+        place = self._start + offset
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while left:
+                # Several times only where more is asked for than the system reads at once.
+                count = os.preadv(descriptor, left, place)
+                if not count:
+                    raise CorruptCacheError(
+                        f"{self._path}: shorter than its manifest says; have it sent or extract it again"
+                    )
+                place += count
+                while left and count >= len(left[0]):
+                    count -= len(left.pop(0))
+                if left:
+                    left[0] = left[0][count:]
+        finally:
+            os.close(descriptor)
+
+    def will_need(self, start: int, end: int) -> None:
+        """Have the system read a range ahead."""
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, self._start + start, end - start, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 class Files(Protocol):
@@ -66,7 +106,10 @@ class Files(Protocol):
         """A whole file of at most `limit` bytes."""
 
     def map(self, name: str, size: int) -> Mapped:
-        """A file of which the manifest says `size`."""
+        """A file of which the manifest says `size`, for one pass over it: it keeps a descriptor."""
+
+    def ranged(self, name: str, size: int) -> Ranged:
+        """The same, for reads here and there."""
 
 
 class Folder:
@@ -96,6 +139,10 @@ class Folder:
     def map(self, name: str, size: int) -> Mapped:
         """A file's bytes."""
         return Mapped(self.path / name, 0, size)
+
+    def ranged(self, name: str, size: int) -> Ranged:
+        """A file's bytes."""
+        return Ranged(self.path / name, 0, size)
 
 
 class StoredZip:
@@ -138,6 +185,10 @@ class StoredZip:
     def map(self, name: str, size: int) -> Mapped:
         """A file's bytes."""
         return Mapped(self.path, self.place(name)[0], size)
+
+    def ranged(self, name: str, size: int) -> Ranged:
+        """A file's bytes."""
+        return Ranged(self.path, self.place(name)[0], size)
 
     def place(self, name: str) -> tuple[int, int]:
         """Where in the zip a file's bytes start, and how many there are.

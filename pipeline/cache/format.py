@@ -53,13 +53,23 @@ class CorruptCacheError(UserError):
 
 @dataclass(frozen=True)
 class Row:
-    """What a cache stores about one image besides its features; `texts` are (kind, split, text)."""
+    """What is known about one image besides its features.
+
+    Attributes:
+        id: Its name.
+        sha256: Of its file, empty where that could not be read.
+        status: Index into `STATUS`.
+        reason: Why there are no features, where there are none.
+        texts: (kind, split, text) of each.
+        notes: What may not be as a person sees it; counted in the manifest.
+    """
 
     id: str
     sha256: str
     status: int
     reason: str
     texts: tuple[tuple[str, str, str], ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Reading a committed cache: features through mmap, everything checked by its crc32c."""
+"""Reading a committed cache: features row by row, everything checked by its crc32c."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.cache.files import Mapped, opened
+from pipeline.cache.files import Ranged, opened
 from pipeline.cache.format import (
     CRC_BYTES,
     INDEX_DTYPE,
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
 
 
 class FeatureCache:
-    """Read a committed cache; features come through mmap, checked by crc32c.
+    """Read a committed cache; features are checked by crc32c.
 
     Args:
         path: The cache's directory, or a zip of it that compresses nothing.
 
     Raises:
         UserError: There is no manifest, its format is unknown, or a file is missing or has another
-            size than the manifest says (which also keeps a truncated mmap from crashing).
+            size than the manifest says.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,7 +71,7 @@ class FeatureCache:
         self.cache_key: str = self.manifest["cache_key"]
         self.dtype = np.dtype(self.manifest["storage_dtype"])
         self._shard_images: int = self.manifest["shard_images"]
-        self._shards: dict[int, tuple[Mapped, list[list[int]]]] = {}
+        self._shards: dict[int, tuple[Ranged, np.ndarray]] = {}
 
     @cached_property
     def content(self) -> str:
@@ -207,15 +207,12 @@ class FeatureCache:
         if not 0 <= row < self.images:
             raise IndexError(f"row {row} of {self.images}")
         shard, position = divmod(row, self._shard_images)
-        mapped, places = self._shard(shard)
-        offset, length = places[position]
+        file, places = self._shard(shard)
+        offset, length = places[position].tolist()
         end, size = offset + length, len(target)
-        whole, stored = length == size + CRC_BYTES and end <= mapped.size, b""
+        whole, stored = length == size + CRC_BYTES and end <= file.size, bytearray(CRC_BYTES)
         if whole:
-            target[:] = mapped.data[offset : offset + size]
-            if check:
-                stored = mapped.data[offset + size : end].tobytes()
-            mapped.release(offset, end)
+            file.read(offset, target, *([stored] if check else []))
         # Of the copy, as the file may change at any time.
         if not whole or (check and crc_bytes(crc(target)) != stored):
             raise CorruptCacheError(
@@ -225,16 +222,16 @@ class FeatureCache:
 
     def places(self, shard: int) -> list[list[int]]:
         """Offset and length of every image in a shard's file."""
-        return self._shard(shard)[1]
+        return self._shard(shard)[1].tolist()
 
     def will_need(self, rows: Sequence[int] | np.ndarray) -> None:
         """Have the system read features ahead that are asked for soon."""
         for row in rows:
             shard, position = divmod(int(row), self._shard_images)
-            mapped, places = self._shard(shard)
-            offset, length = places[position]
-            if offset + length <= mapped.size:
-                mapped.will_need(offset, offset + length)
+            file, places = self._shard(shard)
+            offset, length = places[position].tolist()
+            if offset + length <= file.size:
+                file.will_need(offset, offset + length)
 
     def decoded(self, stored: torch.Tensor) -> torch.Tensor:
         """Features as stored to the logical dtype: bfloat16 shares its memory, int8 becomes float32."""
@@ -250,19 +247,22 @@ class FeatureCache:
 
         return self.decoded(torch.from_numpy(self.read(rows)))
 
-    def _shard(self, shard: int) -> tuple[Mapped, list[list[int]]]:
+    def _shard(self, shard: int) -> tuple[Ranged, np.ndarray]:
+        """A shard's file, and offset and length of its images there: `(shard_images, 2)` uint64."""
         if shard not in self._shards:
             name = shard_name(shard)
-            mapped = self._files.map(name, self._sizes[name])
-            end = len(mapped.data) - CRC_BYTES
+            file = self._files.ranged(name, self._sizes[name])
+            end = file.size - CRC_BYTES
             start = end - self._shard_images * 2 * INDEX_DTYPE.itemsize
-            index = mapped.data[max(start, 0) : end].copy()
-            if start < 0 or crc_bytes(crc(index)) != mapped.data[end:].tobytes():
+            index, stored = np.empty(max(end - max(start, 0), 0), np.uint8), bytearray(CRC_BYTES)
+            if start >= 0:
+                file.read(start, index, stored)
+            if start < 0 or crc_bytes(crc(index)) != stored:
                 raise CorruptCacheError(
                     f"{self.path / name}: bytes {max(start, 0)} to {end + CRC_BYTES} (its index) fail their "
                     "checksum; extract this silo with --overwrite"
                 )
-            self._shards[shard] = mapped, index.view(INDEX_DTYPE).reshape(-1, 2).tolist()
+            self._shards[shard] = file, index.view(INDEX_DTYPE).reshape(-1, 2)
         return self._shards[shard]
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -136,7 +136,14 @@ class CacheWriter:
         if record is None or not file.is_file() or sha256_file(file) != record["sha256"]:
             return None
         rows = [
-            Row(row["id"], row["sha256"], row["status"], row["reason"], tuple(map(tuple, row["texts"])))
+            Row(
+                row["id"],
+                row["sha256"],
+                row["status"],
+                row["reason"],
+                tuple(map(tuple, row["texts"])),
+                tuple(row.get("notes", ())),
+            )
             for row in record["rows"]
         ]
         self._keep(shard, rows, record["sha256"], record.get("measured"))
@@ -215,6 +222,7 @@ class CacheWriter:
                 for row in rows
                 if row.status
             ],
+            **_notes(rows),
             **self._loss(),
             **manifest,
             "files": file_table(self._partial, self._digests),
@@ -284,6 +292,12 @@ class CacheWriter:
             arrays["quant/channel_mean"] = self._quantiser.mean
             arrays["quant/channel_step"] = self._quantiser.step
         put_arrays(self._partial, arrays)
+
+
+def _notes(rows: Sequence[Row]) -> dict[str, Any]:
+    """How many images have each note, where any has one."""
+    counts = Counter(note for row in rows for note in row.notes if not row.status)
+    return {"notes": dict(sorted(counts.items()))} if counts else {}
 
 
 def stream_shard(path: Path, images: Iterable[np.ndarray], shard_images: int) -> str:
