@@ -28,6 +28,8 @@ from evaluate.captioning import bleu, bleu_score, caption_tokens, cider_d, objec
 from pipeline.cache import FeatureCache
 from pipeline.prompts import CAPTION_PROMPT, question
 
+_ENOUGH = 20
+
 
 @BENCHMARKS.register("captions")
 class Captions(Benchmark):
@@ -86,6 +88,17 @@ class Captions(Benchmark):
         exact = [float(text in texts) for text, texts in zip(tokens, reference_tokens, strict=True)]
         metrics["exact match"] = averaged(items, exact)
         return metrics
+
+    def remarks(self, said: Sequence[str]) -> tuple[dict[str, int], str | None]:
+        """How many captions are different; few are a sign that pictures are not looked at."""
+        different = len(set(said))
+        warning = None
+        if len(said) >= _ENOUGH and different < len(said) / 10:
+            warning = (
+                f"only {different} different captions of {len(said)} pictures: the model may not look at them; "
+                "compare a held-out loss with 'shuffled = true'"
+            )
+        return {"distinct answers": different}, warning
 
     def submissions(self, items: Sequence[Item], answers: Answers) -> dict[str, bytes]:
         """A results file as coco-caption reads it."""

@@ -268,7 +268,7 @@ def unpack(
 @cache.command()
 @click.argument("path", type=_PATH)
 @click.option("--out", type=_PATH, required=True, help="Folder of the new cache.")
-@click.option("--ids", type=click.File(encoding="utf-8"), help="File with one image id a line.")
+@click.option("--ids", type=click.File(encoding="utf-8-sig"), help="File with one image id a line.")
 @click.option("--split", help="Only texts of this split, and images that have one.")
 @click.option("--number", type=click.IntRange(min=1), help="So many readable images, drawn at random.")
 @click.option("--seed", default=0, show_default=True, help="Decides which.")
