@@ -24,7 +24,8 @@ from evaluate.benchmarks.base import (
     to_json,
 )
 from evaluate.caption_files import Captioned, captioned_images
-from evaluate.captioning import bleu, bleu_score, caption_tokens, cider_d, object_matches, rouge_l
+from evaluate.captioning import bleu, bleu_score, cider_d, object_matches, rouge_l
+from evaluate.ptb import caption_tokens
 from pipeline.cache import FeatureCache
 from pipeline.prompts import CAPTION_PROMPT, question
 
@@ -41,7 +42,7 @@ class Captions(Benchmark):
         object_pattern: Regular expression of the object names whose F1 is reported.
     """
 
-    version = 2
+    version = 3
     asks = "caption"
     headlines = ("object F1", "CIDEr-D")
 
@@ -95,7 +96,7 @@ class Captions(Benchmark):
         warning = None
         if len(said) >= _ENOUGH and different < len(said) / 10:
             warning = (
-                f"only {different} different captions of {len(said)} pictures: the model may not look at them; "
+                f"only {different} different captions of {len(said)}: the model may not look at the pictures; "
                 "compare a held-out loss with 'shuffled = true'"
             )
         return {"distinct answers": different}, warning

@@ -11,7 +11,6 @@ from evaluate.benchmarks.base import BENCHMARKS, Answers, Benchmark, Item, Metri
 from pipeline.cache import FeatureCache
 from pipeline.errors import UserError
 
-
 _SHUFFLED = "loss, pictures shuffled"
 _OTHERS = 500
 _ELSEWHERE = " elsewhere"

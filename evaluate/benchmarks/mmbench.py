@@ -91,8 +91,8 @@ class MmBench(Choice):
         answer = row.get("answer") or ""
         if not shown or answer not in (*_LETTERS, *_NONE):
             raise UserError(f"{place}: no options, or the answer {answer!r} is no letter")
-        if answer not in (*shown, *_NONE):
-            raise UserError(f"{place}: the answer {answer!r} is none of the options {', '.join(shown)}")
+        if answer not in (*choices, *_NONE):
+            raise UserError(f"{place}: the answer {answer!r} is none of the options {', '.join(choices)}")
         hint = row.get("hint") or ""
         asked = [hint] if hint not in _NONE and hint.lower() != "none" else []
         asked += [field(row, "question", place), *(f"{letter}. {choices[letter]}" for letter in shown)]

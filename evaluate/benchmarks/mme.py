@@ -67,8 +67,8 @@ class Mme(Choice):
         found = collect(self._lines(), self._item)
         if not found:
             raise UserError(
-                f"{self.path}: no questions of MME; expected <category>/NAME.txt beside NAME.jpg or NAME.png, "
-                "or <category>/questions_answers_YN/NAME.txt and <category>/images/NAME.jpg, with a question, "
+                f"{self.path}: no questions of MME; expected CATEGORY/NAME.txt beside NAME.jpg or NAME.png, "
+                "or CATEGORY/questions_answers_YN/NAME.txt and CATEGORY/images/NAME.jpg, with a question, "
                 f"a tab and Yes or No on each of two lines; categories: {', '.join(PERCEPTION + COGNITION)}"
             )
         return found
