@@ -166,10 +166,21 @@ def read_scores(experiment: Experiment, manifest: dict[str, Any], work: Work) ->
     if content.get("format") != FORMAT:
         raise UserError(f"{place} are of another version of fedcmp; run 'fedcmp evaluate' again")
     now = made_of(experiment, work, given(experiment, manifest, work))
-    changed = differences(now, content["made_of"])
+    changed = _changes(now, content["made_of"])
     if changed:
         raise UserError(f"{place} are stale ({'; '.join(changed)}); run 'fedcmp score' again")
     return content
+
+
+def _changes(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """What differs, in words; other questions have other labels and answers, of course."""
+    hashed = [what for what in ("questions", "labels", "answers") if now[what] != then[what]]
+    told = [f"other {what}" for what in (hashed[:1] if "questions" in hashed else hashed)]
+    plain = [
+        {name: value for name, value in each.items() if name not in ("questions", "labels", "answers")}
+        for each in (now, then)
+    ]
+    return told + differences(*plain)
 
 
 def _counts(work: Work, found: Given) -> dict[str, int]:

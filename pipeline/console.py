@@ -102,8 +102,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     body = [_cells(row) for row in rows]
     console = Console(highlight=False, markup=False, emoji=False)
     widths = [max(map(_width, column)) + _BORDERS for column in zip(heads, *body, strict=True)]
-    room = console.width if console.is_terminal else sum(widths) + 1
-    parts = _parts(widths, room - 1)
+    if not console.is_terminal:
+        console.width = max(console.width, sum(widths) + 1)
+    parts = _parts(widths, console.width - 1)
     if parts is None:
         _listed(console, cleaned(title), heads, body)
         return
@@ -144,12 +145,11 @@ def _parts(widths: Sequence[int], room: int) -> list[list[int]] | None:
 
 
 def _listed(console: Console, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A row's first cell, then a line for each of its others; the terminal breaks what is longer."""
+    """A line for each cell, those after a row's first indented; the terminal breaks what is longer."""
     console.print(title, style="bold", soft_wrap=True)
-    for first, *others in rows:
-        console.print(first, soft_wrap=True)
-        for head, cell in zip(heads[1:], others, strict=True):
-            label, value = " ".join(head.split("\n")), " ".join(cell.split("\n"))
-            fits = cell_len(label) + cell_len(value) + 4 <= console.width
-            for line in [f"  {label}: {value}"] if fits else [f"  {label}:", f"    {value}"]:
-                console.print(line, soft_wrap=True)
+    for row in rows:
+        for index, (head, cell) in enumerate(zip(heads, row, strict=True)):
+            indent, label, value = "  " * (index > 0), " ".join(head.split("\n")), " ".join(cell.split("\n"))
+            fits = cell_len(indent + label + value) + 2 <= console.width
+            for line in [f"{label}: {value}"] if fits else [f"{label}:", f"  {value}"]:
+                console.print(indent + line, soft_wrap=True)

@@ -96,7 +96,7 @@ class Captions(Benchmark):
         warning = None
         if len(said) >= _ENOUGH and different < len(said) / 10:
             warning = (
-                f"only {different} different captions of {len(said)}: the model may not look at the pictures; "
+                f"only {different} different captions of {len(said)}: the model may not look at pictures; "
                 "compare a held-out loss with 'shuffled = true'"
             )
         return {"distinct answers": different}, warning
