@@ -176,11 +176,11 @@ def _changes(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
     """What differs, in words; other questions have other labels and answers, of course."""
     hashed = [what for what in ("questions", "labels", "answers") if now[what] != then[what]]
     told = [f"other {what}" for what in (hashed[:1] if "questions" in hashed else hashed)]
-    plain = [
+    ours, theirs = (
         {name: value for name, value in each.items() if name not in ("questions", "labels", "answers")}
         for each in (now, then)
-    ]
-    return told + differences(*plain)
+    )
+    return told + differences(ours, theirs)
 
 
 def _counts(work: Work, found: Given) -> dict[str, int]:

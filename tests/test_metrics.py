@@ -151,3 +151,53 @@ def test_images_are_resampled_within_their_stratum() -> None:
     held = interval(Metric(images, statistics, first, strata), np.random.default_rng(0), 300)
     assert free.low < 5 < free.high
     assert (held.low, held.high) == (5, 5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(
+        st.text(max_size=80), st.text("ABCDEZ .,()*", max_size=12), st.from_regex(r"[Tt]he answer is .*")
+    ),
+    st.dictionaries(st.sampled_from("ABCD"), st.text(min_size=1, max_size=9), min_size=1),
+)
+def test_letters_are_found_or_not_but_never_made_up(text: str, choices: dict[str, str]) -> None:
+    from evaluate.metrics import mmbench_option, scienceqa_letter
+
+    letter = mmbench_option(text, choices)
+    assert letter is None or letter == "Z" or letter in choices
+    if letter in choices:
+        assert letter in text.upper() or choices[letter].lower() in text.lower()
+    parsed = scienceqa_letter(text)
+    assert parsed is None or parsed in text
+    for each in choices:
+        assert mmbench_option(f"{each}.", choices) == each
+        assert mmbench_option(each, choices) == each
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60), st.lists(st.text(max_size=12), min_size=10, max_size=10))
+def test_yes_no_and_vqa_rules_take_any_text(text: str, truths: list[str]) -> None:
+    from evaluate.metrics import gqa_answer, mme_label, textvqa_accuracy, vizwiz_accuracy, vqa_normalise
+
+    label = mme_label(text)
+    assert label == "other" or label in text.lower()[:4]
+    assert not gqa_answer(text).endswith(".")
+    for accuracy in (textvqa_accuracy, vizwiz_accuracy):
+        assert 0 <= accuracy(text, truths) <= 1
+    assert textvqa_accuracy(truths[0], [truths[0]] * 10) == 1
+    assert " " * 2 not in vqa_normalise(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from("a b c d".split()), max_size=7),
+    st.lists(st.sampled_from("a b c".split()), max_size=7),
+)
+def test_caption_scores_are_bounded_and_full_for_the_reference(said: list[str], reference: list[str]) -> None:
+    from evaluate.captioning import bleu, bleu_score, rouge_l
+
+    assert 0 <= rouge_l(said, [reference]) <= 1.0000001
+    assert rouge_l(reference, [reference]) == pytest.approx(1)
+    if said and reference:
+        for size in range(1, 5):
+            assert 0 <= bleu_score(bleu([said], [[reference]])[0], size) <= 1.0000001

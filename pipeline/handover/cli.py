@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -340,7 +341,8 @@ def merge(paths: tuple[Path, ...], out: Path, prefix: bool) -> None:
 
 
 def _print(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    # Names from elsewhere: no control character among them reaches a terminal.
+    click.echo(json.dumps(value, indent=2, ensure_ascii=sys.stdout.isatty()))
 
 
 def _spoken(digest: str) -> str:
