@@ -65,7 +65,7 @@ _PATTERNS = (
     rf"{_LETTER}{_ALNUM}*(?:[.!?]{_LETTER}{_ALNUM}*)+",
     rf"{_ALNUM}+\.(?i:{_FILES}){_END}",
     r"(?:[A-Za-z]\.)+",
-    rf"{_ALNUM}(?:{_ALNUM}|[.,_])*(?:-(?:(?:[A-Za-z]\.){{2,}}|{_ALNUM}+))+",
+    rf"{_ALNUM}(?:{_ALNUM}|[.,_])*+(?:-(?:(?:[A-Za-z]\.){{2,}}|{_ALNUM}+))+",
     rf"{_ALNUM}+(?:-[A-Za-z]+){{0,2}}(?:{_SLASH}{_ALNUM}+(?:-[A-Za-z]+){{0,2}}){{1,2}}",
     r"(?i:anti-)",
     r"[A-Z]+(?:(?:[+&]|&amp;)[A-Z]+)+",

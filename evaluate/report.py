@@ -108,9 +108,12 @@ def _note(content: dict[str, Any]) -> str:
 
 
 def _mark_others(runs: Sequence[Judged]) -> None:
-    """Note where scores beside each other are of other questions, labels, rules or options."""
+    """Note where scores beside each other are of other questions, labels, rules or options, or are none."""
+    names = dict.fromkeys(name for run in runs for name in run.benchmarks)
     first: dict[str, Judged] = {}
     for run in runs:
+        for name in names:
+            run.result.notes.setdefault(name, "not among this run's benchmarks")
         for name, content in run.contents.items():
             model = first.setdefault(name, run)
             theirs = model.contents[name]["made_of"]

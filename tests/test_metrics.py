@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from evaluate.benchmarks.base import Item, Metric, averaged, mean
 from evaluate.benchmarks.pope import Pope
 from evaluate.captioning import object_matches
-from evaluate.compare import gap, interval, pooled
+from evaluate.compare import bootstrap, gap, holm, interval, pooled
 from evaluate.metrics import (
     pope_label,
     vqa_accuracy,
     vqa_normalise,
 )
 from evaluate.ptb import caption_tokens
+from evaluate.versus import DRAWS
 from pipeline.prompts import question
 
 
@@ -129,6 +130,32 @@ def test_the_paired_bootstrap_keeps_its_level_and_finds_differences() -> None:
     assert level / 150 < 0.1
     assert power / 150 > 0.9
     assert narrower / 150 > 0.95
+
+
+@pytest.mark.parametrize("kinds", [3, 10_000])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_merged_draws_have_the_same_distribution(kinds: int, parts: int) -> None:
+    """Images that are alike are drawn together; nearly all different ones by their places."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, kinds, 400) / kinds
+    strata = [str(n % parts) for n in range(400)]
+    one = Metric([str(n) for n in range(400)], np.stack([values, np.ones(400)], 1), mean, strata)
+    other = Metric(one.images, np.stack([values[::-1] ** 2, np.ones(400)], 1), mean, strata)
+    plain, merged = (
+        bootstrap([one, other], np.random.default_rng(seed), 20_000, merge=merge)
+        for seed, merge in ((1, False), (2, True))
+    )
+    assert plain.shape == merged.shape == (2, 20_000)
+    np.testing.assert_allclose(plain.mean(1), merged.mean(1), atol=4 * plain.std(1).max() / 20_000**0.5)
+    np.testing.assert_allclose(plain.std(1), merged.std(1), rtol=0.03)
+    assert np.corrcoef(plain)[0, 1] == pytest.approx(np.corrcoef(merged)[0, 1], abs=0.03)
+
+
+def test_p_has_the_floor_that_is_documented() -> None:
+    ones, zeros = (averaged([], [value] * 50, [str(n) for n in range(50)]) for value in (1.0, 0.0))
+    assert gap([ones], [zeros], np.random.default_rng(0), 20_000).p == pytest.approx(2 / 20_001)
+    assert DRAWS >= 20_000
+    assert max(holm([2 / (DRAWS + 1)] * 50)) < 0.05
 
 
 def test_several_seeds_are_averaged_by_score_not_by_count() -> None:
