@@ -1,4 +1,4 @@
-"""How captions are scored: tokens, BLEU, ROUGE-L, CIDEr-D and named objects.
+"""How captions are scored, from their tokens: BLEU, ROUGE-L, CIDEr-D and named objects.
 
 pycocoevalcap would bring 101 MB of jars and need Java for the same numbers, so its rules are written
 out here; tests hold them against values of its own.
@@ -10,27 +10,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import numpy as np
-
-_PTB_PUNCTUATION = frozenset(
-    ["''", "'", "``", "`", "(", ")", "{", "}", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
-)
-
-
-def caption_tokens(caption: str) -> list[str]:
-    """Tokens as coco-caption's PTB tokenizer gives them, with nltk's Treebank rules and no Java."""
-    text = re.sub(r"`+", " `` ", " ".join(caption.split()).lower())
-    return [token for token in _treebank().tokenize(text) if token not in _PTB_PUNCTUATION]
-
-
-@cache
-def _treebank() -> Any:
-    from nltk.tokenize import TreebankWordTokenizer
-
-    return TreebankWordTokenizer()
 
 
 def cider_d(

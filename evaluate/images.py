@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evaluate.benchmarks.base import Item
-from evaluate.run import benchmarks_of
+from evaluate.work import benchmarks_of
 from pipeline.config import Experiment
 from pipeline.console import say
 from pipeline.errors import UserError

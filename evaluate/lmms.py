@@ -14,7 +14,7 @@ from lmms_eval.api.model import lmms
 from evaluate.benchmarks.base import Item
 from evaluate.lookup import Lookup
 from evaluate.reader import Failure, answers, load_reader
-from evaluate.run import judged, read_manifest, require_encoding
+from evaluate.trained import judged, read_manifest, require_encoding
 from pipeline.cache import open_cache
 from pipeline.config import load
 from pipeline.console import say
@@ -56,7 +56,7 @@ class CachedRun(lmms):  # type: ignore[misc]
             raise UserError(f"model_args: projector={name}{did_you_mean(name, names)}")
         cache = open_cache(experiment, silo)
         require_encoding(experiment, cache, manifest)
-        reader = load_reader(experiment, name, cache)
+        reader = load_reader(experiment, manifest, name, cache)
         self._reader = reader if batch_size == "auto" else replace(reader, batch_size=int(batch_size))
         self._pictures = Lookup(cache, image_name)
 

@@ -16,6 +16,13 @@ def pope_label(answer: str) -> str:
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
+def pope_decides(answer: str) -> bool:
+    """Whether an answer says yes or no at all; POPE's rule takes what does not for yes."""
+    return (
+        pope_label(answer) == "no" or re.search(r"\b(yes|no|not|isn't|aren't)\b", answer.lower()) is not None
+    )
+
+
 def mme_label(answer: str) -> str:
     """`yes`, `no` or `other` by MME's rule (its eval_tool, calculation.py).
 
@@ -31,7 +38,6 @@ _REFUSALS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
-_ANSWER_IS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
 
 
 def mmbench_option(answer: str, choices: Mapping[str, str]) -> str | None:
@@ -55,7 +61,8 @@ def mmbench_option(answer: str, choices: Mapping[str, str]) -> str | None:
         return named[0]
     if not named and "Z" in words:
         return "Z"
-    said = _ANSWER_IS.search(answer)
+    letters = "".join(sorted({*"ABCD", *choices}))
+    said = re.search(rf"(?:correct\s+)?answer\s+is\s+\**([{letters}])\**", answer, re.IGNORECASE)
     if said and said[1].upper() in choices:
         return said[1].upper()
     if len(answer) > 2 * sum(map(len, choices.values())):

@@ -16,7 +16,16 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class RunResult:
-    """What the report shows of one run; `history` are its rows by round and client, `notes` by benchmark."""
+    """What the report shows of one run.
+
+    Attributes:
+        name: The run's name.
+        strategy: Its strategy.
+        scores: By benchmark and metric.
+        headlines: (benchmark, metric) of a summary.
+        notes: What scores must not be quoted without, by benchmark; or why there are none.
+        history: Its rows by round and client.
+    """
 
     name: str
     strategy: str
@@ -28,16 +37,20 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Said:
-    """One run's answer; `right` is None where answers are not right or wrong."""
+    """One run's answer; `right` is None where answers are not right or wrong.
+
+    `by` names the silo whose projector gave it, where a run has several.
+    """
 
     run: str
     answer: str
     right: bool | None
+    by: str = ""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one picture, with every run's answer; `picture` is an encoded file."""
+    """One question about one picture, with every run's answer; `picture` is a file in the format `form`."""
 
     benchmark: str
     image: str
@@ -45,6 +58,7 @@ class Sample:
     question: str
     reference: str
     said: list[Said]
+    form: str = "png"
 
 
 def page(
@@ -78,19 +92,13 @@ def page(
 def _score_table(results: Sequence[RunResult], columns: Sequence[tuple[str, str]]) -> str:
     rows, told = [], set()
     for benchmark, metric in columns:
-        cells = "".join(f"<td>{_interval(result, benchmark, metric)}</td>" for result in results)
-        number = next(
-            result.scores[benchmark][metric]["n"]
+        first = benchmark not in told
+        told.add(benchmark)
+        cells = "".join(
+            f"<td>{_interval(result, benchmark, metric)}{_note(result, benchmark) if first else ''}</td>"
             for result in results
-            if metric in result.scores.get(benchmark, {})
         )
-        note = f"n = {number}"
-        if benchmark not in told:
-            told.add(benchmark)
-            note = "; ".join(filter(None, [note, results[0].notes.get(benchmark)]))
-        rows.append(
-            f"<tr><th>{escape(benchmark)}: {escape(metric)}<br><small>{escape(note)}</small></th>{cells}</tr>"
-        )
+        rows.append(f"<tr><th>{escape(benchmark)}: {escape(metric)}</th>{cells}</tr>")
     heads = "".join(
         f"<th>{escape(result.name)}<br><small>{escape(result.strategy)}</small></th>" for result in results
     )
@@ -104,7 +112,13 @@ def _interval(result: RunResult, benchmark: str, metric: str) -> str:
     score = result.scores.get(benchmark, {}).get(metric)
     if score is None:
         return "-"
-    return f"<b>{score['value']:.3f}</b><br><small>{score['low']:.3f} to {score['high']:.3f}</small>"
+    bounds = f"{score['low']:.3f} to {score['high']:.3f}"
+    return f"<b>{score['value']:.3f}</b><br><small>{bounds}<br>n = {score['n']}</small>"
+
+
+def _note(result: RunResult, benchmark: str) -> str:
+    note = result.notes.get(benchmark)
+    return f"<br><small>{escape(note)}</small>" if note else ""
 
 
 def _by_client(result: RunResult, figure: str) -> dict[str, list[tuple[int, float]]]:
@@ -171,9 +185,10 @@ def _card(sample: Sample) -> str:
     picture = f"<div class=none>no picture {escape(sample.image)}</div>"
     if sample.picture is not None:
         data = base64.b64encode(sample.picture).decode()
-        picture = f'<img alt="{escape(sample.image)}" loading=lazy src="data:image;base64,{data}">'
+        source = f"data:image/{sample.form};base64,{data}"
+        picture = f'<img alt="{escape(sample.image)}" loading=lazy src="{source}">'
     answers = "".join(
-        f'<div data-run="{escape(said.run)}" data-verdict="{_verdict(said)}"><dt>{escape(said.run)}</dt>'
+        f'<div data-run="{escape(said.run)}" data-verdict="{_verdict(said)}"><dt>{escape(_whose(said))}</dt>'
         f"<dd>{escape(said.answer) or '<i>empty</i>'} <small>{_verdict(said)}</small></dd></div>"
         for said in sample.said
     )
@@ -182,6 +197,10 @@ def _card(sample: Sample) -> str:
         f"<small>{escape(sample.benchmark)}</small><p>{escape(sample.question)}</p><dl><div><dt>reference</dt>"
         f"<dd>{escape(sample.reference)}</dd></div>{answers}</dl></div></article>"
     )
+
+
+def _whose(said: Said) -> str:
+    return f"{said.run} ({said.by})" if said.by else said.run
 
 
 def _verdict(said: Said) -> str:

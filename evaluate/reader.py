@@ -7,14 +7,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evaluate.benchmarks.base import Answer, Asks, Benchmark, Item, Mode
+from evaluate.benchmarks.base import Answer, Asks, Item, Mode
 from evaluate.benchmarks.retrieval import ranks_of
+from evaluate.trained import own_projector
+from evaluate.work import Work, rows_of
 from pipeline.cache import FeatureCache
 from pipeline.config import Experiment
 from pipeline.device import pick_device
@@ -22,7 +24,6 @@ from pipeline.errors import UserError
 from pipeline.identity import language_options
 from pipeline.language import FrozenLanguageModel, load_language
 from pipeline.manifest import canonical
-from pipeline.projector import load_projector
 from pipeline.projectors.base import Projector
 from pipeline.prompts import Tokens, stop_string, tokenise_all
 from pipeline.records import Text, Turn
@@ -61,10 +62,14 @@ class Reader:
         return self.projector(self.cache.tensor(rows).float().to(self.language.device))
 
 
-def load_reader(experiment: Experiment, name: str, cache: FeatureCache) -> Reader:
-    """The frozen LLM behind a projector of a run, by the projector's file within it."""
+def load_reader(experiment: Experiment, manifest: dict[str, Any], name: str, cache: FeatureCache) -> Reader:
+    """The frozen LLM behind a projector of a run, by the projector's file within it.
+
+    Raises:
+        UserError: The file holds other weights than the run ended with, or a model cannot be loaded.
+    """
     options, device = experiment.language, pick_device(experiment.device)
-    projector, _ = load_projector(experiment.run_path / name)
+    projector = own_projector(experiment, manifest, name)
     return Reader(
         load_language(options.path, **language_options(experiment)),
         projector.to(device).eval(),
@@ -84,31 +89,34 @@ class Failure:
 
 
 def answer(
-    benchmark: Benchmark,
+    work: Work,
     items: Sequence[Item],
-    rows: dict[str, int],
     reader: Reader,
     path: Path,
     advance: Callable[[int], None],
 ) -> None:
     """Answer items and append each answer to the file as soon as its batch is done.
 
-    An item whose prompt does not fit is recorded as failed and stops no other.
+    An item whose prompt does not fit is recorded as failed and stops no other. Items with one key are
+    one question, asked once.
 
     Args:
-        benchmark: Decides template, length and how answers come about.
+        work: Its benchmark decides template, length and how answers come about.
         items: What is still to be answered; all of them for a benchmark that retrieves.
-        rows: Cache row of every image.
         reader: The model.
         path: File to append to.
         advance: Called with the number of answers after every batch.
     """
+    benchmark, rows = work.benchmark, rows_of(reader.cache)
     asks, mode, length = benchmark.asks, benchmark.mode, benchmark.max_new_tokens
+    once = list({work.keys[item.id]: item for item in items}.values())
+    advance(len(items) - len(once))
     with path.open("ab") as file:
-        for batch in answers(reader, items, rows, asks=asks, mode=mode, length=length):
+        for batch in answers(reader, once, rows, asks=asks, mode=mode, length=length):
             for item, said in batch:
                 told = {"failed": said.reason} if isinstance(said, Failure) else {"answer": said}
-                file.write(canonical({"id": item.id, "image": item.image, **told}) + b"\n")
+                line = {"key": work.keys[item.id], "benchmark": work.name, "id": item.id, "image": item.image}
+                file.write(canonical(line | told) + b"\n")
             file.flush()
             advance(len(batch))
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 
-from evaluate.benchmarks.base import Answers, Benchmark, Item, Metric
+from evaluate.benchmarks.base import Answers, AskedItem, Benchmark, Item, Metric
 from evaluate.compare import Gap, gap, holm, mcnemar, pooled, value_of
-from evaluate.run import answered, benchmarks_of, prepare, read_manifest, saved_answers
+from evaluate.scoring import given, rules_of
+from evaluate.trained import read_manifest
+from evaluate.work import benchmarks_of, recall
+from pipeline.cache import differences
 from pipeline.config import Experiment
 from pipeline.console import say, table
 from pipeline.errors import UserError
 
+# With fewer draws p wanders, and its floor survives no correction over many rows.
+DRAWS = 20_000
 _COLUMNS = ("difference", "95 % over images", "p", "p (Holm)", "McNemar", "sd over seeds", "n")
 
 
@@ -49,12 +55,14 @@ def compare_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> li
         only: Benchmarks to look at; all where it is empty.
 
     Raises:
-        UserError: There are no pairs, or answers are missing.
+        UserError: There are no pairs, pairs differ in more than the seed, or answers are missing.
     """
     if len(experiments) < 2 or len(experiments) % 2:
         raise UserError(f"{len(experiments)} runs are no pairs; give a run and the run it is compared with")
     pairs = list(zip(experiments[::2], experiments[1::2], strict=True))
-    rows = [row for name in benchmarks_of(experiments[0], only) for row in _benchmark(name, pairs)]
+    manifests = [read_manifest(experiment, asking=False) for experiment in experiments]
+    _require_seeds(pairs, manifests)
+    rows = [row for name in benchmarks_of(experiments[0], only) for row in _benchmark(name, pairs, manifests)]
     if not rows:
         raise UserError("no benchmark has references to score by; see the submission files")
     adjusted = holm([row.gap.p for row in rows])
@@ -79,24 +87,89 @@ def compare_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> li
         ],
     )
     say(
-        "p: paired bootstrap over images; Holm: adjusted for all rows; McNemar: exact, takes questions "
-        "about one image as independent. The interval says nothing about other seeds."
+        f"p: paired bootstrap over images, {_draws(experiments):,} draws; Holm: adjusted for all rows; "
+        "McNemar: exact, takes questions about one image as independent. The interval says nothing about "
+        "other seeds."
     )
     return rows
 
 
-def _benchmark(name: str, pairs: Sequence[tuple[Experiment, Experiment]]) -> list[Row]:
+def _draws(experiments: Sequence[Experiment]) -> int:
+    return max(DRAWS, experiments[0].evaluate.bootstrap)
+
+
+def _require_seeds(
+    pairs: Sequence[tuple[Experiment, Experiment]], manifests: Sequence[dict[str, Any]]
+) -> None:
+    """Several pairs are seeds of one comparison, and of nothing else.
+
+    Raises:
+        UserError: A side has another configuration than before, or a seed twice or unpaired.
+    """
+    if len(pairs) == 1:
+        return
+    for side in (0, 1):
+        runs, theirs = [pair[side] for pair in pairs], manifests[side::2]
+        for run, manifest in zip(runs[1:], theirs[1:], strict=True):
+            found = differences(_method(theirs[0]), _method(manifest))
+            if found:
+                raise UserError(
+                    f"'{runs[0].run}' and '{run.run}' are no seeds of one method ({'; '.join(found)}); "
+                    "compare them pair by pair"
+                )
+        seeds = [run.seed for run in runs]
+        if len({*seeds}) < len(seeds):
+            raise UserError(f"seeds {', '.join(map(str, seeds))} of '{runs[0].run}': each may come once")
+    for ours, other in pairs:
+        if ours.seed != other.seed:
+            raise UserError(
+                f"'{ours.run}' has seed {ours.seed} and '{other.run}' seed {other.seed}; of several pairs "
+                "each must have one seed"
+            )
+
+
+def _method(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a run is besides its seed."""
+    identity = {name: value for name, value in manifest["identity"].items() if name != "seed"}
+    return {**identity, "encoding": manifest["features"]["key"]}
+
+
+def _require_rules(name: str, benchmarks: Sequence[Benchmark], runs: Sequence[Experiment]) -> None:
+    """All runs answered under the same conditions.
+
+    Raises:
+        UserError: Benchmarks of one name have other options.
+    """
+    conditions = [
+        {**rules_of(each, [])["options"], "max_new_tokens": each.max_new_tokens} for each in benchmarks
+    ]
+    for run, options in zip(runs[1:], conditions[1:], strict=True):
+        found = differences(conditions[0], options)
+        if found:
+            raise UserError(
+                f"benchmark '{name}' of '{runs[0].run}' and '{run.run}' is not the same "
+                f"({'; '.join(found)}); evaluate both with one configuration"
+            )
+
+
+def _benchmark(
+    name: str, pairs: Sequence[tuple[Experiment, Experiment]], manifests: Sequence[dict[str, Any]]
+) -> list[Row]:
     """A row for each headline of one benchmark, on the questions that all runs answered."""
     runs = [experiment for pair in pairs for experiment in pair]
-    works = [prepare(run, name, benchmarks_of(run, (name,))[name]) for run in runs]
-    saved = [
-        [each for _, each in saved_answers(run, work, read_manifest(run))]
-        for run, work in zip(runs, works, strict=True)
-    ]
-    common: dict[str, Item] = {item.id: item for item in answered(works[0], saved[0])}
-    for work, answers in zip(works[1:], saved[1:], strict=True):
-        theirs = {item.id: item for item in answered(work, answers)}
-        common = {key: item for key, item in common.items() if theirs.get(key) == item}
+    works = [recall(run, name, benchmarks_of(run, (name,))[name]) for run in runs]
+    _require_rules(name, [work.benchmark for work in works], runs)
+    found = [given(run, manifest, work) for run, manifest, work in zip(runs, manifests, works, strict=True)]
+    common: dict[str, Item] = {item.id: item for item in found[0].items}
+    for run, each in zip(runs[1:], found[1:], strict=True):
+        theirs = {item.id: item for item in each.items}
+        other = [key for key, item in common.items() if key in theirs and not _same(theirs[key], item)]
+        if other:
+            raise UserError(
+                f"benchmark '{name}': {len(other)} questions or labels of '{runs[0].run}' and '{run.run}' "
+                f"differ under one id (first: '{other[0]}'); evaluate both with the same files"
+            )
+        common = {key: item for key, item in common.items() if key in theirs}
     if not common:
         raise UserError(f"benchmark '{name}': the runs have no question in common")
     dropped = max(len(work.items) for work in works) - len(common)
@@ -105,27 +178,34 @@ def _benchmark(name: str, pairs: Sequence[tuple[Experiment, Experiment]]) -> lis
     items = list(common.values())
     benchmark = works[0].benchmark
     by_run: list[list[dict[str, Metric]]] = [
-        [benchmark.score(items, each.answers) for each in answers] for answers in saved
+        [benchmark.score(items, answers) for answers in each.answers] for each in found
     ]
     rows = []
     for metric in (each for each in by_run[0][0] if each in benchmark.headlines):
         by_seed = [pooled([scores[metric] for scores in run]) for run in by_run]
         values = [value_of(each) for each in by_seed]
         generator = np.random.default_rng(runs[0].seed)
-        found = gap(by_seed[::2], by_seed[1::2], generator, runs[0].evaluate.bootstrap)
+        difference = gap(by_seed[::2], by_seed[1::2], generator, _draws(runs))
         differences = np.subtract(values[::2], values[1::2]).tolist()
         rows.append(
             Row(
                 f"{name}: {metric}",
                 fmean(values[::2]),
                 fmean(values[1::2]),
-                found,
+                difference,
                 stdev(differences) if len(differences) > 1 else None,
-                _exact(benchmark, items, [each.answers for run in saved for each in run], values),
+                _exact(benchmark, items, [answers for each in found for answers in each.answers], values),
                 len(items),
             )
         )
     return rows
+
+
+def _same(one: Item, other: Item) -> bool:
+    """Whether two questions of one id are the same, with the same label."""
+    recalled = isinstance(one, AskedItem) or isinstance(other, AskedItem)
+    labels = recalled or (one.reference, one.options) == (other.reference, other.options)
+    return labels and (one.image, one.digest) == (other.image, other.digest)
 
 
 def _exact(

@@ -89,14 +89,20 @@ class StageCommands(click.Group):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"fedcmp: {error}", err=True)
+            _complain(f"fedcmp: {error}")
         except OSError as error:
             hint = "; free some space and rerun to go on" if error.errno == errno.ENOSPC else ""
-            click.echo(f"fedcmp: {error}{hint}", err=True)
+            _complain(f"fedcmp: {error}{hint}")
         except KeyboardInterrupt:
-            click.echo("fedcmp: interrupted; run the same command to go on", err=True)
+            _complain("fedcmp: interrupted; run the same command to go on")
             ctx.exit(130)
         ctx.exit(2)
+
+
+def _complain(text: str) -> None:
+    from pipeline.console import complain
+
+    complain(text)
 
 
 @click.command(cls=StageCommands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from pipeline.config import Component, Options, validate
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import UserError, did_you_mean, one_line
 
 T = TypeVar("T", bound=Options)
 
@@ -30,6 +30,7 @@ class Registry(Generic[T]):
         self.kind = kind
         self._package = package
         self._classes: dict[str, type[T]] = {}
+        self._broken: dict[str, str] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Class decorator: make the class available as `name`."""
@@ -46,10 +47,13 @@ class Registry(Generic[T]):
         return add
 
     def names(self) -> list[str]:
-        """Names of all components, sorted."""
+        """Names of all components, sorted; a module that cannot be imported leaves out its own alone."""
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
+            try:
+                importlib.import_module(f"{self._package}.{module.name}")
+            except Exception as error:  # a module may raise anything
+                self._broken[module.name] = f"{type(error).__name__}: {one_line(error)}"
         return sorted(self._classes)
 
     def build(self, component: Component, where: str) -> T:
@@ -73,6 +77,10 @@ class Registry(Generic[T]):
                 raise UserError(f"{where}.{twice[0]}: the name '{component.name}' says it; remove the option")
             return validate(self._classes[name], options | named, where)
         hint = did_you_mean(component.name, self._classes)
+        folder = self._package.replace(".", "/")
+        hint += "".join(
+            f"; {folder}/{name}.py cannot be imported: {why}" for name, why in sorted(self._broken.items())
+        )
         raise UserError(f"{where}.name: no {self.kind} is called '{component.name}'{hint}")
 
 

@@ -30,7 +30,10 @@ from conftest import picture
 from evaluate.answers import answers_path, begin_answers, read_answers
 from evaluate.benchmarks.base import SHORT_ANSWER
 from evaluate.reader import Reader, answer
-from evaluate.run import benchmarks_of, evaluate_run, judged, key_of, prepare, read_manifest
+from evaluate.run import evaluate_run
+from evaluate.scoring import model_of
+from evaluate.trained import judged, read_manifest
+from evaluate.work import benchmarks_of, cache_of, prepare
 from extract.run import run as extract
 from federate.run import run as train
 from pipeline.config import Experiment, load
@@ -162,10 +165,11 @@ def generation(root: Path, small: bool) -> tuple[float, bool]:
     export(setup.run_path, "hf", root / "exported", experiment=setup)
 
     benchmark = benchmarks_of(setup)["pope"]
-    work = prepare(setup, "pope", benchmark)
+    cache = cache_of(setup, "pope", benchmark)
+    work = prepare(setup, "pope", benchmark, cache)
     language = FrozenLanguageModel(llama, dtype="float32", device="cpu")
     projector, _ = load_projector(setup.run_path / "projector.safetensors")
-    reader = Reader(language, projector.eval(), work.cache, "plain", "chat", 2048, setup.evaluate.batch_size)
+    reader = Reader(language, projector.eval(), cache, "plain", "chat", 2048, setup.evaluate.batch_size)
     model = LlavaForConditionalGeneration.from_pretrained(root / "exported", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(root / "exported", backend="pil")
     rows = [json.loads(line) for line in (root / "pope.json").read_text().splitlines()]
@@ -187,8 +191,9 @@ def generation(root: Path, small: bool) -> tuple[float, bool]:
 
     def ours(out: Path) -> dict[str, Any]:
         begin_answers(out, {})
-        answer(benchmark, work.items, work.rows, reader, out, lambda number: None)
-        return dict(read_answers(out).answers)
+        answer(work, work.items, reader, out, lambda number: None)
+        said = read_answers(out, {}).answers
+        return {name: said[key] for name, key in work.keys.items()}
 
     seconds: dict[str, list[float]] = {"naive": [], "ours": []}
     same = True
@@ -217,16 +222,17 @@ def rescoring(root: Path, small: bool) -> float:
     setup = experiment(root, WORLD / "clip", WORLD / "llama", questions, names, pool=2)
     extract(setup, only=(), overwrite=False)
     train(setup)
-    work = prepare(setup, "pope", benchmarks_of(setup)["pope"])
+    benchmark = benchmarks_of(setup)["pope"]
+    work = prepare(setup, "pope", benchmark, cache_of(setup, "pope", benchmark))
     manifest = read_manifest(setup)
     (projector,) = judged(manifest)
-    key = key_of(setup, work, manifest, projector)
-    path = answers_path(setup.scores_path, "pope", projector, key)
-    begin_answers(path, key)
+    model = model_of(manifest, projector)
+    path = answers_path(setup.scores_path, projector, model)
+    begin_answers(path, model)
     with path.open("ab") as file:
-        for n, item in enumerate(work.items):
+        for n, key in enumerate(work.keys.values()):
             said = ("Yes", "No, there is none.", "yes")[n % 3]
-            file.write(canonical({"id": item.id, "image": item.image, "answer": said}) + b"\n")
+            file.write(canonical({"key": key, "answer": said}) + b"\n")
     evaluate_run(setup, ())
     command = [sys.executable, "-m", "pipeline.cli", "score", str(root / "bench.toml")]
     seconds = []

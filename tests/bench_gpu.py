@@ -9,7 +9,7 @@ configuration, weights in bfloat16, 576 visual tokens and a caption of about 25.
   `LlavaForConditionalGeneration` on ready pixels with the same weights. MFU is the share of the data sheet's
   dense bfloat16 peak, from the FLOPs that `fedcmp plan` counts for a step with a frozen LLM; what is computed
   again under checkpointing does not count.
-- `generation`: batched answers from cached features, beside `generate` on the same features, one question at a time.
+- `generation`: batched answers from cached features, beside `generate` on them, one question at a time.
 - `aggregation`: FedAvg and Fed-CMP at LLaVA-1.5-7B size, eight clients.
 
 Without CUDA it says so and ends well. `--small` is a smoke run of tiny shapes on any machine.
@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -238,7 +239,7 @@ def steps_from_cache(setting: Setting, language: FrozenLanguageModel, size: int,
     trained(experiment, language, batches(), min(number, own.steps(0)))
     # One more than there are steps has been asked for by then.
     mark()
-    spent = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    spent = [after - before for before, after in pairwise(marks)]
     return size / median(spent[1:])
 
 
@@ -431,9 +432,7 @@ def correct(setting: Setting) -> None:
     cpu, there = torch.device("cpu"), torch.device(setting.device)
     cache = open_cache(experiment, "pictures")
     order = np.array([(0, row) for row in range(min(16, cache.images))])
-    pairs = zip(
-        float_batches([cache], order, 4, there), float_batches([cache], order, 4, cpu), strict=True
-    )
+    pairs = zip(float_batches([cache], order, 4, there), float_batches([cache], order, 4, cpu), strict=True)
     same = all(bool(torch.equal(ours.cpu(), theirs)) for ours, theirs in pairs)
     check("features through pinned buffers are those of the cache", same)
     from PIL import Image
@@ -473,11 +472,18 @@ def correct(setting: Setting) -> None:
             hashes.append(projectors.content_hash(result.state))
     torch.use_deterministic_algorithms(mode)
     wanted = losses["cpu", "float32", "none"]
-    limits = {"none": {"float32": 1e-5, "bfloat16": 1e-2}, "8bit": {"bfloat16": 5e-2}, "4bit": {"bfloat16": 0.2}}
+    limits = {
+        "none": {"float32": 1e-5, "bfloat16": 1e-2},
+        "8bit": {"bfloat16": 5e-2},
+        "4bit": {"bfloat16": 0.2},
+    }
     for (device, dtype, bits), loss in losses.items():
         off = abs(loss - wanted) / wanted
         what = dtype if bits == "none" else bits
-        check(f"loss of two steps on {device} in {what}: {loss:.5f}, off by {off:.1e}", off <= limits[bits][dtype])
+        check(
+            f"loss of two steps on {device} in {what}: {loss:.5f}, off by {off:.1e}",
+            off <= limits[bits][dtype],
+        )
     check("two runs on the device end in equal bytes", hashes[0] == hashes[1])
 
 

@@ -21,7 +21,7 @@ from evaluate.benchmarks.pope import Pope
 from evaluate.benchmarks.retrieval import Retrieval, ranks_of
 from evaluate.benchmarks.scienceqa import ScienceQa
 from evaluate.benchmarks.seed_bench import SeedBench
-from evaluate.captioning import bleu, bleu_score, caption_tokens, cider_d, rouge_l
+from evaluate.captioning import bleu, bleu_score, cider_d, rouge_l
 from evaluate.compare import bootstrap, mcnemar, value_of
 from evaluate.metrics import (
     evalai_normalise,
@@ -35,6 +35,7 @@ from evaluate.metrics import (
     vqa_accuracy,
     vqa_normalise,
 )
+from evaluate.ptb import caption_tokens
 from pipeline.prompts import question
 
 CASES = json.loads((ROOT / "tests/golden.json").read_text())["cases"]

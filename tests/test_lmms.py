@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from test_evaluate import answers_file, call
+from test_evaluate import answers_file, call, lines_of
 
 from evaluate.lookup import Lookup
 from pipeline.cache import FeatureCache
@@ -92,8 +92,8 @@ def dataset(documents: list[dict[str, Any]]) -> Any:
 
 def ours(run: Path) -> list[str]:
     """What `fedcmp evaluate` saved, in the order of the questions."""
-    lines = answers_file(run, "run", "pope").read_text().splitlines()[1:]
-    saved = {entry["id"]: entry["answer"] for entry in map(json.loads, lines)}
+    lines = lines_of(answers_file(run, "run"), "pope")
+    saved = {entry["id"]: entry["answer"] for entry in lines}
     return [saved[f"random/{number}"] for number in range(len(saved))]
 
 

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 
 from evaluate.benchmarks.base import Item, Metric, averaged, mean
 from evaluate.benchmarks.pope import Pope
-from evaluate.captioning import caption_tokens, object_matches
-from evaluate.compare import gap, interval, pooled
+from evaluate.captioning import object_matches
+from evaluate.compare import bootstrap, gap, holm, interval, pooled
 from evaluate.metrics import (
     pope_label,
     vqa_accuracy,
     vqa_normalise,
 )
+from evaluate.ptb import caption_tokens
+from evaluate.versus import DRAWS
 from pipeline.prompts import question
 
 
@@ -29,7 +31,6 @@ def test_vqa_normalise_contractions(word: str, normal: str) -> None:
     assert vqa_normalise(word) == normal
 
 
-@settings(deadline=None)  # the first example imports nltk
 @given(st.text(max_size=60))
 def test_parsers_take_any_text(text: str) -> None:
     assert pope_label(text) in ("yes", "no")
@@ -131,6 +132,32 @@ def test_the_paired_bootstrap_keeps_its_level_and_finds_differences() -> None:
     assert narrower / 150 > 0.95
 
 
+@pytest.mark.parametrize("kinds", [3, 10_000])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_merged_draws_have_the_same_distribution(kinds: int, parts: int) -> None:
+    """Images that are alike are drawn together; nearly all different ones by their places."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, kinds, 400) / kinds
+    strata = [str(n % parts) for n in range(400)]
+    one = Metric([str(n) for n in range(400)], np.stack([values, np.ones(400)], 1), mean, strata)
+    other = Metric(one.images, np.stack([values[::-1] ** 2, np.ones(400)], 1), mean, strata)
+    plain, merged = (
+        bootstrap([one, other], np.random.default_rng(seed), 20_000, merge=merge)
+        for seed, merge in ((1, False), (2, True))
+    )
+    assert plain.shape == merged.shape == (2, 20_000)
+    np.testing.assert_allclose(plain.mean(1), merged.mean(1), atol=4 * plain.std(1).max() / 20_000**0.5)
+    np.testing.assert_allclose(plain.std(1), merged.std(1), rtol=0.03)
+    assert np.corrcoef(plain)[0, 1] == pytest.approx(np.corrcoef(merged)[0, 1], abs=0.03)
+
+
+def test_p_has_the_floor_that_is_documented() -> None:
+    ones, zeros = (averaged([], [value] * 50, [str(n) for n in range(50)]) for value in (1.0, 0.0))
+    assert gap([ones], [zeros], np.random.default_rng(0), 20_000).p == pytest.approx(2 / 20_001)
+    assert DRAWS >= 20_000
+    assert max(holm([2 / (DRAWS + 1)] * 50)) < 0.05
+
+
 def test_several_seeds_are_averaged_by_score_not_by_count() -> None:
     def f1_like(sums: np.ndarray) -> np.ndarray:
         return sums[..., 0] ** 2 / 16
@@ -151,3 +178,53 @@ def test_images_are_resampled_within_their_stratum() -> None:
     held = interval(Metric(images, statistics, first, strata), np.random.default_rng(0), 300)
     assert free.low < 5 < free.high
     assert (held.low, held.high) == (5, 5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(
+        st.text(max_size=80), st.text("ABCDEZ .,()*", max_size=12), st.from_regex(r"[Tt]he answer is .*")
+    ),
+    st.dictionaries(st.sampled_from("ABCD"), st.text(min_size=1, max_size=9), min_size=1),
+)
+def test_letters_are_found_or_not_but_never_made_up(text: str, choices: dict[str, str]) -> None:
+    from evaluate.metrics import mmbench_option, scienceqa_letter
+
+    letter = mmbench_option(text, choices)
+    assert letter is None or letter == "Z" or letter in choices
+    if letter in choices:
+        assert letter in text.upper() or choices[letter].lower() in text.lower()
+    parsed = scienceqa_letter(text)
+    assert parsed is None or parsed in text
+    for each in choices:
+        assert mmbench_option(f"{each}.", choices) == each
+        assert mmbench_option(each, choices) == each
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60), st.lists(st.text(max_size=12), min_size=10, max_size=10))
+def test_yes_no_and_vqa_rules_take_any_text(text: str, truths: list[str]) -> None:
+    from evaluate.metrics import gqa_answer, mme_label, textvqa_accuracy, vizwiz_accuracy, vqa_normalise
+
+    label = mme_label(text)
+    assert label == "other" or label in text.lower()[:4]
+    assert not gqa_answer(text).endswith(".")
+    for accuracy in (textvqa_accuracy, vizwiz_accuracy):
+        assert 0 <= accuracy(text, truths) <= 1
+    assert textvqa_accuracy(truths[0], [truths[0]] * 10) == 1
+    assert " " * 2 not in vqa_normalise(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from("a b c d".split()), max_size=7),
+    st.lists(st.sampled_from("a b c".split()), max_size=7),
+)
+def test_caption_scores_are_bounded_and_full_for_the_reference(said: list[str], reference: list[str]) -> None:
+    from evaluate.captioning import bleu, bleu_score, rouge_l
+
+    assert 0 <= rouge_l(said, [reference]) <= 1.0000001
+    assert rouge_l(reference, [reference]) == pytest.approx(1)
+    if said and reference:
+        for size in range(1, 5):
+            assert 0 <= bleu_score(bleu([said], [[reference]])[0], size) <= 1.0000001

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -38,6 +39,23 @@ class Item:
     text: Text
     reference: str = ""
     options: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the text."""
+        return hashlib.sha256(f"{self.text.kind}\n".encode() + self.text.encode()).hexdigest()
+
+
+class AskedItem(Item):
+    """An item that was asked before, of whose text only the hash is at hand."""
+
+    def __init__(self, id: str, image: str, digest: str) -> None:
+        super().__init__(id, image, Text(()), digest)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the text that was asked."""
+        return self.reference
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,8 @@ Mode = Literal["generate", "rank", "likelihood", "retrieve"]
 class Benchmark(Options, ABC):
     """A benchmark's options and rules; `version` changes whenever its scores do.
 
-    `asks` selects the template, and `headlines` are the metrics that a summary shows.
+    `asks` selects the template, and `headlines` are the metrics that a summary shows. `asks_cache` says
+    that questions are texts of the cache.
 
     Args:
         silo: Silo that holds the images; by default the benchmark's own name where there is such a cache.
@@ -83,6 +102,7 @@ class Benchmark(Options, ABC):
 
     version: ClassVar[int]
     asks: ClassVar[Asks] = "question"
+    asks_cache: ClassVar[bool] = False
     headlines: ClassVar[tuple[str, ...]]
 
     silo: str | None = None
@@ -126,6 +146,14 @@ class Benchmark(Options, ABC):
         """Files for the official evaluation, by name."""
         return {}
 
+    def evidence(self) -> Any:
+        """What scores depend on besides options, references and answers, as JSON."""
+        return None
+
+    def remarks(self, said: Sequence[str]) -> tuple[dict[str, int], str | None]:
+        """What scores do not show about answers in words: counts, and a warning where there is cause."""
+        return {}, None
+
     def unpack(self, folder: Path) -> None:
         """Write images that are inside the benchmark's own files."""
 
@@ -152,6 +180,16 @@ class Choice(Benchmark, ABC):
     def settings(self) -> dict[str, str]:
         """Ranked answers are not what the official rule scores."""
         return {"answers": "likeliest option"} if self.rank else {}
+
+
+def undecided(flags: Sequence[bool], taken: str, *, rank: bool) -> tuple[dict[str, int], str | None]:
+    """Remarks on yes/no answers that are neither, which the rule takes for something all the same."""
+    number = sum(flags)
+    if rank or not number:
+        return {}, None
+    return {"undecided answers": number}, (
+        f"answers that say neither yes nor no are taken {taken}; 'rank = true' chooses the likelier word"
+    )
 
 
 BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "evaluate.benchmarks")
@@ -245,6 +283,9 @@ def collect(
     def encodable(entry: Any, place: str) -> Item | None:
         item = make(entry, place)
         if item is not None:
+            image = PurePath(item.image)
+            if image.is_absolute() or ".." in image.parts:
+                raise UserError(f"{place}: image '{item.image}' is outside of the folder of images")
             f"{item.id}{item.image}{item.reference}".encode()
             item.text.encode()
         return item
@@ -286,6 +327,21 @@ def strings(entry: Any, name: str, place: str) -> list[str]:
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
         raise UserError(f"{place}: '{name}' is no list of texts")
     return values
+
+
+def annotators(answers: list[str], place: str) -> list[str]:
+    """The answers of people to one question, of whom leave-one-out accuracy wants at least four.
+
+    Raises:
+        UserError: They are fewer, so that even the right answer would not get full marks.
+    """
+    if len(answers) < 4:
+        raise UserError(
+            f"{place}: {len(answers)} answers instead of ten; this benchmark's rule compares an answer with "
+            "three others, so the right one would not count as 1; use name = 'gqa' (exact match) for data "
+            "with one answer a question"
+        )
+    return answers
 
 
 def file_name(pattern: str, image_id: Any) -> str:

@@ -24,9 +24,12 @@ from evaluate.benchmarks.base import (
     to_json,
 )
 from evaluate.caption_files import Captioned, captioned_images
-from evaluate.captioning import bleu, bleu_score, caption_tokens, cider_d, object_matches, rouge_l
+from evaluate.captioning import bleu, bleu_score, cider_d, object_matches, rouge_l
+from evaluate.ptb import caption_tokens
 from pipeline.cache import FeatureCache
 from pipeline.prompts import CAPTION_PROMPT, question
+
+_ENOUGH = 20
 
 
 @BENCHMARKS.register("captions")
@@ -39,7 +42,7 @@ class Captions(Benchmark):
         object_pattern: Regular expression of the object names whose F1 is reported.
     """
 
-    version = 2
+    version = 3
     asks = "caption"
     headlines = ("object F1", "CIDEr-D")
 
@@ -86,6 +89,17 @@ class Captions(Benchmark):
         exact = [float(text in texts) for text, texts in zip(tokens, reference_tokens, strict=True)]
         metrics["exact match"] = averaged(items, exact)
         return metrics
+
+    def remarks(self, said: Sequence[str]) -> tuple[dict[str, int], str | None]:
+        """How many captions are different; few are a sign that pictures are not looked at."""
+        different = len(set(said))
+        warning = None
+        if len(said) >= _ENOUGH and different < len(said) / 10:
+            warning = (
+                f"only {different} different captions of {len(said)}: the model may not look at pictures; "
+                "compare a held-out loss with 'shuffled = true'"
+            )
+        return {"distinct answers": different}, warning
 
     def submissions(self, items: Sequence[Item], answers: Answers) -> dict[str, bytes]:
         """A results file as coco-caption reads it."""

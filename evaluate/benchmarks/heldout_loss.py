@@ -11,6 +11,10 @@ from evaluate.benchmarks.base import BENCHMARKS, Answers, Benchmark, Item, Metri
 from pipeline.cache import FeatureCache
 from pipeline.errors import UserError
 
+_SHUFFLED = "loss, pictures shuffled"
+_OTHERS = 500
+_ELSEWHERE = " elsewhere"
+
 
 @BENCHMARKS.register("heldout_loss")
 class HeldoutLoss(Benchmark):
@@ -18,13 +22,17 @@ class HeldoutLoss(Benchmark):
 
     Args:
         split: Texts of which split of the cache.
+        shuffled: Measure 500 of the texts also before a picture that is not theirs. A model that looks at
+            pictures loses by it; one that has learnt the texts' form alone does not.
     """
 
     version = 1
     asks = "caption"
-    headlines = ("loss",)
+    asks_cache = True
+    headlines = ("loss", _SHUFFLED)
 
     split: Literal["validation", "test"] = "test"
+    shuffled: bool = False
 
     @property
     def mode(self) -> Mode:
@@ -41,9 +49,26 @@ class HeldoutLoss(Benchmark):
                 f"{cache.path}: no text of split '{self.split}'; set split = '{self.split}' on the "
                 "silo's source and extract it again"
             )
-        return [Item(str(index), cache.ids[cache.text_image[index]], cache.text(index)) for index in indices]
+        own = [Item(str(index), cache.ids[cache.text_image[index]], cache.text(index)) for index in indices]
+        return [*own, *(_elsewhere(own) if self.shuffled else [])]
 
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """Answers are (summed loss, supervised tokens)."""
-        statistics = np.array([answers[item.id] for item in items], float).reshape(-1, 2)
-        return {"loss": Metric([item.image for item in items], statistics, mean)}
+        metrics = {}
+        for name, wanted in (("loss", False), (_SHUFFLED, True)):
+            inside = [item for item in items if item.id.endswith(_ELSEWHERE) is wanted]
+            statistics = np.array([answers[item.id] for item in inside], float).reshape(-1, 2)
+            if inside:
+                metrics[name] = Metric([item.image for item in inside], statistics, mean)
+        return metrics
+
+
+def _elsewhere(items: Sequence[Item]) -> list[Item]:
+    """Texts, spread evenly, before the picture half the list away; none where that is their own."""
+    step, half = -(-len(items) // _OTHERS), len(items) // 2
+    others = [items[(place + half) % len(items)] for place in range(0, len(items), step)]
+    return [
+        Item(item.id + _ELSEWHERE, other.image, item.text)
+        for item, other in zip(items[::step], others, strict=True)
+        if other.image != item.image
+    ]

@@ -92,6 +92,10 @@ class MmVet(Benchmark):
             metrics[f"integration {'_'.join(together)}"] = metric(inside)
         return metrics
 
+    def evidence(self) -> Any:
+        """The judge's grades."""
+        return None if self.grades is None else read_json_file(self.grades, "MM-Vet grades")
+
     def submissions(self, items: Sequence[Item], answers: Answers) -> dict[str, bytes]:
         """What the official evaluator grades."""
         return {"mm_vet.json": to_json({item.id: str(answers[item.id]) for item in items})}

@@ -30,13 +30,14 @@ from evaluate.benchmarks.base import (
 from evaluate.metrics import mmbench_option
 from evaluate.spreadsheet import spreadsheet
 from pipeline.cache import FeatureCache
-from pipeline.errors import UserError
+from pipeline.console import say
+from pipeline.errors import UserError, one_line
 from pipeline.manifest import write_atomic
 from pipeline.prompts import question
 
-_LETTERS = "ABCD"
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_OFFICIAL = 4
 _ROTATION = 1_000_000
-_SUBMITTED = ("index", "question", *_LETTERS, "prediction")
 # What pandas, with which the official code reads the file, takes for no value.
 _NONE = frozenset(["", *"#N/A,#N/A N/A,#NA,-1.#IND,-1.#QNAN,-NaN,-nan,1.#IND,1.#QNAN,<NA>".split(",")]) | {
     *"N/A,NA,NULL,NaN,None,n/a,nan,null".split(",")
@@ -78,7 +79,7 @@ class MmBench(Choice):
             ) from None
 
     def _item(self, row: Any, place: str) -> Item:
-        index = int(field(row, "index", place))
+        index = _index(row, place)
         choices = {
             letter: row[letter]
             for letter in _LETTERS
@@ -90,6 +91,8 @@ class MmBench(Choice):
         answer = row.get("answer") or ""
         if not shown or answer not in (*_LETTERS, *_NONE):
             raise UserError(f"{place}: no options, or the answer {answer!r} is no letter")
+        if answer not in (*choices, *_NONE):
+            raise UserError(f"{place}: the answer {answer!r} is none of the options {', '.join(choices)}")
         hint = row.get("hint") or ""
         asked = [hint] if hint not in _NONE and hint.lower() != "none" else []
         asked += [field(row, "question", place), *(f"{letter}. {choices[letter]}" for letter in shown)]
@@ -104,15 +107,22 @@ class MmBench(Choice):
         return Item(str(index), _image(row, index), text, json.dumps(truth), tuple(shown))
 
     def unpack(self, folder: Path) -> None:
-        """Write the images of the TSV as `<index>.jpg`; what is there stays."""
-        for _, row in self._rows():
-            path = folder / f"{row.get('index')}.jpg"
-            data = row.get("image") or ""
-            if not data.isdigit() and not path.is_file():
-                try:
-                    write_atomic(path, base64.b64decode(data, validate=True))
-                except binascii.Error:
-                    continue  # extraction will find it missing and say so
+        """Write the images of the TSV as `<index>.jpg`; what is there stays, what is no base64 is said."""
+        bad = []
+        for place, row in self._rows():
+            data = "".join((row.get("image") or "").split())
+            if data.isdigit():
+                continue
+            try:
+                path = folder / f"{_index(row, place)}.jpg"
+                content = base64.b64decode(data, validate=True)
+            except (UserError, binascii.Error) as error:
+                bad.append(f"{place}: {one_line(error)}")
+                continue
+            if not path.is_file():
+                write_atomic(path, content)
+        if bad:
+            say(f"{self.path}: {len(bad)} images are not base64 and are left out (first: {bad[0]})")
 
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """Undecided answers count as wrong; how many there are is a metric of its own."""
@@ -156,18 +166,32 @@ class MmBench(Choice):
     def submissions(self, items: Sequence[Item], answers: Answers) -> dict[str, bytes]:
         """The spreadsheet of the evaluation server."""
         rows = []
+        most = max((len(json.loads(item.reference)["choices"]) for item in items), default=0)
+        letters = _LETTERS[: max(_OFFICIAL, most)]
         for item in items:
             truth = json.loads(item.reference)
-            options = [truth["choices"].get(letter, "") for letter in _LETTERS]
+            options = [truth["choices"].get(letter, "") for letter in letters]
             rows.append([int(item.id), truth["question"], *options, str(answers[item.id])])
-        return {"mmbench.xlsx": spreadsheet(_SUBMITTED, rows)}
+        return {"mmbench.xlsx": spreadsheet(("index", "question", *letters, "prediction"), rows)}
 
     def show_reference(self, item: Item) -> str:
         """The letter."""
         return str(json.loads(item.reference)["answer"])
 
 
+def _index(row: Any, place: str) -> int:
+    """A row's number, which names its image's file.
+
+    Raises:
+        UserError: It is no number.
+    """
+    index = str(field(row, "index", place)).strip()
+    if not (index.isascii() and index.isdigit()):
+        raise UserError(f"{place}: index {index!r} is no number")
+    return int(index)
+
+
 def _image(row: dict[str, str], index: int) -> str:
     """An image is in its row, or the row names the one that has it."""
-    image = row.get("image") or ""
+    image = (row.get("image") or "").strip()
     return f"{int(image)}.jpg" if image.isdigit() else f"{index}.jpg"

@@ -21,6 +21,7 @@ from evaluate.benchmarks.base import (
     collect,
     ratio,
     read_text_file,
+    undecided,
 )
 from evaluate.metrics import mme_label
 from pipeline.cache import FeatureCache
@@ -63,7 +64,14 @@ class Mme(Choice):
         """Two questions an image; ids are `category/image#line`."""
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such folder; set 'path' to MME_Benchmark_release_version")
-        return collect(self._lines(), self._item)
+        found = collect(self._lines(), self._item)
+        if not found:
+            raise UserError(
+                f"{self.path}: no questions of MME; expected CATEGORY/NAME.txt beside NAME.jpg or NAME.png, "
+                "or CATEGORY/questions_answers_YN/NAME.txt and CATEGORY/images/NAME.jpg, with a question, "
+                f"a tab and Yes or No on each of two lines; categories: {', '.join(PERCEPTION + COGNITION)}"
+            )
+        return found
 
     def _lines(self) -> Iterator[tuple[str, Any]]:
         for category in (*PERCEPTION, *COGNITION):
@@ -126,6 +134,10 @@ class Mme(Choice):
     def points(self, items: Sequence[Item], answers: Answers) -> list[float]:
         """1 for the right word."""
         return [float(mme_label(str(answers[item.id])) == item.reference) for item in items]
+
+    def remarks(self, said: Sequence[str]) -> tuple[dict[str, int], str | None]:
+        """Answers that say neither yes nor no."""
+        return undecided([mme_label(each) == "other" for each in said], "for wrong", rank=self.rank)
 
 
 def _category(sums: np.ndarray) -> np.ndarray:

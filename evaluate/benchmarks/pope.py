@@ -23,8 +23,9 @@ from evaluate.benchmarks.base import (
     json_lines,
     ratio,
     string,
+    undecided,
 )
-from evaluate.metrics import pope_label
+from evaluate.metrics import pope_decides, pope_label
 from pipeline.cache import FeatureCache
 from pipeline.errors import UserError
 from pipeline.prompts import question
@@ -84,6 +85,10 @@ class Pope(Choice):
     def points(self, items: Sequence[Item], answers: Answers) -> list[float]:
         """1 for the right word."""
         return [float(pope_label(str(answers[item.id])) == item.reference) for item in items]
+
+    def remarks(self, said: Sequence[str]) -> tuple[dict[str, int], str | None]:
+        """Answers that say neither yes nor no."""
+        return undecided([not pope_decides(each) for each in said], "for yes", rank=self.rank)
 
 
 def _f1(sums: np.ndarray) -> np.ndarray:

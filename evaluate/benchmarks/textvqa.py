@@ -15,6 +15,7 @@ from evaluate.benchmarks.base import (
     Item,
     Metric,
     Problem,
+    annotators,
     attempt,
     averaged,
     collect,
@@ -90,7 +91,7 @@ class TextVqa(Benchmark):
                 str(field(entry, "question_id", place)),
                 file_name(self.image_name, image),
                 question(prompt),
-                json.dumps(strings(entry, "answers", place)),
+                json.dumps(annotators(strings(entry, "answers", place), place)),
             )
 
         return problems + collect(entries(self.annotations, "TextVQA annotations", "data"), make)

@@ -15,6 +15,7 @@ from evaluate.benchmarks.base import (
     Item,
     Metric,
     Problem,
+    annotators,
     averaged,
     averaged_by,
     collect,
@@ -51,7 +52,7 @@ class VizWiz(Benchmark):
             truth = None
             if "answers" in entry:
                 given = [string(each, "answer", place) for each in entry["answers"]]
-                truth = {"answers": given, "type": str(entry.get("answer_type", "other"))}
+                truth = {"answers": annotators(given, place), "type": str(entry.get("answer_type", "other"))}
             text = question(string(entry, "question", place) + _HINT + SHORT_ANSWER)
             return Item(image, image, text, json.dumps(truth))
 

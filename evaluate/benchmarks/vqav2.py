@@ -15,6 +15,7 @@ from evaluate.benchmarks.base import (
     Item,
     Metric,
     Problem,
+    annotators,
     attempt,
     averaged,
     averaged_by,
@@ -121,9 +122,9 @@ class VqaV2(Benchmark):
 
 def _truth(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
     """The question's id, and what the score needs of an annotation."""
-    annotators = field(entry, "answers", place)
+    given = field(entry, "answers", place)
     return str(field(entry, "question_id", place)), {
-        "answers": [string(each, "answer", place) for each in annotators],
-        "numbered": all("answer_id" in each for each in annotators),
+        "answers": annotators([string(each, "answer", place) for each in given], place),
+        "numbered": all("answer_id" in each for each in given),
         "type": str(entry.get("answer_type", "other")),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +269,7 @@ def unpack(
 @cache.command()
 @click.argument("path", type=_PATH)
 @click.option("--out", type=_PATH, required=True, help="Folder of the new cache.")
-@click.option("--ids", type=click.File(encoding="utf-8"), help="File with one image id a line.")
+@click.option("--ids", type=click.File(encoding="utf-8-sig"), help="File with one image id a line.")
 @click.option("--split", help="Only texts of this split, and images that have one.")
 @click.option("--number", type=click.IntRange(min=1), help="So many readable images, drawn at random.")
 @click.option("--seed", default=0, show_default=True, help="Decides which.")
@@ -340,7 +341,8 @@ def merge(paths: tuple[Path, ...], out: Path, prefix: bool) -> None:
 
 
 def _print(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    # Names from elsewhere: no control character among them reaches a terminal.
+    click.echo(json.dumps(value, indent=2, ensure_ascii=sys.stdout.isatty()))
 
 
 def _spoken(digest: str) -> str:

@@ -1,0 +1,83 @@
+"""The run that is judged: its manifest, and its projectors as they really are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.cache import FeatureCache
+from pipeline.config import Experiment
+from pipeline.errors import UserError
+from pipeline.identity import language_identity, run_differences, run_identity
+from pipeline.manifest import read_json
+from pipeline.projectors.base import Projector
+
+
+def read_manifest(experiment: Experiment, *, asking: bool = True) -> dict[str, Any]:
+    """The finished run's manifest.
+
+    Args:
+        experiment: The run.
+        asking: Whether the LLM is to be asked. If not it need not be here, nor the device that it ran on;
+            one that is here must still be the run's.
+
+    Raises:
+        UserError: The run is not finished, or was trained with another configuration or LLM.
+    """
+    path = experiment.run_path
+    manifest: dict[str, Any] | None = read_json(path / "manifest.json")
+    if manifest is None:
+        raise UserError(f"{path}: no finished run here; run 'fedcmp federate' first")
+    found = manifest.get("identity", {})
+    ours = run_identity(experiment, None if asking else _recalled(experiment, found.get("language", {})))
+    changed = run_differences(ours, found)
+    if changed:
+        raise UserError(
+            f"{path}: trained with another configuration ({'; '.join(changed)}); run 'fedcmp federate' again"
+        )
+    return manifest
+
+
+def _recalled(experiment: Experiment, trained: dict[str, Any]) -> dict[str, Any]:
+    """The LLM's identity where it is here, else that of the run; dtypes are the asking machine's."""
+    if not experiment.language.path.is_dir():
+        return trained
+    here = language_identity(experiment.model_copy(update={"device": "cpu"}))
+    return here | {"dtype": trained.get("dtype")}
+
+
+def judged(manifest: dict[str, Any]) -> list[str]:
+    """The projectors a run is judged by: its silos' own where it has such, else the global one."""
+    names = list(manifest["projectors"])
+    return [name for name in names if name.startswith("silos/")] or names
+
+
+def require_encoding(experiment: Experiment, cache: FeatureCache, manifest: dict[str, Any]) -> None:
+    """A run sees only features such as those it was trained on.
+
+    Raises:
+        UserError: The cache's are others.
+    """
+    if cache.cache_key != manifest["cache_key"]:
+        raise UserError(
+            f"{cache.path}: encoded in another way than the silos of {experiment.run_path}; "
+            "extract it with the run's configuration"
+        )
+
+
+def own_projector(experiment: Experiment, manifest: dict[str, Any], name: str) -> Projector:
+    """A projector of a run, by its file's name within it.
+
+    Raises:
+        UserError: The file is missing, damaged, or holds other weights than the run ended with.
+    """
+    from pipeline.projector import content_hash, load_projector
+
+    path = experiment.run_path / name
+    projector, state = load_projector(path)
+    found, wanted = content_hash(state), manifest["projectors"][name]
+    if found != wanted:
+        raise UserError(
+            f"{path}: not the weights that this run ended with ({found[:12]} instead of {wanted[:12]}); "
+            "put its own file back, or remove the run's manifest.json and run 'fedcmp federate' again"
+        )
+    return projector

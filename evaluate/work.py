@@ -1,0 +1,212 @@
+"""What a benchmark asks a run: its questions, each with the key that its answer is saved under.
+
+What was asked is saved beside the answers, so that scoring and comparing need neither caches nor models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluate.benchmarks.base import BENCHMARKS, AskedItem, Benchmark, Item, Problem
+from pipeline.cache import FeatureCache, open_cache
+from pipeline.cache.format import QUANT_ARRAYS, shard_name
+from pipeline.config import Experiment
+from pipeline.errors import UserError, did_you_mean
+from pipeline.manifest import fingerprint, read_json, write_json
+
+FORMAT = {"name": "fedcmp-asked", "version": 1}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One benchmark of one run.
+
+    Attributes:
+        name: The benchmark's name in the configuration.
+        benchmark: Its options and rules.
+        items: What is asked.
+        keys: Hash of all that decides an item's answer besides the model, by the item's id.
+        missing: Items whose image has no features. Neither these nor the next two are asked or scored.
+        duplicates: Items whose id came before.
+        problems: Entries of the files that cannot be asked.
+    """
+
+    name: str
+    benchmark: Benchmark
+    items: list[Item]
+    keys: dict[str, str]
+    missing: int
+    duplicates: int
+    problems: list[str]
+
+
+def benchmarks_of(experiment: Experiment, only: tuple[str, ...] = ()) -> dict[str, Benchmark]:
+    """The configured benchmarks, by name.
+
+    Raises:
+        UserError: None is configured, or a name is unknown.
+    """
+    components = experiment.evaluate.benchmarks
+    if not components:
+        raise UserError("evaluate.benchmarks is empty; add a table [evaluate.benchmarks.NAME]")
+    for name in only:
+        if name not in components:
+            raise UserError(f"--benchmark {name}: not configured{did_you_mean(name, components)}")
+    return {
+        name: BENCHMARKS.build(component, f"evaluate.benchmarks.{name}")
+        for name, component in components.items()
+        if not only or name in only
+    }
+
+
+def cache_of(experiment: Experiment, name: str, benchmark: Benchmark) -> FeatureCache:
+    """The features of a benchmark's images: the silo it names, else its own, else that of all benchmarks.
+
+    Raises:
+        UserError: There are none.
+    """
+    own = name if experiment.cache_path(name).exists() else None
+    silo = benchmark.silo or own or experiment.evaluate.silo
+    if silo is None:
+        raise UserError(
+            f"benchmark '{name}' has no cached images; extract them: fedcmp extract CONFIG "
+            f"--benchmark {name} --images FOLDER"
+        )
+    return open_cache(experiment, silo)
+
+
+def prepare(experiment: Experiment, name: str, benchmark: Benchmark, cache: FeatureCache) -> Work:
+    """Read a benchmark's files, match its images with the cache, and save what is asked.
+
+    Raises:
+        UserError: There is nothing to ask, or no image has features.
+    """
+    contents = _contents(cache)
+    items, duplicates, problems = _questions(name, benchmark, cache)
+    asked = [item for item in items if item.image in contents]
+    if not asked:
+        raise UserError(
+            f"benchmark '{name}': none of its images (first: '{items[0].image}') is in {cache.path}; "
+            f"extract them: fedcmp extract CONFIG --benchmark {name} --images FOLDER"
+        )
+    keys = _keys(experiment, benchmark, asked, contents)
+    record = {
+        "format": FORMAT,
+        "features": {item.image: contents.get(item.image) for item in items},
+        "texts": [[item.id, item.image, item.digest] for item in asked] if benchmark.asks_cache else None,
+    }
+    path = _asked_path(experiment, name)
+    if read_json(path) != record:
+        write_json(path, record)
+    return Work(name, benchmark, asked, keys, len(items) - len(asked), duplicates, problems)
+
+
+def recall(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
+    """What was asked, from the benchmark's files and what `prepare` saved.
+
+    Raises:
+        UserError: It was not asked yet, or a cache that is here has other features than those asked about.
+    """
+    place = f"{experiment.run}, {name}"
+    record = read_json(_asked_path(experiment, name))
+    if record is None or record.get("format") != FORMAT:
+        raise UserError(f"{place}: not asked yet, its answers are missing; run 'fedcmp evaluate' first")
+    contents: dict[str, str | None] = record["features"]
+    cache = _cache_here(experiment, name, benchmark)
+    if cache is not None:
+        here = _contents(cache)
+        changed = [image for image, content in contents.items() if here.get(image) != content]
+        if changed:
+            raise UserError(
+                f"{place}: {len(changed)} images (first: '{changed[0]}') have other features in {cache.path} "
+                "than were asked about; run 'fedcmp evaluate' again"
+            )
+    known = {image: content for image, content in contents.items() if content is not None}
+    if record["texts"] is not None and cache is None:
+        items: list[Item] = [AskedItem(*entry) for entry in record["texts"]]
+        duplicates, problems = 0, list[str]()
+    else:
+        items, duplicates, problems = _questions(name, benchmark, cache)
+    never = [item.image for item in items if item.image not in contents]
+    if never:
+        raise UserError(
+            f"{place}: {len(never)} questions were not asked yet, their answers are missing (first image: "
+            f"'{never[0]}'); run 'fedcmp evaluate' again"
+        )
+    asked = [item for item in items if item.image in known]
+    keys = _keys(experiment, benchmark, asked, known)
+    return Work(name, benchmark, asked, keys, len(items) - len(asked), duplicates, problems)
+
+
+def rows_of(cache: FeatureCache) -> dict[str, int]:
+    """The row of every image that has features."""
+    return {image: row for row, image in enumerate(cache.ids) if cache.status[row] == 0}
+
+
+def _asked_path(experiment: Experiment, name: str) -> Path:
+    return experiment.scores_path / "asked" / f"{name}.json"
+
+
+def _cache_here(experiment: Experiment, name: str, benchmark: Benchmark) -> FeatureCache | None:
+    """The cache where it lies on this machine; nothing is fetched."""
+    local = experiment.model_copy(update={"store": None})
+    silo = benchmark.silo or (name if local.cache_path(name).exists() else experiment.evaluate.silo)
+    if silo is None:
+        return None
+    path = local.cache_path(silo)
+    packed = path.with_name(f"{path.name}.zip")
+    return cache_of(local, name, benchmark) if path.exists() or packed.is_file() else None
+
+
+def _contents(cache: FeatureCache) -> dict[str, str]:
+    """A hash of every image's features: of the shard that has them, the place in it, and what they mean."""
+    files = cache.manifest["files"]
+    quantiser = [files[name] for name in sorted(files) if name.startswith(tuple(QUANT_ARRAYS))]
+    meaning = [cache.manifest["dtype"], cache.patches, cache.d_vision, quantiser]
+    places = {image: divmod(row, cache.manifest["shard_images"]) for image, row in rows_of(cache).items()}
+    return {
+        image: fingerprint([meaning, files[shard_name(shard)][1], place])
+        for image, (shard, place) in places.items()
+    }
+
+
+def _questions(
+    name: str, benchmark: Benchmark, cache: FeatureCache | None
+) -> tuple[list[Item], int, list[str]]:
+    """Items with an id of their own, the number of those without, and why others cannot be asked."""
+    found = benchmark.items(cache)
+    problems = [each.reason for each in found if isinstance(each, Problem)]
+    listed = [each for each in found if isinstance(each, Item)]
+    if not listed:
+        why = f"; {problems[0]}" if problems else ""
+        raise UserError(f"benchmark '{name}': its files hold no question{why}")
+    unique: dict[str, Item] = {}
+    for item in listed:
+        unique.setdefault(item.id, item)
+    return list(unique.values()), len(listed) - len(unique), problems
+
+
+def _keys(
+    experiment: Experiment, benchmark: Benchmark, items: Sequence[Item], contents: Mapping[str, str]
+) -> dict[str, str]:
+    """A hash of everything about an item that decides its answer, by its id."""
+    language, mode = experiment.language, benchmark.mode
+    settings: dict[str, object] = {
+        "mode": mode,
+        "template": language.template if benchmark.asks == "caption" else language.question_template,
+        "max_length": language.max_length,
+        "max_new_tokens": benchmark.max_new_tokens if mode == "generate" else None,
+    }
+    alone: dict[str, list[object]] = {}
+    for item in items:
+        alone[item.id] = [contents[item.image], item.digest]
+        if mode == "rank":
+            alone[item.id] += item.options
+        elif mode == "retrieve":
+            alone[item.id] += [item.id, item.reference]
+    if mode == "retrieve":
+        # What is retrieved depends on all the rest.
+        settings["among"] = fingerprint(list(alone.values()))
+    return {name: fingerprint([settings, *each]) for name, each in alone.items()}
