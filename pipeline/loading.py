@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import UserError
 from pipeline.saved_model import why_unloadable
 
+_PROBE = "Is there a dog? Two 650841823 don't,  über\n\tof 2023: x-ray L4/5, 12.5 mm.\n"
 _TOKENIZER_FILES = ("tokenizer*", "*.model", "vocab*", "merges.txt", "*.tiktoken", "tekken.json")
 
 
@@ -41,7 +49,37 @@ def load_tokenizer(path: Path) -> Any:
             f"language.path = {path}: {type(tokenizer).__name__} is no fast tokenizer, which says where each "
             "token ends in a text; add a tokenizer.json"
         )
-    return tokenizer
+    return _as_written(path, tokenizer)
+
+
+def _as_written(path: Path, tokenizer: Any) -> Any:
+    """The tokenizer if it splits words as its tokenizer.json says, else one made from that file alone.
+
+    The class that transformers 5 takes for a type of model may put its own rules in place of the file's:
+    spaces and numbers of OLMo 2, Yi or DeepSeek's Llamas become other tokens without a word
+    (huggingface/transformers issues 45488 and 45920).
+
+    Raises:
+        UserError: Neither splits words so.
+    """
+    file = path / "tokenizer.json"
+    if not file.is_file() or _splits_as(file, tokenizer):
+        return tokenizer
+    plain: Any = PreTrainedTokenizerFast.from_pretrained(path)
+    if not _splits_as(file, plain):
+        raise UserError(
+            f"language.path = {path}: {type(tokenizer).__name__} splits words in another way than "
+            "tokenizer.json says; set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json"
+        )
+    return plain
+
+
+def _splits_as(file: Path, tokenizer: Any) -> bool:
+    raw = Tokenizer.from_file(str(file))
+    raw.no_padding()
+    raw.no_truncation()
+    wanted = raw.encode(_PROBE, add_special_tokens=False).ids
+    return bool(tokenizer(_PROBE, add_special_tokens=False)["input_ids"] == wanted)
 
 
 def load_model(path: Path, *, dtype: str, device: str, quantize: str, device_map: str) -> tuple[Any, bool]:

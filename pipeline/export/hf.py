@@ -17,6 +17,7 @@ from pipeline.console import say
 from pipeline.errors import UserError
 from pipeline.export.rope import with_older_rope
 from pipeline.export.subject import Subject
+from pipeline.loading import load_tokenizer
 from pipeline.manifest import read_json, write_json
 from pipeline.projector import State
 from pipeline.projectors.linear import LinearProjector
@@ -230,9 +231,9 @@ def _loaded(kind: Any, path: Path, option: str) -> Any:
 
 def _tokenizer(language: Path) -> PreTrainedTokenizerBase:
     """The LLM's tokenizer, with a token for pictures."""
-    from transformers import AddedToken, AutoTokenizer
+    from transformers import AddedToken
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(language, trust_remote_code=False)
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(language)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         token = AddedToken(IMAGE_TOKEN, normalized=False, special=True)
         tokenizer.add_tokens([token], special_tokens=True)
@@ -364,7 +365,7 @@ def _compare_prompts(out: Path, language: Path, template: str, image: int) -> No
 
     with _quiet():
         written: Any = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
-        own: Any = AutoTokenizer.from_pretrained(language, trust_remote_code=False)
+        own = load_tokenizer(language)
     asked = tokenise(question(_QUESTION), template, own, patches=2, max_length=1_000_000)
     ours = [image if token == IMAGE_TOKEN_INDEX else token for token in asked.ids]
     content = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
