@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import caches
+import numpy as np
 import pytest
 from conftest import write_llava
 from test_extract import config, run
@@ -163,3 +164,26 @@ def test_texts_of_failed_pictures_do_not_count(tmp_path: Path, clip_dir: Path, l
     assert "one: 1 text on pictures without features, not used" in result.output
     row = next(line for line in result.output.splitlines() if line.startswith("│ one"))
     assert [cell.strip() for cell in row.split("│")][2:5] == ["8", "8", "1"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "open"), OSError("file read failed: errno = 5, error")]
+)
+def test_a_failing_disk_below_hdf5_stops_the_run(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import h5py
+
+    from extract.sources import hdf5
+
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["images"] = np.zeros((3, 4, 4, 3), np.uint8)
+    source = hdf5.Hdf5(path=tmp_path / "a.h5")
+    assert len(list(source.records())) == 3
+
+    def fail(*args: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(hdf5.Hdf5, "_records", fail)
+    with pytest.raises(UserError, match="mend that and rerun to go on"):
+        list(source.records())
