@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import caches
 
-from pipeline.cache import writer as writing
+from pipeline.cache.stream import stream_shard
 from pipeline.handover.pack import pack
 from pipeline.handover.unpack import unpack
 from pipeline.handover.verify import verify
@@ -120,10 +120,10 @@ def bench_write(root: Path, images: int, rounds: int) -> dict[str, list[float]]:
             mock.patch.object(os, "fdatasync"),
             mock.patch.object(hashlib, "sha256", Unhashed),
         ):
-            writing.stream_shard(root / "shard", stored, images)
+            stream_shard(root / "shard", stored, images)
 
     def whole() -> None:
-        writing.stream_shard(root / "shard", stored, images)
+        stream_shard(root / "shard", stored, images)
 
     ways: dict[str, tuple[Callable[[], None], int]] = {
         "raw write": (lambda: raw(False), images),

@@ -25,7 +25,8 @@ from conftest import ROOT, digest, picture
 
 from pipeline.cache import CorruptCacheError, FeatureCache
 from pipeline.cache.format import crc, crc_bytes, rendered, sealed
-from pipeline.cache.writer import file_table, stream_shard
+from pipeline.cache.stream import stream_shard
+from pipeline.cache.writer import file_table
 from pipeline.errors import UserError
 from pipeline.handover.pack import pack
 from pipeline.handover.unpack import unpack

@@ -36,15 +36,15 @@ class CentreCrop:
         return (self.edge, long) if size[0] <= size[1] else (long, self.edge)
 
     def is_needed(self, size: tuple[int, int]) -> bool:
-        """Whether a picture is so elongated that it would be large when resized."""
+        """Whether a picture is so elongated that it would be enlarged beyond measure."""
         width, height = self.resized(size)
-        return width * height > _LARGE
+        return min(size) < self.edge and width * height > _LARGE
 
     def centre(self, image: Image.Image) -> Image.Image:
         """The very pixels of `image.resize(...)` cut out of its centre.
 
-        Pillow resizes rows first and then each column on its own, so columns that are cut off need
-        not be resized, and the others can be resized a few at a time.
+        Pillow enlarges rows first and then each column on its own, so columns that are cut off need
+        not be enlarged, and the others can be a few at a time.
 
         Raises:
             ValueError: It would still take too much memory or time.

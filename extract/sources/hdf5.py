@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from extract.shortage import shortage
 from extract.sources.base import SOURCES, Skipped, Source, stat_files, texts_of
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import Record
 
 _ROWS_AT_ONCE = 32
+# How HDF5 quotes an error of the system, where damage has none.
+_SYSTEM = re.compile(r"errno = [1-9]")
 
 
 @SOURCES.register("hdf5")
@@ -54,7 +58,13 @@ class Hdf5(Source):
                         try:
                             yield from self._records(images, others, range(number, number + 1), seen)
                         except OSError as error:
-                            yield Skipped(f"{self.path}[{number}]", f"damaged: {error}")
+                            place = f"{self.path}[{number}]"
+                            if shortage(error) or _SYSTEM.search(str(error)):
+                                # It may pass, and a hole in the cache would stay.
+                                raise UserError(
+                                    f"{place}: cannot be read ({error}); mend that and rerun to go on"
+                                ) from None
+                            yield Skipped(place, f"damaged: {error}")
 
     def _records(
         self, images: Any, others: dict[str, Any], numbers: range, seen: set[str]

@@ -126,8 +126,8 @@ class WebDataset(Source):
             if not pictures:
                 yield Skipped(
                     place,
-                    f"no image ({', '.join(IMAGE_SUFFIXES)}) in the sample; the files of a sample must stand "
-                    f"together in the shard (tar --sort=name), and {_KEY}",
+                    "no image in the sample; the files of a sample must stand together in the shard (tar "
+                    f"--sort=name), and {_KEY}",
                 )
             return
         beside.update((shard, left_out) for left_out in pictures if left_out != suffix)

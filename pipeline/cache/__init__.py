@@ -8,7 +8,7 @@
       quant/{channel_mean,channel_step}   of int8 features only
 
 Feature shards are written and read here directly, as `sharding_indexed` files with crc32c, because
-one streaming write and one mmap are several times faster than zarr-python on the same bytes. An
+one streaming write and one read are several times faster than zarr-python on the same bytes. An
 unfinished cache lives in `<silo>.zarr.partial` with one record a finished shard in `_done/`, and
 is renamed when it is whole.
 """

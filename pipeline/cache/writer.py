@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import re
 import shutil
 import uuid
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from pipeline.cache.format import (
-    ABSENT,
-    CRC_BYTES,
     FORMAT,
-    INDEX_DTYPE,
     STATUS,
     STORAGE,
     Identity,
     Row,
-    crc,
-    crc_bytes,
     packed,
     rendered,
     sealed,
@@ -36,14 +29,12 @@ from pipeline.cache.format import (
 )
 from pipeline.cache.int8 import Quantiser
 from pipeline.cache.reader import FeatureCache
+from pipeline.cache.stream import stream_shard
 from pipeline.cache.turns import finish_commit, lock_path, partial_path, settling, try_lock, writing
 from pipeline.errors import UserError
 from pipeline.manifest import canonical, read_json, sha256_file, sync_directory, write_atomic, write_json
 from pipeline.records import KINDS, SPLITS
 
-# Blocks are hashed by a thread of its own, at most so many after they were written.
-_BLOCK = 1 << 24
-_BEHIND = 2
 _RECORD = re.compile(r"[0-9]{5,}\.json")
 
 
@@ -298,79 +289,6 @@ def _notes(rows: Sequence[Row]) -> dict[str, Any]:
     """How many images have each note, where any has one."""
     counts = Counter(note for row in rows for note in row.notes if not row.status)
     return {"notes": dict(sorted(counts.items()))} if counts else {}
-
-
-def stream_shard(path: Path, images: Iterable[np.ndarray], shard_images: int) -> str:
-    """Write a shard durably while other threads compute its checksums and its hash.
-
-    Args:
-        path: The file.
-        images: Features of each image; at most `shard_images`, and none changed afterwards.
-        shard_images: Places in the shard's index.
-
-    Returns:
-        The file's SHA-256.
-    """
-    index = np.full((shard_images, 2), ABSENT, INDEX_DTYPE)
-    digest, offset = hashlib.sha256(), 0
-
-    def add(pieces: list[Any]) -> None:
-        for piece in pieces:
-            digest.update(piece)
-
-    with (
-        path.open("wb", buffering=0) as file,
-        ThreadPoolExecutor(1) as hasher,
-        ThreadPoolExecutor(1) as summer,
-    ):
-        hashing: deque[Future[None]] = deque()
-        block, held = list[Any](), 0
-
-        def put(*pieces: Any) -> None:
-            nonlocal block, held
-            write_all(file, pieces)
-            block += pieces
-            held += sum(len(piece) for piece in pieces)
-            if held >= _BLOCK:
-                hashing.append(hasher.submit(add, block))
-                block, held = [], 0
-            if len(hashing) > _BEHIND:
-                # The disk can work while this thread has to wait.
-                os.fdatasync(file.fileno())
-                hashing.popleft().result()
-
-        for position, (data, checksum) in enumerate(_summed(images, summer)):
-            put(data, crc_bytes(checksum.result()))
-            index[position] = offset, len(data) + CRC_BYTES
-            offset += len(data) + CRC_BYTES
-        put(index.tobytes(), crc_bytes(crc(index.tobytes())))
-        hasher.submit(add, block)
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def _summed(
-    images: Iterable[np.ndarray], summer: ThreadPoolExecutor
-) -> Iterator[tuple[np.ndarray, Future[int]]]:
-    """Bytes of every image with their crc32c, which is computed while the image before is written."""
-    waiting: list[tuple[np.ndarray, Future[int]]] = []
-    for image in images:
-        data = np.ascontiguousarray(image).reshape(-1).view(np.uint8)
-        waiting.append((data, summer.submit(crc, data)))
-        if len(waiting) > 1:
-            yield waiting.pop(0)
-    yield from waiting
-
-
-def write_all(file: IO[bytes], pieces: Sequence[Any]) -> None:
-    """Write pieces to an unbuffered file in one call of the system, mostly."""
-    left = [memoryview(piece).cast("B") for piece in pieces]
-    while left:
-        written = os.writev(file.fileno(), left)
-        while left and written >= len(left[0]):
-            written -= len(left.pop(0))
-        if left:
-            left[0] = left[0][written:]
 
 
 def text_arrays(texts: Sequence[Sequence[tuple[str, str, str]]]) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ from pipeline.cache.format import (
     checked_manifest,
     chunk_bytes,
 )
-from pipeline.cache.writer import stream_shard
+from pipeline.cache.stream import stream_shard
 from pipeline.console import Task
 from pipeline.errors import UserError, one_line
 from pipeline.manifest import write_atomic
