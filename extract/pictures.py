@@ -15,6 +15,7 @@ _FAR_BELOW = 1 << 14
 NOTES = {
     "orientation": "{} with an EXIF orientation, which is not applied; extract.encoder.orientation = 'exif' "
     "turns them",
+    "frames": "{} with more frames or pages than one, of which the first is used",
     "transparent": "{} with transparent parts, which show the colour stored there; "
     "extract.encoder.transparency = 'white' puts them on white",
 }
@@ -46,6 +47,8 @@ def read_rgb(data: bytes, reading: Reading) -> tuple[Image.Image, tuple[str, ...
     notes = []
     with Image.open(io.BytesIO(data)) as image:
         deep = _sixteen_bits(image)
+        if _has_frames(image):
+            notes.append("frames")
         image.load()
         picture: Image.Image = image
         if _orientation(image) != 1:
@@ -74,6 +77,14 @@ def read_rgb(data: bytes, reading: Reading) -> tuple[Image.Image, tuple[str, ...
 def _sixteen_bits(image: Image.Image) -> bool:
     """Whether a file of colours has 16 bits a channel, of which Pillow keeps the upper 8."""
     return image.mode != "I;16" and any(";16" in str(part[3]) for part in getattr(image, "tile", ()))
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Whether there is more to see than the first frame; a telephone's MPO adds only previews."""
+    try:
+        return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+    except Exception:  # what comes after the first frame may be damaged
+        return True
 
 
 def _orientation(image: Image.Image) -> int:

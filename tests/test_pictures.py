@@ -87,6 +87,20 @@ def test_transparent_parts_are_counted_or_white(mode: str) -> None:
     assert (np.asarray(white)[:, 20:] == np.asarray(ignored)[:, 20:]).any(axis=(0, 1)).all()
 
 
+@pytest.mark.parametrize("form", ["GIF", "TIFF", "PNG", "WEBP"])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_further_frames_are_counted(form: str, frames: int) -> None:
+    first, *others = [BASE, BASE.rotate(90).resize(BASE.size), BASE.rotate(180)][:frames]
+    buffer = io.BytesIO()
+    if others:
+        first.save(buffer, form, save_all=True, append_images=others)
+    else:
+        first.save(buffer, form)
+    image, notes = read_rgb(buffer.getvalue(), Reading())
+    assert image.size == BASE.size
+    assert notes == (("frames",) if frames > 1 else ())
+
+
 @pytest.mark.parametrize("reading", [Reading(), Reading(transparency="white", orientation="exif")])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
 def test_ordinary_pictures_stay_what_they_were(mode: str, reading: Reading) -> None:
