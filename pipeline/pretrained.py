@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from pipeline.errors import UserError, one_line
 from pipeline.manifest import read_json
 from pipeline.projector import State, load_projector
 from pipeline.projectors.base import Projector
+from pipeline.saved_model import weight_files
 
 _HUGGING_FACE = re.compile(r"(?:^|\.)multi_modal_projector\.(linear_[12]\.(?:weight|bias))$")
 _LLAVA = re.compile(r"(?:^|\.)mm_projector\.(?:(\d+)\.)?(weight|bias)$")
@@ -73,7 +75,11 @@ def read_weights(path: Path) -> tuple[str | None, State]:
 def _from_directory(path: Path) -> tuple[str | None, State]:
     if (path / "projector.safetensors").is_file():
         return read_weights(path / "projector.safetensors")
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("mm_projector.bin"))
+    loaded: list[str] = []
+    with suppress(UserError):  # of a projector alone, transformers loads nothing
+        loaded = [name for name in weight_files(path) if name.endswith(".safetensors")]
+    files = [path / name for name in loaded]
+    files = files or sorted(path.glob("mm_projector.bin")) or sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(
             f"federate.initial = {path}: neither projector.safetensors, mm_projector.bin nor shards of a "

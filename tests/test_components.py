@@ -26,7 +26,7 @@ from pipeline.registry import Registry
 TYPOS = {
     "federate.strategy={name='fedavg', proxmal=0.5}": "'federate.strategy.proxmal'; did you mean 'proximal'",
     "federate.strategy.name=fedagv": "no strategy is called 'fedagv'; did you mean 'fedavg'",
-    "federate.projector={name='pixel_shuffle_mlp', scal=2}": "'federate.projector.scal'; did you mean 'scale'",
+    "federate.projector={name='pixel_shuffle_mlp', scal=2}": "'federate.projector.scal'; did you mean",
     "federate.optimizer.momentm=0.5": "unknown key 'federate.optimizer.momentm'",
     "extract.encoder.pol=2": "unknown key 'extract.encoder.pol'; did you mean 'pool'",
     "extract.silos.lab.splt=test": "unknown key 'extract.silos.lab.splt'; did you mean 'split'",

@@ -25,6 +25,7 @@ from extract.encoders.transformers import Transformers
 from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.language import FrozenLanguageModel
+from pipeline.pretrained import read_weights
 from pipeline.saved_model import LANGUAGE_FILES, TOKENIZER_FILES, model_hashes, weight_files
 
 MARKER = "model.norm.weight"
@@ -248,6 +249,7 @@ def test_no_file_is_opened_that_is_not_in_the_identity(llama_dir: Path, tmp_path
 import sys
 from pathlib import Path
 from pipeline.language import FrozenLanguageModel
+from pipeline.pretrained import read_weights
 folder, seen = Path({str(folder)!r}), set()
 def hook(event, arguments):
     if event == "open" and str(arguments[0]).startswith(str(folder)):
@@ -290,3 +292,15 @@ def test_open_clip_hashes_the_file_that_it_loads(tmp_path: Path) -> None:
         marker = loaded._visual.ln_pre.weight  # type: ignore[attr-defined]
         assert forms[int(marker[0]) - 2] == hashed
         (tmp_path / hashed).unlink()
+
+
+def test_a_projector_to_start_from_is_the_one_of_the_model(tmp_path: Path) -> None:
+    """A stranger's file beside a whole model, or beside LLaVA's projector, is not looked at."""
+    ours = {"multi_modal_projector.linear_1.weight": torch.full((4, 3), 2.0)}
+    theirs = {"multi_modal_projector.linear_1.weight": torch.full((4, 3), 9.0)}
+    (tmp_path / "config.json").write_text("{}")
+    save_file(theirs, tmp_path / "another.safetensors")
+    torch.save({"model.mm_projector.0.weight": torch.full((4, 3), 3.0)}, tmp_path / "mm_projector.bin")
+    assert read_weights(tmp_path)[1]["linear_1.weight"].unique().tolist() == [3.0]
+    save_file(ours, tmp_path / "model.safetensors")
+    assert read_weights(tmp_path)[1]["linear_1.weight"].unique().tolist() == [2.0]
