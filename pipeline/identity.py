@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.config import Experiment
 from pipeline.device import pick_device, pick_dtype
+from pipeline.gguf import refuse_gguf
 from pipeline.manifest import fingerprint, model_hashes
 
 FORMAT = {"name": "fedcmp-run", "version": 1}
@@ -27,6 +28,7 @@ LANGUAGE_FILES = (
 def language_identity(experiment: Experiment) -> dict[str, Any]:
     """The frozen LLM: SHA-256 of its files, and the dtype it computes in."""
     options = experiment.language
+    refuse_gguf(options.path)
     identity: dict[str, Any] = {
         "files": model_hashes(options.path, LANGUAGE_FILES),
         "dtype": pick_dtype(options.dtype, pick_device(experiment.device)),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, one_line
 from pipeline.records import IMAGE_PLACEHOLDER, Text, Turn
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ V1_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+
+# Stands for an answer where a template is looked at; no template changes it.
+_PROBE = "fedcmp"
 
 _Spans = list[tuple[str, bool]]
 
@@ -156,22 +159,11 @@ def _with_user(turns: Sequence[Turn]) -> list[Turn]:
 
 def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
     messages = [{"role": turn.role, "content": turn.content} for turn in _with_user(turns)]
-    if tokenizer.chat_template is None:
-        raise UserError(f"{tokenizer.name_or_path}: this tokenizer has no chat template; use 'v1'")
-
-    def render(number: int, *, reply: bool) -> str:
-        # Answers are not thought about first, where a template would (Qwen3); others do not look at it.
-        return str(
-            tokenizer.apply_chat_template(
-                messages[:number], tokenize=False, add_generation_prompt=reply, enable_thinking=False
-            )
-        )
-
     spans: _Spans = []
     done = ""
     for index, message in enumerate(messages):
         answer = message["role"] == "assistant"
-        upto = render(index + 1, reply=not answer)
+        upto = _begun(messages[: index + 1], tokenizer)
         if not upto.startswith(done):
             raise UserError(
                 f"{tokenizer.name_or_path}: its chat template rewrites earlier turns, so answers "
@@ -180,6 +172,41 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_S
         spans.append((upto[len(done) :], answer))
         done = upto
     return spans, False
+
+
+def _begun(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation up to its end; after the user's turn with all that comes before the answer's words."""
+    if messages[-1]["role"] == "assistant":
+        return _written(messages, tokenizer)
+    begun = _written(messages, tokenizer, reply=True)
+    ended = _written(messages, tokenizer)
+    if begun != ended:
+        return begun
+    # This template begins no reply: what it writes before an answer's words is not for the model to learn.
+    answered = _written([*messages, {"role": "assistant", "content": _PROBE}], tokenizer)
+    if not answered.startswith(ended) or _PROBE not in answered:
+        raise UserError(f"{tokenizer.name_or_path}: its chat template does not write answers; use 'v1'")
+    header = answered[len(ended) : answered.index(_PROBE)]
+    # A space before the answer belongs to its first word.
+    return ended + (header.rstrip(" ") if header.strip() else "")
+
+
+def _written(
+    messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, reply: bool = False
+) -> str:
+    if tokenizer.chat_template is None:
+        raise UserError(f"{tokenizer.name_or_path}: this tokenizer has no chat template; use 'v1'")
+    try:
+        # Answers are not thought about first, where a template would (Qwen3); others do not look at it.
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=reply, enable_thinking=False
+            )
+        )
+    except Exception as error:
+        raise UserError(
+            f"{tokenizer.name_or_path}: its chat template refuses a text: {one_line(error)}; use 'v1'"
+        ) from None
 
 
 def _v1(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
