@@ -9,6 +9,7 @@ from pipeline.cache import differences
 from pipeline.components import as_built
 from pipeline.config import Experiment
 from pipeline.device import pick_device, pick_dtype
+from pipeline.gguf import refuse_gguf
 from pipeline.manifest import fingerprint
 from pipeline.saved_model import LANGUAGE_FILES, model_hashes
 
@@ -19,6 +20,7 @@ FORMAT = {"name": "fedcmp-run", "version": 2}
 def language_identity(experiment: Experiment) -> dict[str, Any]:
     """The frozen LLM: SHA-256 of its files, and the dtype it computes in."""
     options = experiment.language
+    refuse_gguf(options.path)
     identity: dict[str, Any] = {
         "files": model_hashes(options.path, LANGUAGE_FILES),
         "dtype": pick_dtype(options.dtype, pick_device(experiment.device)),

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import UserError
+from pipeline.gguf import refuse_gguf
 from pipeline.saved_model import why_unloadable
 
 _PROBE = "Is there a dog? Two 650841823 don't,  über\n\tof 2023: x-ray L4/5, 12.5 mm.\n"
@@ -98,7 +99,7 @@ def load_model(path: Path, *, dtype: str, device: str, quantize: str, device_map
     """
     transformers_logging.disable_progress_bar()
     placed = _placement(quantize, device_map, device)
-    _refuse_gguf(path)
+    refuse_gguf(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if getattr(config, "is_encoder_decoder", False):
@@ -130,20 +131,6 @@ def load_model(path: Path, *, dtype: str, device: str, quantize: str, device_map
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model, placed is not None
-
-
-def _refuse_gguf(path: Path) -> None:
-    """Transformers does not look for GGUF files by itself, and cannot save what it reads from them.
-
-    Raises:
-        UserError: The path is such a file, or a directory that has such weights alone.
-    """
-    files = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    if files and not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
-        raise UserError(
-            f"language.path = {path}: {files[0].name} is a GGUF file; give the directory of the original "
-            "safetensors weights, or convert it (docs/language.md, GGUF)"
-        )
 
 
 def _placement(quantize: str, device_map: str, device: str) -> Any:

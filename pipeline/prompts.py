@@ -20,6 +20,9 @@ V1_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
+# Stands for an answer where a template is looked at; no template changes it.
+_PROBE = "fedcmp"
+
 _Spans = list[tuple[str, bool]]
 
 
@@ -197,30 +200,12 @@ def _with_user(turns: Sequence[Turn]) -> list[Turn]:
 
 
 def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
-    from jinja2 import TemplateError
-
     messages = [{"role": turn.role, "content": turn.content} for turn in _with_user(turns)]
-    if tokenizer.chat_template is None:
-        raise UserError(f"{tokenizer.name_or_path}: this tokenizer has no chat template; use 'v1'")
-
-    def render(number: int, *, reply: bool) -> str:
-        # Answers are not thought about first, where a template would (Qwen3); others do not look at it.
-        try:
-            return str(
-                tokenizer.apply_chat_template(
-                    messages[:number], tokenize=False, add_generation_prompt=reply, enable_thinking=False
-                )
-            )
-        except TemplateError as error:
-            raise BadTextError(
-                f"text {messages[0]['content'][:60]!r}: the chat template refuses it: {one_line(error)}"
-            ) from None
-
     spans: _Spans = []
     done = ""
     for index, message in enumerate(messages):
         answer = message["role"] == "assistant"
-        upto = render(index + 1, reply=not answer)
+        upto = _begun(messages[: index + 1], tokenizer)
         if not upto.startswith(done):
             raise BadTextError(
                 f"{tokenizer.name_or_path}: its chat template rewrites earlier turns, so answers "
@@ -229,6 +214,43 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_S
         spans.append((upto[len(done) :], answer))
         done = upto
     return spans, False
+
+
+def _begun(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A conversation up to its end; after the user's turn with all that comes before the answer's words."""
+    if messages[-1]["role"] == "assistant":
+        return _written(messages, tokenizer)
+    begun = _written(messages, tokenizer, reply=True)
+    ended = _written(messages, tokenizer)
+    if begun != ended:
+        return begun
+    # This template begins no reply: what it writes before an answer's words is not for the model to learn.
+    answered = _written([*messages, {"role": "assistant", "content": _PROBE}], tokenizer)
+    if not answered.startswith(ended) or _PROBE not in answered:
+        raise UserError(f"{tokenizer.name_or_path}: its chat template does not write answers; use 'v1'")
+    header = answered[len(ended) : answered.index(_PROBE)]
+    # A space before the answer belongs to its first word.
+    return ended + (header.rstrip(" ") if header.strip() else "")
+
+
+def _written(
+    messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, reply: bool = False
+) -> str:
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise UserError(f"{tokenizer.name_or_path}: this tokenizer has no chat template; use 'v1'")
+    try:
+        # Answers are not thought about first, where a template would (Qwen3); others do not look at it.
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=reply, enable_thinking=False
+            )
+        )
+    except TemplateError as error:
+        raise BadTextError(
+            f"text {messages[0]['content'][:60]!r}: the chat template refuses it: {one_line(error)}"
+        ) from None
 
 
 def _v1(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
