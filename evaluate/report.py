@@ -104,7 +104,7 @@ def _note(content: dict[str, Any]) -> str:
     projectors = content["counts"]["projectors"]
     several = [f"mean over {projectors} projectors"] if projectors > 1 else []
     remarks = [f"{number} {what}" for what, number in content["remarks"].items()]
-    return "; ".join([*several, *settings, *left_out, *remarks])
+    return "; ".join([*several, *settings, *left_out, *remarks, *content["warnings"]])
 
 
 def _mark_others(runs: Sequence[Judged]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ def evaluate_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> N
     Raises:
         UserError: At the end, where a run or benchmark could not be evaluated.
     """
-    runs = {experiment.run: experiment for experiment in experiments}
+    runs = [(experiment.run, experiment) for experiment in experiments]
     _finish(_tried(runs, lambda experiment: evaluate_run(experiment, only)), len(runs), "runs")
 
 
@@ -38,14 +38,17 @@ def score_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> None
     Raises:
         UserError: At the end, where answers of a run are missing.
     """
-    runs = {experiment.run: experiment for experiment in experiments}
+    runs = [(experiment.run, experiment) for experiment in experiments]
     _finish(_tried(runs, lambda experiment: _score_run(experiment, only)), len(runs), "runs")
 
 
-def _tried(things: Mapping[str, T], do: Callable[[T], None]) -> list[str]:
-    """Do something with each; the names of those that failed, which is said. A single one fails as it is."""
+def _tried(things: Sequence[tuple[str, T]], do: Callable[[T], None]) -> list[str]:
+    """Do something with each thing by its name; the names of those that failed, which is said.
+
+    A single one fails as it is.
+    """
     failed = []
-    for name, thing in things.items():
+    for name, thing in things:
         try:
             do(thing)
         except UserError as error:
@@ -78,7 +81,7 @@ def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> None:
         require_encoding(experiment, cache, manifest)
         works.append((prepare(experiment, name, benchmarks[name], cache), cache))
 
-    unread = _tried({name: name for name in benchmarks}, read)
+    unread = _tried([(name, name) for name in benchmarks], read)
     _answer(experiment, manifest, works)
     unscored = _score(experiment, manifest, [work for work, _ in works])
     _finish([*unread, *unscored], len(benchmarks), "benchmarks")
@@ -92,7 +95,7 @@ def _score_run(experiment: Experiment, only: tuple[str, ...]) -> None:
     def read(name: str) -> None:
         works.append(recall(experiment, name, benchmarks[name]))
 
-    unread = _tried({name: name for name in benchmarks}, read)
+    unread = _tried([(name, name) for name in benchmarks], read)
     unscored = _score(experiment, manifest, works)
     _finish([*unread, *unscored], len(benchmarks), "benchmarks")
 
@@ -147,7 +150,7 @@ def _score(experiment: Experiment, manifest: dict[str, Any], works: Sequence[Wor
             rows.append([f"{work.name}: {name}", f"{each['value']:.3f}", interval, str(each["n"])])
         _say_counts(work, scored)
 
-    failed = _tried({work.name: work for work in works}, one)
+    failed = _tried([(work.name, work) for work in works], one)
     if works:
         table(f"Scores of {experiment.run}", ["metric", "value", "95 % interval", "n"], rows)
         say(f"Answers and scores in {experiment.scores_path}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.cache import FeatureCache
 from pipeline.config import Experiment
 from pipeline.errors import UserError
 from pipeline.identity import language_identity, run_differences, run_identity
 from pipeline.manifest import read_json
-from pipeline.projectors.base import Projector
+
+if TYPE_CHECKING:
+    from pipeline.projectors.base import Projector
 
 
 def read_manifest(experiment: Experiment, *, asking: bool = True) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pytest
 from conftest import picture
 
 from evaluate.page import RunResult, Said, Sample, page
+from evaluate.report import _thumbnail
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -67,6 +68,29 @@ def test_the_page_needs_nothing_outside_it(report: Path) -> None:
     assert "2 missing images" in content
     assert content.count("<article") == 6
     assert content.count("<img") == 4
+
+
+def test_only_pictures_of_the_folder_are_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (tmp_path / "id_ed25519").write_bytes(b"-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    (tmp_path / "private.png").write_bytes(picture(1))
+    (folder / "text.png").write_bytes(b"password\n")
+    (folder / "a.png").write_bytes(picture(1))
+    (folder / "a.bmp").write_bytes(picture(1, form="bmp"))
+    (folder / "large.png").write_bytes(picture(1, size=(900, 900)))
+    for name in ("../private.png", "../id_ed25519", str(tmp_path / "private.png"), "x/../../private.png"):
+        assert _thumbnail(folder, name) is None
+    for name in ("text.png", "gone.png", ""):
+        assert _thumbnail(folder, name) is None
+    assert _thumbnail(folder, "a.png") == (picture(1), "png")
+    for name in ("a.bmp", "large.png"):
+        shown = _thumbnail(folder, name)
+        assert shown is not None
+        assert (shown[1], shown[0][:3]) == ("jpeg", b"\xff\xd8\xff") if name == "a.bmp" else shown[0]
+    data = (folder / "large.png").read_bytes()
+    (folder / "large.png").write_bytes(data[:33] + b"\xff" * 8 + data[41:])
+    assert _thumbnail(folder, "large.png") is None
 
 
 class Browser:

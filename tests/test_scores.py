@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import picture
+from conftest import ROOT, picture
 
 from evaluate.benchmarks.base import BENCHMARKS
 from evaluate.benchmarks.captions import Captions
 from evaluate.benchmarks.pope import Pope
-from evaluate.report import _thumbnail
 from pipeline.cli import main
 
 BASE = """
@@ -232,6 +233,11 @@ def test_nothing_but_answering_needs_caches_or_models(place: Path) -> None:
     assert "no config.json" in refused("evaluate", configs[0])
 
 
+def test_scoring_and_comparing_load_no_torch() -> None:
+    code = "import sys, evaluate.run, evaluate.report, evaluate.versus; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_a_benchmark_that_cannot_be_asked_stops_no_other(place: Path) -> None:
     for name in ("pope", "captions", "loss"):
         (place / f"build/scores/study/one/{name}.json").unlink()
@@ -250,6 +256,15 @@ def test_a_run_that_cannot_be_judged_stops_no_other(place: Path) -> None:
     assert "no finished run here" in output
     assert "Scores of two" in output
     assert "1 of 2 runs failed, as said above: one" in output
+
+
+def test_runs_of_one_name_are_all_evaluated(place: Path) -> None:
+    (place / "twin").mkdir()
+    text = 'extends = "../base.toml"\nseed = 1\nexperiment = "twin"\n'
+    (place / "twin/one.toml").write_text(text)
+    fine("federate", place / "twin/one.toml")
+    output = fine("evaluate", place / "twin/one.toml", place / "one.toml", "--benchmark", "pope")
+    assert output.count("Scores of one") == 2
 
 
 def test_the_report_shows_counts_of_every_run_and_gaps(place: Path) -> None:
@@ -369,26 +384,3 @@ def test_the_loss_before_other_pictures_is_a_metric_of_its_own(place: Path) -> N
     assert plain.keys() == {"loss"}
     fine("evaluate", place / "two.toml", "--benchmark", "loss")
     assert scores(place, "loss", "two")["metrics"]["loss"]["value"] == plain["loss"]["value"]
-
-
-def test_only_pictures_of_the_folder_are_shown(tmp_path: Path) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    (tmp_path / "id_ed25519").write_bytes(b"-----BEGIN OPENSSH PRIVATE KEY-----\n")
-    (tmp_path / "private.png").write_bytes(picture(1))
-    (folder / "text.png").write_bytes(b"password\n")
-    (folder / "a.png").write_bytes(picture(1))
-    (folder / "a.bmp").write_bytes(picture(1, form="bmp"))
-    (folder / "large.png").write_bytes(picture(1, size=(900, 900)))
-    for name in ("../private.png", "../id_ed25519", str(tmp_path / "private.png"), "x/../../private.png"):
-        assert _thumbnail(folder, name) is None
-    for name in ("text.png", "gone.png", ""):
-        assert _thumbnail(folder, name) is None
-    assert _thumbnail(folder, "a.png") == (picture(1), "png")
-    for name in ("a.bmp", "large.png"):
-        shown = _thumbnail(folder, name)
-        assert shown is not None
-        assert (shown[1], shown[0][:3]) == ("jpeg", b"\xff\xd8\xff") if name == "a.bmp" else shown[0]
-    data = (folder / "large.png").read_bytes()
-    (folder / "large.png").write_bytes(data[:33] + b"\xff" * 8 + data[41:])
-    assert _thumbnail(folder, "large.png") is None

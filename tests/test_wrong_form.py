@@ -7,13 +7,17 @@ import json
 import re
 from pathlib import Path
 
+import caches
 import pytest
+from click.testing import CliRunner
 from conftest import picture
 from test_benchmarks import build, items_of
 
 from evaluate.benchmarks.base import Item, Problem
 from evaluate.compare import value_of
 from evaluate.metrics import mmbench_option
+from pipeline.cache import FeatureCache
+from pipeline.cli import main
 from pipeline.errors import UserError
 
 
@@ -136,3 +140,20 @@ def test_a_folder_in_another_layout_is_told_the_layout(tmp_path: Path) -> None:
         UserError, match=r"expected CATEGORY/NAME\.txt beside NAME\.jpg.*categories: existence, count"
     ):
         benchmark.items(None)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_id(tmp_path: Path) -> None:
+    cache = caches.write(tmp_path / "all.zarr", caches.features(6))
+    (tmp_path / "ids.txt").write_text("\n".join(cache.ids[:2]) + "\n", encoding="utf-8-sig")
+    words = [
+        "cache",
+        "subset",
+        tmp_path / "all.zarr",
+        "--out",
+        tmp_path / "two.zarr",
+        "--ids",
+        tmp_path / "ids.txt",
+    ]
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert FeatureCache(tmp_path / "two.zarr").ids == cache.ids[:2]
