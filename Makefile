@@ -150,13 +150,13 @@ EVERYTHING := .[dev,flower,privacy]
 
 # The newest releases of everything but HELD, which every machine that we test on can install, for all Pythons
 # and systems. CUDA's packages are left out: each build of torch pins its own.
-HELD ?= torch<2.15 torchvision<0.30
+HELD ?= torch==2.14.1 torchvision==0.29.1
 constraints: | .venv/bin/uv
 	@mkdir -p build
 	@printf '%s\n' $(HELD:%='%') > build/held.txt
 	@.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --no-annotate --no-header \
 		-c build/held.txt --extra dev --extra flower --extra privacy pyproject.toml -o build/constraints.txt
-	{ echo "# Tested releases, for pip and uv. Written by: make constraints"; \
+	@{ echo "# Tested releases, for pip and uv. Written by: make constraints"; \
 		grep -v -E '^(nvidia-|cuda-|triton)' build/constraints.txt; } > constraints.txt
 
 # Each in an environment of its own.
@@ -165,7 +165,7 @@ test-oldest: RELEASE := 3.11
 test-oldest: RESOLUTION := --resolution lowest-direct
 test-newest test-oldest: test-%: | .venv/bin/uv
 	.venv/bin/uv venv --quiet --clear --python $(or $(RELEASE),.venv/bin/python) .venv-$*
-	.venv/bin/uv pip install --quiet --upgrade --python .venv-$*/bin/python $(RESOLUTION) -e '$(EVERYTHING)'
+	.venv/bin/uv pip install --quiet --python .venv-$*/bin/python $(RESOLUTION) -e '$(EVERYTHING)'
 	.venv-$*/bin/python $(PYTEST) $(OPTIONS)
 
 clean:
