@@ -9,97 +9,99 @@ CONFIG := configs/$(EXPERIMENT).toml
 ifeq ($(wildcard $(CONFIG)),)
 $(error EXPERIMENT=$(EXPERIMENT): no $(CONFIG); there are $(patsubst configs/%.toml,%,$(wildcard configs/*.toml)))
 endif
-# The runs are the files of configs/<experiment>/, or the experiment's own file where there is no such folder.
-VARIANTS := $(wildcard configs/$(EXPERIMENT)/*.toml)
-RUNS := $(or $(notdir $(VARIANTS:.toml=)),$(EXPERIMENT))
-config_of = $(firstword $(wildcard configs/$(EXPERIMENT)/$(1).toml) $(CONFIG))
-
-BENCHMARKS := $(shell sed -n 's/^\[evaluate\.benchmarks\.\(.*\)\]/\1/p' $(CONFIG))
-FEATURES := $(or $(shell sed -n "s/^features *= *.\([^\"']*\).*/\1/p" $(CONFIG)),build/features)
-RUN_DIR := build/runs/$(EXPERIMENT)
-SCORE_DIR := build/scores/$(EXPERIMENT)
-REPORT_DIR := build/report/$(EXPERIMENT)
-
-# An active environment or PYTHON=... is used as it is; otherwise .venv is made and installed into.
+# PYTHON=... or an active environment with torch is used as it is; otherwise .venv is made and installed into.
 ifdef PYTHON
-else ifdef VIRTUAL_ENV
+else ifneq ($(and $(VIRTUAL_ENV),$(wildcard $(VIRTUAL_ENV)/lib/python*/site-packages/torch)),)
 PYTHON := $(VIRTUAL_ENV)/bin/python
 else
 PYTHON := .venv/bin/python
 READY := .venv/.installed
+TOOLS := .venv/.tools
 endif
 FEDCMP := $(PYTHON) -m pipeline.cli
-PATHS := --set experiment=$(EXPERIMENT) --set features=$(FEATURES) --set build=build
-
-# configs/<experiment>.mk may say what the experiment is made from (INPUTS) and how that is made.
-# Without it nobody knows when images, texts or models change, so every make checks them.
-INPUTS := FORCE
--include configs/$(EXPERIMENT).mk
+# The experiment has the name of its file, also where that extends another experiment's.
+NAMED := --set 'experiment="$(EXPERIMENT)"'
 
 ABLATION ?= methods
-BENCHES := cache aggregation training generation sites
--include configs/ablations.mk
+BENCHES := cache aggregation training generation sites gpu
 
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help extract federate evaluate ablate results bench $(BENCHES:%=bench-%) world test check lint clean FORCE
+OTHERS := help ablate results bench $(BENCHES:%=bench-%) world test test-newest test-oldest check lint constraints clean
+.PHONY: extract federate evaluate $(OTHERS) FORCE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDEXPANSION:
 .SUFFIXES:
 
 help:
-	@echo "make extract    encode every silo's images once into build/features"
-	@echo "make federate   train one projector for every run of the experiment into build/runs"
-	@echo "make evaluate   answer and score the benchmarks, write build/report"
-	@echo "make ablate     compare strategies over scenarios and seeds: ABLATION=$(ABLATION)"
-	@echo "make results    every ablation of configs/ablations into docs/results.md"
-	@echo "make bench      speed and memory of cache, aggregation, training, answers and sites"
-	@echo "make test       lint, types and tests: exactly what CI runs"
-	@echo "make world      train the embedded default's two small models again"
-	@echo "make clean      remove build/"
+	@echo "make extract      encode every silo's images once into build/features"
+	@echo "make federate     train one projector for every run of the experiment into build/runs"
+	@echo "make evaluate     answer and score the benchmarks, write build/report"
+	@echo "make ablate       compare strategies over scenarios and seeds: ABLATION=$(ABLATION)"
+	@echo "make results      every ablation of configs/ablations into docs/results.md"
+	@echo "make bench        speed and memory of cache, aggregation, training, answers and sites"
+	@echo "make test         lint, types and tests: exactly what CI runs"
+	@echo "make test-newest  tests with the newest releases of everything, warnings are errors"
+	@echo "make test-oldest  tests with the oldest releases that pyproject.toml allows"
+	@echo "make constraints  pin today's newest releases in constraints.txt"
+	@echo "make world        train the embedded default's two small models again"
+	@echo "make clean        remove build/"
 	@echo
-	@echo "EXPERIMENT=$(EXPERIMENT) has the runs: $(RUNS)"
+	@echo "EXPERIMENT=$(EXPERIMENT) has the runs:" \
+		$(basename $(notdir $(or $(wildcard configs/$(EXPERIMENT)/*.toml),$(CONFIG))))
 	@echo "PYTHON=$(PYTHON)"
 
-.venv/.installed: pyproject.toml
-	@echo "Installing into .venv (once; a few minutes, mostly torch)"
-	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --editable '.[dev]'
-	@# Apart: asked for all at once, pip searches for minutes.
-	.venv/bin/python -m pip install --quiet --editable '.[dev,flower,privacy]'
-	@touch $@
+# What stands in a TOML file is asked of the program. make reads the answer, and itself again if that changed.
+build/make/%.mk: configs/%.toml FORCE | $(READY)
+	@mkdir -p $(@D)
+	@$(FEDCMP) show $< $(if $(findstring ablations/,$<),,$(NAMED)) --make > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+GOALS := $(or $(MAKECMDGOALS),help)
+ifneq ($(filter-out $(OTHERS),$(GOALS)),)
+FACTS := build/make/$(EXPERIMENT).mk
+include $(FACTS)
+endif
+ifneq ($(filter ablate results,$(GOALS)),)
+include $(patsubst configs/%.toml,build/make/%.mk,$(if $(filter results,$(GOALS)),$(wildcard configs/ablations/*.toml)) \
+	$(if $(filter ablate,$(GOALS)),configs/ablations/$(ABLATION).toml))
+endif
+
+# configs/<experiment>.mk may say what the experiment is made from (INPUTS) and how that is made.
+# Without one of its own nobody knows when images, texts or models change, so every make checks them.
+-include $(FILES:.toml=.mk) configs/ablations.mk
+ifeq ($(wildcard configs/$(EXPERIMENT).mk),)
+INPUTS += FORCE
+endif
 
 # Stage one. A lost manifest asks for a check, as does a changed configuration.
 lost = $(if $(wildcard $(1)),,FORCE)
-SILOS := $(shell cat $(FEATURES)/silos.txt 2>/dev/null)
 MANIFESTS := $(SILOS:%=$(FEATURES)/%.zarr/manifest.json)
 
 extract: $(FEATURES)/.checked
-$(FEATURES)/.checked: $(CONFIG) $(INPUTS) $(foreach file,$(MANIFESTS),$(call lost,$(file))) | $(READY)
-	$(FEDCMP) extract $(CONFIG) $(PATHS)
+$(FEATURES)/.checked: $(FILES) $(INPUTS) $(foreach file,$(MANIFESTS),$(call lost,$(file))) | $(READY)
+	$(FEDCMP) extract $(CONFIG) $(NAMED)
 	@touch $@
-$(FEATURES)/silos.txt $(MANIFESTS): $(FEATURES)/.checked ;
+$(MANIFESTS): $(FEATURES)/.checked ;
 
 # Stage two.
 federate: $(RUNS:%=$(RUN_DIR)/%/.checked)
-$(RUNS:%=$(RUN_DIR)/%/.checked): $(RUN_DIR)/%/.checked: $(CONFIG) $$(call config_of,$$*) $(INPUTS) \
-		$(FEATURES)/silos.txt $(MANIFESTS) $$(call lost,$(RUN_DIR)/$$*/manifest.json) | $(READY)
-	$(FEDCMP) federate $(call config_of,$*) $(PATHS) --set run=$*
+$(RUNS:%=$(RUN_DIR)/%/.checked): $(RUN_DIR)/%/.checked: $$(files_$$*) $(INPUTS) $(MANIFESTS) \
+		$$(call lost,$(RUN_DIR)/$$*/manifest.json) | $(READY)
+	$(FEDCMP) federate $(config_$*) $(NAMED)
 	@touch $@
 $(RUNS:%=$(RUN_DIR)/%/manifest.json): %/manifest.json: %/.checked ;
 
 # Stage three.
 evaluate: $(REPORT_DIR)/report.json
-$(RUNS:%=$(SCORE_DIR)/%/.checked): $(SCORE_DIR)/%/.checked: $(RUN_DIR)/%/manifest.json $(CONFIG) $$(call config_of,$$*) \
-		$(FEATURES)/silos.txt $(MANIFESTS) $$(foreach name,$(BENCHMARKS),$$(call lost,$(SCORE_DIR)/$$*/$$(name).json)) | $(READY)
-	$(FEDCMP) evaluate $(call config_of,$*) $(PATHS) --set run=$*
+$(RUNS:%=$(SCORE_DIR)/%/.checked): $(SCORE_DIR)/%/.checked: $(RUN_DIR)/%/manifest.json $$(files_$$*) $(MANIFESTS) \
+		$$(foreach name,$$(benchmarks_$$*),$$(call lost,$(SCORE_DIR)/$$*/$$(name).json)) | $(READY)
+	$(FEDCMP) evaluate $(config_$*) $(NAMED)
 	@touch $@
-$(REPORT_DIR)/report.json: $(RUNS:%=$(SCORE_DIR)/%/.checked) $(REPORT_DIR)/runs.txt | $(READY)
-	$(FEDCMP) report $(foreach run,$(RUNS),$(call config_of,$(run))) $(PATHS)
-# A removed run is invisible to modification times, so the list of runs is a file of its own.
-$(REPORT_DIR)/runs.txt: FORCE
-	@mkdir -p $(@D); echo "$(RUNS)" | cmp -s - $@ || echo "$(RUNS)" > $@
+# $(FACTS) tells a removed run, which modification times do not.
+$(REPORT_DIR)/report.json: $(RUNS:%=$(SCORE_DIR)/%/.checked) $(FACTS) $(call lost,$(REPORT_DIR)/report.html) | $(READY)
+	$(FEDCMP) report $(foreach run,$(RUNS),$(config_$(run))) $(NAMED)
 
 # Ablations share caches and local training; finished runs are found done.
 ablate: $(WORLDS) | $(READY)
@@ -114,14 +116,57 @@ $(BENCHES:%=bench-%): bench-%: | $(READY)
 world: $(READY)
 	$(FEDCMP) world train
 
-lint: $(READY)
+lint: $(TOOLS)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 
+PYTEST := -m pytest --numprocesses auto --dist loadfile
 test: lint
-	$(PYTHON) -m pytest --numprocesses auto --dist loadfile
+	$(PYTHON) $(PYTEST)
 check: test
+
+# Installing. uv takes a fraction of pip's time; where it cannot be had, pip does the same.
+install = .venv/bin/uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '$(1)' || \
+	{ echo "uv is not to be had or failed; pip installs the same, which takes longer"; \
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '$(1)'; }
+EVERYTHING := .[dev,flower,privacy]
+
+.venv/bin/python:
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"Python 3.11 or newer is needed, and python3 is %d.%d" % sys.version_info[:2])'
+	python3 -m venv .venv
+.venv/bin/uv: | .venv/bin/python
+	.venv/bin/python -m pip install --quiet -c constraints.txt uv
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv (once; a few minutes, mostly torch)"
+	@test -x .venv/bin/uv || .venv/bin/python -m pip install --quiet -c constraints.txt uv || true
+	@$(call install,.)
+	@touch $@
+.venv/.tools: .venv/.installed
+	@echo "Installing what tests need"
+	@$(call install,$(EVERYTHING))
+	@touch $@
+
+# The newest releases of everything but HELD, which every machine that we test on can install, for all Pythons
+# and systems. CUDA's packages are left out: each build of torch pins its own.
+HELD ?= torch==2.14.1 torchvision==0.29.1
+constraints: | .venv/bin/uv
+	@mkdir -p build
+	@printf '%s\n' $(HELD:%='%') > build/held.txt
+	@.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --no-annotate --no-header \
+		-c build/held.txt --extra dev --extra flower --extra privacy pyproject.toml -o build/constraints.txt
+	@{ echo "# Tested releases, for pip and uv. Written by: make constraints"; \
+		grep -v -E '^(nvidia-|cuda-|triton)' build/constraints.txt; } > constraints.txt
+
+# Each in an environment of its own.
+test-newest: OPTIONS := -W error
+test-oldest: RELEASE := 3.11
+test-oldest: RESOLUTION := --resolution lowest-direct
+test-newest test-oldest: test-%: | .venv/bin/uv
+	.venv/bin/uv venv --quiet --clear --python $(or $(RELEASE),.venv/bin/python) .venv-$*
+	.venv/bin/uv pip install --quiet --python .venv-$*/bin/python $(RESOLUTION) -e '$(EVERYTHING)'
+	.venv-$*/bin/python $(PYTEST) $(OPTIONS)
 
 clean:
 	rm -rf build

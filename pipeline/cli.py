@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 COMMANDS = {
+    "show": ("pipeline.show:show", "Print an experiment as it is understood, defaults written out."),
     "plan": ("pipeline.plan:plan", "Estimate disk, GPU hours and memory before there are any data."),
     "extract": ("extract.cli:extract", "Encode every silo's images once and cache their patch features."),
     "partition": ("extract.cli:partition", "Split one data set into silos."),
@@ -118,5 +122,16 @@ def main() -> None:
     """
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """`fedcmp` from a terminal: what other packages announce is for tests to tell, not for users."""
+    if not sys.warnoptions:
+        announcements = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+        for category in announcements:
+            warnings.simplefilter("ignore", category)
+        # Processes that are started from here are this command, too.
+        os.environ["PYTHONWARNINGS"] = ",".join(f"ignore::{each.__name__}" for each in announcements)
     main()
+
+
+if __name__ == "__main__":
+    run()

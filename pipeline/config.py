@@ -346,15 +346,32 @@ def _fields(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     return list(model.model_fields)
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of one file as they stand there.
+
+    Raises:
+        UserError: The file is missing or malformed.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; give the path of an experiment's or ablation's TOML file"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def files(path: Path) -> list[Path]:
+    """A loadable file after all that it extends, in the order in which they apply."""
+    base = read_toml(path).get("extends")
+    return [path] if base is None else [*files(Path(os.path.normpath(path.parent / base))), path]
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: 'extends' goes in a circle; remove it from one of the files")
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of an experiment file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    tables = read_toml(path)
     base = tables.pop("extends", None)
     if base is None:
         return tables

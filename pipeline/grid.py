@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -24,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.config import Experiment, Name, Options, load, validate
+from pipeline.config import Experiment, Name, Options, load, read_toml, validate
 from pipeline.errors import UserError, did_you_mean
 from pipeline.manifest import fingerprint, read_json
 
@@ -98,13 +97,7 @@ def read_ablation(path: Path) -> Ablation:
     Raises:
         UserError: It is missing or malformed, or names things that are not there.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give the path of an ablation file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
-    ablation = validate(Ablation, tables, "", str(path))
+    ablation = validate(Ablation, read_toml(path), "", str(path))
     for problem in _problems(ablation):
         raise UserError(f"{path}: {problem}")
     return ablation
@@ -137,6 +130,16 @@ def _problems(ablation: Ablation) -> Iterator[str]:
     }
     if len(runs) < len(ablation.scenarios):
         yield "two scenarios have the same 'experiment'; name them differently"
+
+
+def experiments(ablation: Ablation) -> list[str]:
+    """Every experiment of the ablation, tuning included: a scenario with a seed."""
+    seeds = [*ablation.seeds, *(ablation.tuning.seeds if ablation.tuning else ())]
+    return [
+        load(scenario, [f"seed={seed}"]).experiment
+        for scenario in ablation.scenarios.values()
+        for seed in seeds
+    ]
 
 
 def grid(ablation: Ablation, strategy: str) -> Iterator[tuple[tuple[str, Any], ...]]:

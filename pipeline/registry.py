@@ -66,22 +66,38 @@ class Registry(Generic[T]):
         Raises:
             UserError: The name is unknown, or an option is unknown or invalid.
         """
+        cls, named = self._find(component.name, where)
         options: dict[str, Any] = component.model_extra or {}
-        for name in self.names():
-            match = _pattern(name).fullmatch(component.name)
-            if match is None:
-                continue
-            named = match.groupdict()
-            twice = sorted(named.keys() & options.keys())
-            if twice:
-                raise UserError(f"{where}.{twice[0]}: the name '{component.name}' says it; remove the option")
-            return validate(self._classes[name], options | named, where)
-        hint = did_you_mean(component.name, self._classes)
+        twice = sorted(named.keys() & options.keys())
+        if twice:
+            raise UserError(f"{where}.{twice[0]}: the name '{component.name}' says it; remove the option")
+        return validate(cls, options | named, where)
+
+    def written_out(self, component: Component, where: str) -> dict[str, Any]:
+        """A component's name and all of its options, defaults too, as a configuration holds them.
+
+        Raises:
+            UserError: As `build`.
+        """
+        given = component.model_extra or {}
+        _, named = self._find(component.name, where)
+        defaults = self.build(component, where).model_dump(
+            mode="json", exclude_none=True, exclude={*given, *named}
+        )
+        return {"name": component.name} | given | defaults
+
+    def _find(self, name: str, where: str) -> tuple[type[T], dict[str, str]]:
+        """The class registered for a name, and the options that the name holds."""
+        for known in self.names():
+            match = _pattern(known).fullmatch(name)
+            if match is not None:
+                return self._classes[known], match.groupdict()
+        hint = did_you_mean(name, self._classes)
         folder = self._package.replace(".", "/")
         hint += "".join(
-            f"; {folder}/{name}.py cannot be imported: {why}" for name, why in sorted(self._broken.items())
+            f"; {folder}/{file}.py cannot be imported: {why}" for file, why in sorted(self._broken.items())
         )
-        raise UserError(f"{where}.name: no {self.kind} is called '{component.name}'{hint}")
+        raise UserError(f"{where}.name: no {self.kind} is called '{name}'{hint}")
 
 
 def _pattern(name: str) -> re.Pattern[str]:

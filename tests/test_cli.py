@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,35 @@ def test_every_command_has_an_example(words: list[str]) -> None:
     assert result.exit_code == 0
     assert "Example:" in result.output
     assert f"fedcmp {' '.join(words)}".strip() in result.output
+
+
+@pytest.mark.parametrize(("options", "shown"), [((), False), (("-W", "default"), True)])
+def test_what_other_packages_announce_is_not_for_users(
+    options: tuple[str, ...], shown: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "import subprocess, sys, warnings, click\n"
+        "@click.command()\n"
+        "def command():\n"
+        "    for category in (DeprecationWarning, FutureWarning):\n"
+        "        warnings.warn(f'old {category.__name__}', category)\n"
+        "    child = \"import warnings; warnings.warn('old in a child', FutureWarning)\"\n"
+        "    subprocess.run([sys.executable, '-c', child], check=True)\n"
+        "    warnings.warn('your disk smokes')\n"
+    )
+    code = "import pipeline.cli as cli; cli.COMMANDS['report'] = ('theirs:command', ''); cli.run()"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    result = subprocess.run(
+        [sys.executable, *options, "-c", code, "report"],
+        capture_output=True,
+        text=True,
+        env=environment | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+    )
+    assert result.returncode == 0
+    assert "your disk smokes" in result.stderr
+    for text in ("old DeprecationWarning", "old FutureWarning"):
+        assert (text in result.stderr) == shown
+    assert shown or "in a child" not in result.stderr
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

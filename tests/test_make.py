@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.filterwarnings("default")
+
+def make(root: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run make in a checkout, free of a make around it."""
+    outer = {"MAKEFLAGS", "MAKELEVEL", "VIRTUAL_ENV", "EXPERIMENT"}
+    environment = {key: value for key, value in os.environ.items() if key not in outer} | variables
+    return subprocess.run(["make", *words], cwd=root, env=environment, capture_output=True, text=True)
 
 
 class House:
@@ -35,21 +42,9 @@ class House:
 
     def make(self, *goals: str) -> str:
         """What make printed; `goals` may hold variables, too."""
-        environment = {
-            key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL")
-        }
-        result = subprocess.run(
-            [
-                "make",
-                f"PYTHON={sys.executable}",
-                "WORLD_OPTIONS=--silo-images 40 --heldout-images 20",
-                *(goals or ("extract", "federate", "evaluate")),
-            ],
-            cwd=self.root,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        words = goals if {"extract", "ablate"} & {*goals} else ("extract", "federate", "evaluate", *goals)
+        small = "WORLD_OPTIONS=--silo-images 40 --heldout-images 20"
+        result = make(self.root, f"PYTHON={sys.executable}", small, *words)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
@@ -126,6 +121,7 @@ def test_a_new_variant_builds_itself_and_the_report(house: House) -> None:
         "features/demo/pixel.zarr/manifest.json",
         "runs/demo/fedavg/manifest.json",
         "scores/demo/fedavg/pope.json",
+        "report/demo/report.html",
     ],
 )
 def test_what_is_lost_is_made_again(house: House, lost: str) -> None:
@@ -136,10 +132,145 @@ def test_what_is_lost_is_made_again(house: House, lost: str) -> None:
     assert "pipeline.cli" not in house.make()
 
 
+def test_an_experiment_may_extend_another(house: House) -> None:
+    before = house.products()
+    mine = house.root / "configs/mine.toml"
+    mine.write_text(
+        'extends = "demo.toml"\n[federate]\nrounds = 1\n[evaluate.benchmarks.again]\nname = "heldout_loss"\n'
+    )
+    output = house.make("EXPERIMENT=mine")
+    new = changed(before, house.products())
+    assert all("/mine/" in name for name in new), "the caches of the file that it extends are its own"
+    assert "Nothing to do" in output
+    report = json.loads((house.root / "build/report/mine/report.json").read_text())
+    assert set(report["runs"]["mine"]["benchmarks"]) == {"loss", "captions", "pope", "vqa", "again"}
+    before = house.products()
+    for name in ("again", "vqa"):  # one of its own, one of the other file's
+        (house.root / f"build/scores/mine/mine/{name}.json").unlink()
+    house.make("EXPERIMENT=mine")
+    assert house.products().keys() == before.keys()
+    mine.unlink()
+
+
+def test_a_file_that_is_extended_counts_as_changed(house: House) -> None:
+    (house.root / "configs/mine.mk").write_text("INPUTS := $(INPUTS)\n")
+    mine, below = house.root / "configs/mine.toml", house.root / "configs/below.toml"
+    below.write_text('extends = "demo.toml"\n[federate]\nrounds = 1\n')
+    mine.write_text('extends = "below.toml"\n')
+    house.make("EXPERIMENT=mine")
+    assert "pipeline.cli federate" not in house.make("EXPERIMENT=mine")
+    below.write_text('extends = "demo.toml"\n[federate]\nrounds = 2\n')
+    assert "because" in house.make("EXPERIMENT=mine")
+    for file in (mine, below, mine.with_suffix(".mk")):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('extends = "../demo.toml"\nfeatures = "build/other"\n', ["odd.toml", "features differs"]),
+        ('extends = "../demo.toml"\nrun = "fedavg"\n', ["odd.toml", "'fedavg'", "rename one"]),
+        ('extends = "../demo.toml"\n[federate]\nruonds = 2\n', ["odd.toml", "'rounds'"]),
+        ('extends = "../gone.toml"\n', ["gone.toml: no such file"]),
+    ],
+)
+def test_a_mistake_in_a_run_stops_make_with_one_line(house: House, text: str, parts: list[str]) -> None:
+    odd = house.root / "configs/demo/odd.toml"
+    odd.write_text(text)
+    result = make(house.root, f"PYTHON={sys.executable}", "extract")
+    odd.unlink()
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("fedcmp: ")]
+    for part in parts:
+        assert part in line
+    assert "Traceback" not in result.stderr
+    house.make()
+
+
+@pytest.mark.parametrize(
+    "name", ["my features", "cost$HOME", "a#b", "a:b", "100%", "a;b", "a=b", "a'b", "a*b", "~x"]
+)
+def test_make_is_told_no_name_that_it_would_misread(house: House, name: str) -> None:
+    config = house.root / "configs/named.toml"
+    config.write_text(f'extends = "demo.toml"\nfeatures = "build/{name}"\n')
+    result = make(house.root, f"PYTHON={sys.executable}", "extract", "EXPERIMENT=named")
+    config.unlink()
+    assert result.returncode == 2
+    assert f"build/{name}" in result.stderr
+    assert not any((house.root / "build").glob("*named*"))
+
+
+def test_unusual_names_that_make_can_take(house: House) -> None:
+    folder = house.root / "build/köln+2 @home".replace(" ", "_")
+    (house.root / "configs/2026.toml").write_text(
+        f'extends = "demo.toml"\nexperiment = "x"\nfeatures = "build/{folder.name}"\nrun = "v1.0_b-2"\n'
+    )
+    house.make("extract", "EXPERIMENT=2026")
+    assert (folder / "pixel.zarr/manifest.json").is_file()
+    result = make(house.root, f"PYTHON={sys.executable}", "--dry-run", "federate", "EXPERIMENT=2026")
+    assert "build/runs/2026/v1.0_b-2/.checked" in result.stdout
+    (house.root / "configs/2026.toml").unlink()
+
+
 def test_help_needs_nothing(tmp_path: Path) -> None:
-    result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    (tmp_path / "configs").mkdir()
+    for name in ("Makefile", "configs/demo.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    result = make(tmp_path, "help", PATH="/usr/bin:/bin")
+    assert result.returncode == 0
     for target in ("extract", "federate", "evaluate", "test", "world"):
         assert f"make {target}" in result.stdout
+    assert not (tmp_path / ".venv").exists()
+    assert not (tmp_path / "build").exists()
+
+
+@pytest.mark.parametrize("uv", [True, False])
+def test_the_first_make_installs_and_goes_on(tmp_path: Path, uv: bool) -> None:
+    """The real Makefile with an installer that only writes down what it is asked for."""
+    house = House(tmp_path)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    interpreter = (
+        f'#!/bin/sh\ncase "$*" in\n"-m venv .venv") mkdir -p .venv/bin && cp $0 .venv/bin/python;;\n'
+        f'"-m pip install"*" uv") echo "$@" >> asked; {"cp $0 .venv/bin/uv" if uv else "exit 1"};;\n'
+        f'*"pip install"*) echo "$@" >> asked;;\n*) exec {sys.executable} "$@";;\nesac\n'
+    )
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "python3").write_text(interpreter)
+    (tools / "python3").chmod(0o755)
+    path = f"{tools}:{os.environ['PATH']}"
+    result = make(tmp_path, "--dry-run", "extract", "federate", PATH=path)
+    assert result.returncode == 0, result.stderr
+    assert "pipeline.cli extract configs/demo.toml" in result.stdout
+    assert "pipeline.cli federate configs/demo/fedavg.toml" in result.stdout
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert "uv" in asked[0].split()
+    assert all("-c constraints.txt" in line for line in asked)
+    assert len(asked) == 2
+    assert asked[1].startswith("pip install" if uv else "-m pip install")
+    assert not any("dev" in line for line in asked), "tools of developers are not for everybody"
+    assert ("takes longer" in result.stdout) == (not uv)
+    make(tmp_path, "--dry-run", "extract", PATH=path)
+    assert len((tmp_path / "asked").read_text().splitlines()) == len(asked), "once is enough"
+    make(tmp_path, ".venv/.tools", PATH=path)
+    assert "dev" in (tmp_path / "asked").read_text()
+    assert house.root == tmp_path
+
+
+def test_constraints_pin_what_is_needed_for_every_system() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    pins = {
+        line.split("==")[0]: line for line in text.splitlines() if line.strip() and not line.startswith("#")
+    }
+    assert all(re.fullmatch(r"[a-z0-9._-]+==[^ ;]+( ; .+)?", line) for line in pins.values())
+    assert not any(name.startswith(("nvidia", "triton", "cuda")) for name in pins)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for wanted in (*project["dependencies"], *extras["dev"], *extras["flower"], *extras["privacy"]):
+        name = re.match(r"[A-Za-z0-9._-]+", wanted)
+        assert name is not None
+        assert name[0].lower().replace("_", "-") in pins or name[0] == "fedcmp"
 
 
 def test_an_ablation_writes_its_data_and_its_tables(house: House) -> None:
