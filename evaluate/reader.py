@@ -70,13 +70,14 @@ def load_reader(experiment: Experiment, manifest: dict[str, Any], name: str, cac
     """
     options, device = experiment.language, pick_device(experiment.device)
     projector = own_projector(experiment, manifest, name)
+    language = load_language(options.path, **language_options(experiment))
     return Reader(
-        load_language(options.path, **language_options(experiment)),
+        language,
         projector.to(device).eval(),
         cache,
         options.template,
         options.question_template,
-        options.max_length,
+        language.at_most(options.max_length),
         experiment.evaluate.batch_size,
     )
 
@@ -196,7 +197,10 @@ def _fitting(
         if isinstance(each, str):
             failed[item] = each
         elif len(each.ids) > reader.max_length:
-            failed[item] = f"its prompt has more than language.max_length = {reader.max_length} tokens"
+            failed[item] = (
+                f"its prompt has more than {reader.max_length} tokens, the lesser of language.max_length and "
+                "the LLM's positions"
+            )
         else:
             fitting.append((each, item))
     return fitting, failed

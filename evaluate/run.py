@@ -162,6 +162,8 @@ def _say_counts(work: Work, scored: Scored) -> None:
     for what in ("missing images", "duplicate ids", "bad entries", "failed items"):
         if counts[what]:
             say(f"{work.name}: {counts[what]} {what} not scored")
+    if counts["images trained on"]:
+        say(f"{work.name}: {counts['images trained on']} of its images were trained on too, byte for byte")
     if counts["empty answers"]:
         say(f"{work.name}: {counts['empty answers']} empty answers, scored by the rule as they are")
     for what, number in scored.content["remarks"].items():

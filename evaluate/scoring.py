@@ -191,6 +191,7 @@ def _counts(work: Work, found: Given) -> dict[str, int]:
         "duplicate ids": work.duplicates,
         "bad entries": len(work.problems),
         "failed items": len(work.items) - len(found.items),
+        "images trained on": work.trained,
         "empty answers": sum(each[item.id] == "" for each in found.answers for item in found.items),
         "projectors": len(found.answers),
     }

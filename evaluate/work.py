@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluate.benchmarks.base import BENCHMARKS, AskedItem, Benchmark, Item, Problem
+from evaluate.overlap import trained_on
 from pipeline.cache import FeatureCache, open_cache
 from pipeline.cache.format import QUANT_ARRAYS, shard_name
 from pipeline.config import Experiment
 from pipeline.errors import UserError, did_you_mean
 from pipeline.manifest import fingerprint, read_json, write_json
 
-FORMAT = {"name": "fedcmp-asked", "version": 1}
+FORMAT = {"name": "fedcmp-asked", "version": 2}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Work:
         missing: Items whose image has no features. Neither these nor the next two are asked or scored.
         duplicates: Items whose id came before.
         problems: Entries of the files that cannot be asked.
+        trained: Images asked about that the run was trained on.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Work:
     missing: int
     duplicates: int
     problems: list[str]
+    trained: int
 
 
 def benchmarks_of(experiment: Experiment, only: tuple[str, ...] = ()) -> dict[str, Benchmark]:
@@ -92,15 +95,17 @@ def prepare(experiment: Experiment, name: str, benchmark: Benchmark, cache: Feat
             f"extract them: fedcmp extract CONFIG --benchmark {name} --images FOLDER"
         )
     keys = _keys(experiment, benchmark, asked, contents)
+    trained = trained_on(experiment, cache, {item.image for item in asked})
     record = {
         "format": FORMAT,
+        "trained": trained,
         "features": {item.image: contents.get(item.image) for item in items},
         "texts": [[item.id, item.image, item.digest] for item in asked] if benchmark.asks_cache else None,
     }
     path = _asked_path(experiment, name)
     if read_json(path) != record:
         write_json(path, record)
-    return Work(name, benchmark, asked, keys, len(items) - len(asked), duplicates, problems)
+    return Work(name, benchmark, asked, keys, len(items) - len(asked), duplicates, problems, trained)
 
 
 def recall(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
@@ -137,7 +142,8 @@ def recall(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
         )
     asked = [item for item in items if item.image in known]
     keys = _keys(experiment, benchmark, asked, known)
-    return Work(name, benchmark, asked, keys, len(items) - len(asked), duplicates, problems)
+    missing = len(items) - len(asked)
+    return Work(name, benchmark, asked, keys, missing, duplicates, problems, record["trained"])
 
 
 def rows_of(cache: FeatureCache) -> dict[str, int]:

@@ -328,7 +328,7 @@ def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
             cache,
             language.tokenizer,
             template=guide.template,
-            max_length=_MAX_LENGTH,
+            max_length=language.at_most(_MAX_LENGTH),
             visual_tokens=visual_tokens,
         )
         for name, cache in caches.items()
@@ -344,7 +344,7 @@ def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
                 {name: caches[name]},
                 language,
                 template=guide.template,
-                max_length=_MAX_LENGTH,
+                max_length=language.at_most(_MAX_LENGTH),
                 batch_size=_BATCH,
                 turns=1,
                 seed=0,

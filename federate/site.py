@@ -61,14 +61,14 @@ class Site:
         scratch = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
         turns, poison = plan.turns(), options.poison or {}
         visual_tokens = scratch.tokens(first.patches)
-        without = check_texts(experiment, caches, language.tokenizer, visual_tokens)
+        without = check_texts(experiment, caches, language, visual_tokens)
         self.d_llm = language.d_llm
         self.streams = {
             client: Stream(
                 {silo: caches[silo] for silo in silos},
                 language,
                 template=experiment.language.template,
-                max_length=experiment.language.max_length,
+                max_length=language.at_most(experiment.language.max_length),
                 batch_size=options.batch_size,
                 turns=turns[client],
                 seed=experiment.seed,

@@ -17,6 +17,8 @@ from pipeline.manifest import fingerprint, provenance, read_json, sha256_file, w
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pipeline.language import FrozenLanguageModel
+
 _AT_ONCE = 2048
 _SHOWN = 3
 FOLDER = "left_out"
@@ -70,7 +72,7 @@ def unusable(
 def check_texts(
     experiment: Experiment,
     caches: Mapping[str, FeatureCache],
-    tokenizer: PreTrainedTokenizerBase,
+    llm: FrozenLanguageModel,
     visual_tokens: int,
 ) -> dict[str, dict[int, str]]:
     """`unusable` texts of silos, said and written into the run's folder.
@@ -91,9 +93,9 @@ def check_texts(
             with progress(f"texts of {silo}", len(cache.usable_texts("train")), "texts") as task:
                 known = unusable(
                     cache,
-                    tokenizer,
+                    llm.tokenizer,
                     template=language.template,
-                    max_length=language.max_length,
+                    max_length=llm.at_most(language.max_length),
                     visual_tokens=visual_tokens,
                     advance=task.advance,
                 )

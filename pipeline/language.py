@@ -18,7 +18,7 @@ from pipeline.console import say
 from pipeline.decoding import arguments, greedy
 from pipeline.errors import UserError
 from pipeline.loading import load_model, load_tokenizer
-from pipeline.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens
+from pipeline.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens, end_of_turn
 
 
 class FrozenLanguageModel:
@@ -59,6 +59,7 @@ class FrozenLanguageModel:
         self.tokenizer = load_tokenizer(path)
         self.model: Any = model
         self._ends = _end_tokens(model.generation_config.eos_token_id, self.tokenizer.eos_token_id)
+        self._ends |= end_of_turn(self.tokenizer)
         self.embeddings = self.model.get_input_embeddings()
         self.decoder = self.model.get_decoder()
         self.head = self.model.get_output_embeddings()
@@ -72,6 +73,11 @@ class FrozenLanguageModel:
         self.d_llm: int = self.embeddings.embedding_dim
         self.ways = Ways()
         self.ways = proven(self)
+
+    def at_most(self, length: int) -> int:
+        """A number of tokens, or that of the positions which the model was made for where these are fewer."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(length, positions) if isinstance(positions, int) and positions > 0 else length
 
     def embed(self, ids: Tensor, projected: Tensor) -> Tensor:
         """Splice projected visual tokens into word embeddings.

@@ -233,6 +233,23 @@ def _begun(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBas
     return ended + (header.rstrip(" ") if header.strip() else "")
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special token with which the chat template ends an answer, where it has one.
+
+    Many a fine-tuned model's generation_config does not name it; its answers would run on into a turn of
+    the user's.
+    """
+    if tokenizer.chat_template is None:
+        return set()
+    turns = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _PROBE}]
+    try:
+        after = _written(turns, tokenizer).rpartition(_PROBE)[2].lstrip()
+    except UserError:
+        return set()
+    special = tokenizer.added_tokens_decoder.items()
+    return {number for number, token in special if token.special and after.startswith(token.content)}
+
+
 def _written(
     messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, reply: bool = False
 ) -> str:

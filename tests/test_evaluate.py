@@ -171,6 +171,7 @@ def test_missing_images_and_duplicate_ids_are_counted(evaluated: Path, tmp_path:
         "duplicate ids": 1,
         "bad entries": 0,
         "failed items": 0,
+        "images trained on": 0,
         "empty answers": 0,
         "projectors": 1,
     }

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import picture
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from extract.encoders.transformers import Transformers
 from pipeline import projector as projectors
@@ -30,6 +30,7 @@ from pipeline.prompts import (
     Tokens,
     _chat,
     _v1,
+    end_of_turn,
     question,
     tokenise,
 )
@@ -500,3 +501,40 @@ def test_a_chat_template_of_no_use_is_one_line(llama_dir: Path, template: str | 
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=why):
         _chat((Turn("user", "<image>\nwhere?"), Turn("assistant", "left")), tokenizer)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_an_answer_ends_where_the_template_ends_it(llama_dir: Path, tmp_path: Path) -> None:
+    """Many a fine-tuned model's generation_config knows the base model's end of text alone."""
+    tokenizer = AutoTokenizer.from_pretrained(llama_dir)
+    eos = tokenizer.eos_token_id
+    tokenizer.chat_template = CHATML
+    assert end_of_turn(tokenizer) == set()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    assert end_of_turn(tokenizer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "{{ eos_token }}")
+    assert end_of_turn(tokenizer) == {eos}
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert end_of_turn(tokenizer) == set()
+    tokenizer.chat_template = CHATML
+    model = AutoModelForCausalLM.from_pretrained(llama_dir)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    language = FrozenLanguageModel(tmp_path, dtype="float32", device="cpu")
+    assert end in language._ends
+    assert eos in language._ends
+
+
+def test_no_text_is_longer_than_the_positions_that_an_llm_has(llama_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama_dir, tmp_path / "short")
+    path = tmp_path / "short/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 40}))
+    language = FrozenLanguageModel(tmp_path / "short", dtype="float32", device="cpu")
+    assert (language.at_most(2048), language.at_most(30)) == (40, 30)

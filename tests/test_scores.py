@@ -384,3 +384,27 @@ def test_the_loss_before_other_pictures_is_a_metric_of_its_own(place: Path) -> N
     assert plain.keys() == {"loss"}
     fine("evaluate", place / "two.toml", "--benchmark", "loss")
     assert scores(place, "loss", "two")["metrics"]["loss"]["value"] == plain["loss"]["value"]
+
+
+def test_pictures_that_were_trained_on_are_counted(place: Path) -> None:
+    assert scores(place, "pope")["counts"]["images trained on"] == 0
+    edit_pope = [
+        {"question_id": n, "image": f"scans/{n:03d}.png", "text": "Is there a dog?", "label": "yes"}
+        for n in range(5)
+    ]
+    (place / "seen.json").write_text("".join(json.dumps(row) + "\n" for row in edit_pope))
+    config = place / "one.toml"
+    config.write_text(
+        config.read_text()
+        + f"""
+[evaluate.benchmarks.seen]
+name = "pope"
+silo = "clinic"
+questions = {{ random = "{place}/seen.json" }}
+"""
+    )
+    output = fine("evaluate", config, "--benchmark", "seen")
+    assert "seen: 5 of its images were trained on too, byte for byte" in output
+    assert scores(place, "seen")["counts"]["images trained on"] == 5
+    shutil.rmtree(place / "features")
+    assert "5 of its images were trained on" in fine("score", config, "--benchmark", "seen")
