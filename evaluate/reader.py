@@ -252,7 +252,7 @@ def _ranks(reader: Reader, items: Sequence[Item], rows: dict[str, int]) -> list[
     owners = [place for place, several in enumerate(captions) for _ in several]
     flat = [caption for several in captions for caption in several]
     encoded = language.tokenizer(flat, add_special_tokens=False)["input_ids"]
-    words = [language.embeddings(torch.tensor(ids, device=language.device).long()).float() for ids in encoded]
+    words = [language.words(torch.tensor(ids, device=language.device).long()).float() for ids in encoded]
     texts = torch.stack([each.sum(0) / max(len(each), 1) for each in words])
     near = normalize(texts - texts.mean(0)) @ normalize(images - images.mean(0)).T
     return ranks_of(near.cpu().numpy(), owners)

@@ -86,5 +86,5 @@ def _without(matrix: str, start: State, trained: State) -> State:
 def _mean_embeddings(labels: Tensor, language: FrozenLanguageModel) -> Tensor:
     """Mean input embedding of every sample's supervised tokens, float64 `(batch, d_llm)`."""
     supervised = (labels != IGNORE_INDEX).double().unsqueeze(-1)
-    embeddings = language.embeddings(labels.clamp(min=0)).double()
+    embeddings = language.words(labels.clamp(min=0)).double()
     return (embeddings * supervised).sum(1) / supervised.sum(1)
