@@ -113,7 +113,10 @@ def test_a_template_that_begins_no_reply_trains_no_header(llama_dir: Path) -> No
     ("template", "why"),
     [
         (None, "has no chat template; use 'v1'"),
-        ("{{ raise_exception('roles must alternate') }}", "the chat template refuses it: roles must alternate"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "the chat template refuses it: roles must alternate",
+        ),
         ("{{ messages[0].content }}", "does not write answers; use 'v1'"),
     ],
 )

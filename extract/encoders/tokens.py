@@ -113,6 +113,8 @@ class LoadedPatchEncoder(LoadedEncoder):
                 "or more"
             )
         self._shared, self._device, self._dtype = options, device, dtype
+        if dtype == "float32":
+            _convolve_in_full_precision()
         self.reading = Reading(options.orientation, options.transparency, options.white_level)
         self._crop = crop if options.resize == "crop" else None
         self._fill = tuple(int(value * 255) for value in mean)
@@ -154,6 +156,18 @@ class LoadedPatchEncoder(LoadedEncoder):
         if self._shared.tokens == "cls_patch":
             return torch.cat([cls, patches], 1).float()
         return pool_squares(patches.float(), self._shared.pool, self._shared.pooling)
+
+
+def _convolve_in_full_precision() -> None:
+    """Float32 means float32: by default torch convolves in TF32 on CUDA, which is off by 3e-4 (ViT-L/14, H100)."""
+    import torch
+
+    cudnn: Any = torch.backends.cudnn
+    # torch 2.9 renamed it, and warns of the older name.
+    if hasattr(cudnn, "conv") and hasattr(cudnn.conv, "fp32_precision"):
+        cudnn.conv.fp32_precision = "ieee"
+    else:
+        cudnn.allow_tf32 = False
 
 
 def pool_squares(patches: torch.Tensor, side: int, how: str) -> torch.Tensor:
