@@ -159,7 +159,7 @@ class LoadedPatchEncoder(LoadedEncoder):
 
 
 def _convolve_in_full_precision() -> None:
-    """Float32 means float32: by default torch convolves in TF32 on CUDA, which is off by 3e-4 (ViT-L/14, H100)."""
+    """Float32 means float32: torch convolves in TF32 on CUDA, off by 3e-4 with ViT-L/14 on an H100."""
     import torch
 
     cudnn: Any = torch.backends.cudnn
