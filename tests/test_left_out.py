@@ -104,7 +104,13 @@ def test_metadata_hide_no_text(tmp_path: Path, entry: object, wanted: str) -> No
     for bom in (b"", b"\xef\xbb\xbf"):
         json_bytes = bom + json.dumps(entry).encode()
         tar(tmp_path / "0.tar", ("a.json", json_bytes), ("a.png", PNG), ("a.txt", bom + b"from txt\r\n"))
-        assert read(WebDataset(path=f"{tmp_path}/0.tar")) == ({"a.png": [wanted]}, {})
+        texts, skipped = read(WebDataset(path=f"{tmp_path}/0.tar"))
+        assert texts == {"a.png": [wanted]}
+        unused = (
+            "'.json' without a text beside a '.txt'" if wanted == "from txt" else "'.txt' beside a '.json'"
+        )
+        assert skipped["0.tar"].startswith(f"1 {unused}")
+        assert len(skipped) == 1
 
 
 def test_a_damaged_json_is_listed_and_not_replaced(tmp_path: Path) -> None:

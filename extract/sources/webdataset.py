@@ -36,6 +36,11 @@ from pipeline.store import Remote, is_url
 
 _PICTURES = {*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES}
 _FILES_HELD = 64
+_ANOTHER_PICTURE = "beside another picture of the sample, which is taken"
+_BESIDE = {
+    "json": "without a text beside a '.txt', which is taken",
+    "txt": "beside a '.json' with texts, which are taken",
+}
 _KEY = "a sample's name ends at its first dot, as webdataset has it"
 
 
@@ -104,7 +109,7 @@ class WebDataset(Source):
             yield from self._record(sample, names, beside)
         yield from problems
         for (shard, suffix), number in beside.items():
-            yield Skipped(shard, f"{number} '.{suffix}' beside another picture of the sample, which is taken")
+            yield Skipped(shard, f"{number} '.{suffix}' {_BESIDE.get(suffix, _ANOTHER_PICTURE)}")
 
     def _record(
         self, files: Sequence[_File], names: _Names, beside: Counter[tuple[str, str]]
@@ -137,10 +142,12 @@ class WebDataset(Source):
             return
         try:
             name.encode()
-            texts = texts_of(_about(sample), self.split)
+            about, unused = _about(sample)
+            texts = texts_of(about, self.split)
         except (ValueError, RecursionError) as error:
             yield Skipped(place, f"its name or text cannot be read: {error}")
             return
+        beside.update((shard, left_out) for left_out in unused)
         yield Record(name, sample[suffix], texts)
 
     def identity(self) -> dict[str, Any]:
@@ -241,10 +248,16 @@ def _divided(files: list[_File]) -> list[list[_File]]:
     return [list(run) for _, run in groupby(map(_File.at_last_dot, files), attrgetter("key"))]
 
 
-def _about(sample: dict[str, bytes]) -> Any:
-    """What a sample says of its picture; a `.json` without a text is metadata where there is a `.txt`."""
+def _about(sample: dict[str, bytes]) -> tuple[Any, list[str]]:
+    """What a sample says of its picture, and the suffix of what is not looked at for that.
+
+    A `.json` without a text is metadata where there is a `.txt`.
+    """
     entry = json.loads(sample["json"]) if "json" in sample else []
-    return [sample["txt"].decode("utf-8-sig")] if "txt" in sample and not _tells(entry) else entry
+    both = "json" in sample and "txt" in sample
+    if "txt" in sample and not _tells(entry):
+        return [sample["txt"].decode("utf-8-sig")], ["json"] if both else []
+    return entry, ["txt"] if both else []
 
 
 def _tells(entry: Any) -> bool:
