@@ -9,7 +9,9 @@ import click
 from pipeline.cli import F, experiment_options
 
 _KEY_OPTIONS = (
-    click.option("--insecure", is_flag=True, help="Neither encryption nor keys: for a network you trust."),
+    click.option(
+        "--insecure", is_flag=True, help="No encryption, within one machine or behind a proxy on it."
+    ),
     click.option("--ca", type=click.Path(path_type=Path), help="Certificate authority of the server."),
 )
 
@@ -78,8 +80,9 @@ def federate(
         simulate(experiment)
         return
     from federate.engines import launch
+    from federate.engines.keys import Keys
 
-    keys = launch.Keys(ca=ca, certificate=certificate, key=key, sites=site_keys, insecure=insecure)
+    keys = Keys(ca=ca, certificate=certificate, key=key, sites=site_keys, insecure=insecure)
     launch.federate(experiment, config, overrides, address, keys)
 
 
@@ -118,9 +121,10 @@ def site(
     experiment = load(config, overrides)
     need_flower()
     from federate.engines import launch
+    from federate.engines.keys import Keys
     from federate.engines.service import Service
 
-    keys = launch.Keys(ca=ca, key=key, insecure=insecure)
+    keys = Keys(ca=ca, key=key, insecure=insecure)
     launch.site(Service(experiment, silo), silo, superlink, keys, patience)
 
 
