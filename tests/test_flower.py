@@ -131,7 +131,7 @@ def documented(language: str = "sh") -> list[str]:
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
     """Certificates and keys, made by the commands of docs/sites.md."""
-    authority, site_key = documented()
+    authority, site_key = documented()[:2]
     folder = tmp_path / "keys"
     (folder / "known").mkdir(parents=True)
     scripts = [authority, *(site_key.replace("berlin", name) for name in (*SILOS, "stranger"))]

@@ -89,7 +89,7 @@ def spoiled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
-COUNTS = [0, -1, 10**15, 2**70, 1.0, 1.5, "5", None, True, [], {}, float("nan")]
+COUNTS = [0, -1, 10**15, 2**70, 1.0, 1.5, "5", None, True, [], {}, float("nan"), torch.tensor(3)]
 NUMBERS = [math.nan, math.inf, -math.inf, "0.5", None, [], [0.5], {}, True, torch.ones(1)]
 ANSWERS: dict[str, Change] = {
     **{

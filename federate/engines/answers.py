@@ -25,15 +25,16 @@ _WIDEST = 2**15
 _MOMENTS = 3  # optimisers here keep up to two numbers a weight, and a few counters
 
 
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
+def _number(value: Any) -> Any:
+    # Pydantic also takes truth values, and tensors of one number.
+    if type(value) not in (int, float):
         raise ValueError("no number")
     return value
 
 
-_Number = Annotated[FiniteFloat, BeforeValidator(_no_bool)]
-_Count = Annotated[int, Field(ge=1, le=2**53)]
-_Width = Annotated[int, Field(ge=1, le=_WIDEST)]
+_Number = Annotated[FiniteFloat, BeforeValidator(_number)]
+_Count = Annotated[int, Field(ge=1, le=2**53), BeforeValidator(_number)]
+_Width = Annotated[int, Field(ge=1, le=_WIDEST), BeforeValidator(_number)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

@@ -45,7 +45,7 @@ _KEYLESS = frozenset({_FLEET + b"register-node", _FLEET + b"unregister-node"})
 _HEADERS = (b"accept", b"content-type", b"flwr-", b"x-flwr-")
 # Flower cuts what it sends into pieces of 5 MiB.
 _HEAD_BYTES, _BODY_BYTES, _ANSWER_BYTES = 2**14, 2**24, 2**26
-_PIECE = 2**18
+_PIECE, _HEAD_PIECE = 2**18, 2**12
 _HEAD_SECONDS, _BODY_SECONDS, _INNER_SECONDS, _IDLE_SECONDS = 10.0, 300.0, 60.0, 75.0
 _CONNECTIONS, _FROM_ONE_PLACE = 512, 64
 _NOT_ACTIVATED = 2004  # Flower's code, for SuperNodes to pass the reason on
@@ -130,6 +130,7 @@ class Gate:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0.05)  # transports close in the loop's next turns
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         place = str((writer.get_extra_info("peername") or ("?",))[0])
@@ -178,7 +179,7 @@ class Gate:
         self, connection: h11.Connection, reader: asyncio.StreamReader, seconds: float
     ) -> tuple[int, bytes, bytes]:
         """One request, and the SuperLink's status, content type and body."""
-        request = await asyncio.wait_for(_event(connection, reader), seconds)
+        request = await asyncio.wait_for(_event(connection, reader, _HEAD_PIECE), seconds)
         if not isinstance(request, h11.Request):
             raise ConnectionResetError
         headers = dict(request.headers)
@@ -216,7 +217,7 @@ class Gate:
             answer = await _body(connection, reader, _ANSWER_BYTES)
             return response.status_code, dict(response.headers).get(b"content-type", b""), answer
         finally:
-            writer.close()
+            writer.transport.abort()
 
     def _tell(self, reason: str) -> None:
         """Say it, but not for ever: a stranger can come as often as it likes."""
@@ -226,12 +227,12 @@ class Gate:
             say(f"refused: {reason}")
 
 
-async def _event(connection: h11.Connection, reader: asyncio.StreamReader) -> object:
+async def _event(connection: h11.Connection, reader: asyncio.StreamReader, piece: int = _PIECE) -> object:
     while True:
         event = connection.next_event()
         if event is not h11.NEED_DATA:
             return event
-        connection.receive_data(await reader.read(_PIECE))
+        connection.receive_data(await reader.read(piece))
 
 
 async def _body(connection: h11.Connection, reader: asyncio.StreamReader, most: int) -> bytes:

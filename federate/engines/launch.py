@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from federate.engines import daemon
-from federate.engines.gate import Gate
-from federate.engines.keys import Keys, check_place, inner_authority, public_key, site_keys
-from federate.engines.processes import REFUSED, Child, environment, free_port, wait_for_port
+from federate.engines.keys import Keys, check_place, site_keys
+from federate.engines.processes import REFUSED, Child, environment, free_port
 from federate.engines.service import Service
+from federate.engines.superlink import CONNECTION, superlink
 from pipeline.config import Experiment
 from pipeline.console import say
 from pipeline.errors import UserError
@@ -28,8 +28,6 @@ from pipeline.manifest import locked
 
 APP = Path(__file__).parent / "app"
 _DECORATION = re.compile(r"^(\x1b\[\d+m)?INFO|^Using SuperLink|^Successfully (started|installed)")
-_NODE = re.compile(r"SuperNode (\d+) registered")
-_START_SECONDS = 60.0
 _CONTACT_SECONDS = 20.0
 _REFUSED_SECONDS = 60.0
 _BACKOFF = (1.0, 2.0, 5.0, 10.0)
@@ -70,59 +68,18 @@ def federate(
 def _serve(
     config: Path, address: str, keys: Keys, silos: dict[str, Path] | None, home: Path, task: dict[str, Any]
 ) -> None:
-    """Run the task over a SuperLink of its own, on the loopback and behind a gate."""
-    port = free_port()
-    command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--disable-runtime-dependency-installation"]
-    connection = f'[superlink.run]\naddress = "127.0.0.1:{port}"\n'
-    authority = None
-    if silos is None:
-        command += ["--insecure"]
-        connection += "insecure = true\n"
-    else:
-        authority, private = inner_authority(home)
-        command += ["--ssl-ca-certfile", str(authority), "--ssl-certfile", str(authority)]
-        command += ["--ssl-keyfile", str(private), "--enable-supernode-auth"]
-        connection += f'root-certificates = "{authority}"\n'
-    (home / "config.toml").write_text(connection)
-    certificate = None
-    if not keys.insecure:
-        certificate = Path(str(keys.certificate)), Path(str(keys.key))
-    known = None if silos is None else {public_key(file): silo for silo, file in silos.items()}
-    gate, variables = Gate(address, port, certificate, known, authority), environment(home)
-    superlink = Child(command, variables)
-    try:
-        wait_for_port(f"127.0.0.1:{port}", superlink, _START_SECONDS)
-        if silos is not None:
-            task["owners"] = {_registered(file, variables): silo for silo, file in silos.items()}
-        (home / "task.json").write_text(json.dumps(task))
-        with gate:
-            say(f"server at {address}, sites may come")
-            options = f'config="{config.resolve()}" task="{home / "task.json"}"'
-            command = ["flwr", "run", str(APP), "run", "--stream", "--run-config", options]
-            _follow(Child(command, variables), superlink)
-    finally:
-        superlink.stop()
-        gate.close()
+    """Run the task over a SuperLink of its own."""
+    with superlink(address, keys, silos, home) as server:
+        (home / "task.json").write_text(json.dumps(task | {"owners": server.owners}))
+        say(f"server at {address}, sites may come")
+        options = f'config="{config.resolve()}" task="{home / "task.json"}"'
+        command = ["flwr", "run", str(APP), CONNECTION, "--stream", "--run-config", options]
+        _follow(Child(command, server.variables), server.child)
 
 
 def _required(options: str, *values: Path | None) -> None:
     if None in values:
         raise UserError(f"give {options}, or --insecure within one machine")
-
-
-def _registered(file: Path, variables: dict[str, str]) -> str:
-    """The node that a site's key stands for, once the SuperLink knows it."""
-    command = ["flwr", "supernode", "register", str(file), "run"]
-    child = Child(command, variables)
-    deadline = time.monotonic() + _START_SECONDS
-    while not child.ended() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    child.stop()
-    found = _NODE.search("\n".join(child.lines))
-    if not child.succeeded() or found is None:
-        raise UserError(f"{' '.join(command)}: {child.complaint()}")
-    return found[1]
 
 
 def _follow(run: Child, superlink: Child) -> None:
