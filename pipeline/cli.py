@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,6 +45,14 @@ def experiment_options(command: F) -> F:
     return click.argument("config", type=click.Path(path_type=Path))(command)
 
 
+class Terminated(KeyboardInterrupt):
+    """Somebody sent SIGTERM."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise Terminated
+
+
 class StageCommands(click.Group):
     """A group whose help needs no import and whose user errors are one line."""
 
@@ -78,15 +87,17 @@ class StageCommands(click.Group):
         from pipeline.errors import UserError
 
         try:
+            # What cleans up after Ctrl-C does so as well when a scheduler or a service manager ends it.
+            signal.signal(signal.SIGTERM, _terminated)
             return super().invoke(ctx)
         except UserError as error:
             click.echo(f"fedcmp: {error}", err=True)
         except OSError as error:
             hint = "; free some space and rerun to go on" if error.errno == errno.ENOSPC else ""
             click.echo(f"fedcmp: {error}{hint}", err=True)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             click.echo("fedcmp: interrupted; run the same command to go on", err=True)
-            ctx.exit(130)
+            ctx.exit(143 if isinstance(stop, Terminated) else 130)
         ctx.exit(2)
 
 

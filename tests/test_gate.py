@@ -319,30 +319,62 @@ def test_every_silo_has_a_key_of_its_own(keys: Path, tmp_path: Path) -> None:
         site_keys(tmp_path, SILOS)
 
 
+SERVER_APP = """
+import time
+from pathlib import Path
+from flwr.app import Message, RecordDict
+from flwr.serverapp import ServerApp
+
+Path("{out}/ran-server").touch()
+server_app = ServerApp()
+
+
+@server_app.main()
+def main(grid, context):
+    while not (nodes := list(grid.get_node_ids())):
+        time.sleep(0.2)
+    sent = list(grid.push_messages([Message(RecordDict(), dst_node_id=nodes[0], message_type="query", ttl=300)]))
+    while not (replies := list(grid.pull_messages(sent))):
+        time.sleep(0.2)
+    Path("{out}/reply").write_text(str(replies[0].error) if replies[0].has_error() else "it ran")
+"""
+CLIENT_APP = """
+from pathlib import Path
+from flwr.clientapp import ClientApp
+
+Path("{out}/ran-client").touch()
+client_app = ClientApp()
+"""
+
+
+def foreign_app(folder: Path, out: Path) -> Path:
+    """An app of somebody else's, which leaves files where it runs."""
+    app = folder / "app"
+    app.mkdir(parents=True)
+    (app / "evil_server.py").write_text(SERVER_APP.replace("{out}", str(out)))
+    (app / "evil_client.py").write_text(CLIENT_APP.replace("{out}", str(out)))
+    (app / "pyproject.toml").write_text(
+        '[project]\nname = "evil"\nversion = "1.0.0"\nlicense = "Apache-2.0"\n[tool.flwr.app]\n'
+        'publisher = "x"\n[tool.flwr.app.components]\nserverapp = "evil_server:server_app"\n'
+        'clientapp = "evil_client:client_app"\n'
+    )
+    return app
+
+
 def test_holding_the_authoritys_certificate_alone(keys: Path, tmp_path: Path) -> None:
     """Flower's own commands: register a node, run an app, list what is there; then a site that may."""
     home, port = tmp_path / "server", free_port()
     home.mkdir()
     files = Keys(certificate=keys / "server.crt", key=keys / "server.key", sites=keys / "known")
     attacker = tmp_path / "attacker"
-    (attacker / "app").mkdir(parents=True)
+    app = foreign_app(attacker, tmp_path)
     (attacker / "config.toml").write_text(
         f'[superlink.run]\naddress = "127.0.0.1:{port}"\nroot-certificates = "{keys / "ca.crt"}"\n'
-    )
-    (attacker / "app/evil.py").write_text(
-        f"open({str(tmp_path / 'ran')!r}, 'w')\n"
-        "from flwr.serverapp import ServerApp\nfrom flwr.clientapp import ClientApp\n"
-        "server_app, client_app = ServerApp(), ClientApp()\n"
-    )
-    (attacker / "app/pyproject.toml").write_text(
-        '[project]\nname = "evil"\nversion = "1.0.0"\nlicense = "Apache-2.0"\n[tool.flwr.app]\n'
-        'publisher = "x"\n[tool.flwr.app.components]\nserverapp = "evil:server_app"\n'
-        'clientapp = "evil:client_app"\n'
     )
     with superlink(f"127.0.0.1:{port}", files, {"lab": keys / "known/lab.pub"}, home) as server:
         for command in (
             ["supernode", "register", str(keys / "stranger.pub"), "run"],
-            ["run", str(attacker / "app"), "run"],
+            ["run", str(app), "run"],
             ["ls", "run"],
             ["supernode", "list", "run"],
         ):
@@ -363,7 +395,7 @@ def test_holding_the_authoritys_certificate_alone(keys: Path, tmp_path: Path) ->
         assert done.returncode == 0, done.stderr
         assert server.owners is not None
         assert list(server.owners.values()) == ["lab"]
-    assert not (tmp_path / "ran").exists()
+    assert not list(tmp_path.glob("ran-*"))
 
 
 NODE = """
@@ -447,3 +479,85 @@ def test_a_key_that_is_not_known_is_said(keys: Path, tmp_path: Path, node) -> No
         process, log = node(f"127.0.0.1:{port}", "stranger", 5)
         until(log, r"does not accept site 'stranger': .*code: 2004. this key is no site's of the study")
         assert process.wait(120) != 0
+
+
+def test_a_site_runs_no_app_but_its_own(keys: Path, tmp_path: Path, node) -> None:  # type: ignore[no-untyped-def]
+    """Not even where it is the server that sends one: the app runs there, and not at the site."""
+    port = free_port()
+    files = Keys(certificate=keys / "server.crt", key=keys / "server.key")
+    home = tmp_path / "server"
+    home.mkdir()
+    app = foreign_app(tmp_path / "bad", tmp_path)
+    with superlink(f"127.0.0.1:{port}", files, {"lab": keys / "known/lab.pub"}, home) as server:
+        _, log = node(f"127.0.0.1:{port}", "lab", 3600)
+        until(log, "connected to")
+        subprocess.run(
+            ["flwr", "run", str(app), "run"],
+            env=server.variables,
+            check=True,
+            capture_output=True,
+            timeout=240,
+        )
+        until(tmp_path / "reply", "could not be verified")
+        until(
+            log, "site lab: refused another app than this version's own: [0-9a-f]{64}, accepted [0-9a-f]{64}"
+        )
+    assert (tmp_path / "ran-server").exists()
+    assert not (tmp_path / "ran-client").exists()
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")
+def test_behind_an_ordinary_proxy(
+    keys: Path, inside: http.server.ThreadingHTTPServer, tmp_path: Path
+) -> None:
+    """The recipe of docs/sites.md: TLS ends at nginx, keys are still asked for."""
+    (recipe,) = documented("nginx")
+    outer, inner = free_port(), free_port()
+    for old, new in (
+        ("listen 443", f"listen 127.0.0.1:{outer}"),
+        ("/etc/fedcmp/server", str(keys / "server")),
+        ("127.0.0.1:18080", f"127.0.0.1:{inner}"),
+    ):
+        assert old in recipe
+        recipe = recipe.replace(old, new)
+    temporary = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}\n"
+        f"http {{ access_log off; {temporary}\n{recipe}\n}}\n"
+    )
+    command = [
+        "nginx",
+        "-e",
+        str(tmp_path / "error.log"),
+        "-p",
+        str(tmp_path),
+        "-c",
+        str(tmp_path / "nginx.conf"),
+    ]
+    known = {public_key(keys / "known" / f"{silo}.pub"): silo for silo in SILOS}
+    gate = Gate(f"127.0.0.1:{inner}", inside.server_address[1], None, known, None)
+    process = subprocess.Popen(command)
+    try:
+        with gate:
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                try:
+                    socket.create_connection(("127.0.0.1", outer), timeout=1).close()
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            body = bytes(6_000_000)
+            said = asked(outer, keys, HEARTBEAT, signed(keys, "lab"), body)
+            assert said.startswith(b"HTTP/1.1 200"), said[:500]
+            assert Inside.came[0][2] == body
+            assert asked(outer, keys, HEARTBEAT, signed(keys, "stranger")).startswith(b"HTTP/1.1 400")
+            for target in (b"/v1/control/list-runs", b"/v1/fleet/../control/list-runs", b"/docs", b"/"):
+                assert asked(outer, keys, target, signed(keys, "lab")).startswith(b"HTTP/1.1 404")
+            assert len(Inside.came) == 1
+    finally:
+        process.terminate()
+        process.wait(30)
+        gate.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from test_strategies import SHAPES, draw
 from federate.secure import numbers
 from federate.secure.cohort import aggregate
 from federate.secure.contribution import Own
+from federate.secure.ledger import Ledger
 from federate.secure.masks import KeyPair, add_mask, seal, unseal
 from federate.secure.party import Party
 from federate.secure.summation import secure_sum
 from federate.strategies.base import STRATEGIES, Memory, State, Strategy, Update
 from pipeline.config import Component
-from pipeline.errors import DroppedOutError
+from pipeline.errors import DroppedOutError, SpoiledError, UserError
 
 VECTOR = np.array([1.5, -2.25, 0.0, 1e-9])
 
@@ -59,10 +61,11 @@ def test_keys_agree_and_masks_are_undone() -> None:
     assert total[:1].tobytes().hex() == "76b8e0ada0f13d90"
     add_mask(total, bytes(32), -1)
     assert np.array_equal(total, np.arange(3_000_000))
-    sealed = seal(bytes(32), b"share")
-    assert unseal(bytes(32), sealed) == b"share"
-    with pytest.raises(ValueError, match="changed on its way"):
-        unseal(bytes(32), sealed[:-1] + bytes([sealed[-1] ^ 1]))
+    sealed = seal(bytes(32), b"share", b"a to b")
+    assert unseal(bytes(32), sealed, b"a to b") == b"share"
+    for changed, place in ((sealed[:-1] + bytes([sealed[-1] ^ 1]), b"a to b"), (sealed, b"b to a")):
+        with pytest.raises(ValueError, match="changed on its way"):
+            unseal(bytes(32), changed, place)
 
 
 class Clients:
@@ -167,6 +170,175 @@ def test_no_client_gives_away_both_secrets_of_another(ending: dict, message: str
         secure_sum(stop, list("abcd"), 3, {})
 
 
+def spoiling(clients: Clients, step: str, spoil: Callable[[dict[str, dict[str, Any]]], None]) -> Any:
+    """The clients, whose answers to a step are changed."""
+
+    def exchange(requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        answers = clients(requests)
+        if next(iter(requests.values()))["step"] == step:
+            spoil(answers)
+        return answers
+
+    return exchange
+
+
+@pytest.mark.parametrize("place", [0, 3, 4, 5, 6])
+@pytest.mark.parametrize("bit", [0, 17, 39, 63])
+def test_a_flipped_bit_is_found(place: int, bit: int) -> None:
+    """In a number, in the constant or in a checksum; 2^23 and 1e-12 alike."""
+
+    def flip(answers: dict[str, dict[str, Any]]) -> None:
+        masked = answers["b"]["masked"].numpy().view(np.uint64)
+        masked[place] ^= np.uint64(1) << np.uint64(bit)
+
+    with pytest.raises(SpoiledError, match="the secure sum over 4 clients does not add up"):
+        secure_sum(spoiling(constant("abcd"), "mask", flip), list("abcd"), 3, {})
+
+
+@pytest.mark.parametrize("weight", [np.nextafter(0.25, 1), 0.5])
+def test_weights_that_differ_at_one_client_are_found(weight: float) -> None:
+    clients = constant("abcd")
+
+    def one_ulp(requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        requests = {name: dict(each) for name, each in requests.items()}
+        if requests["a"]["step"] == "mask":
+            requests["a"]["request"] = {"weight": weight}
+        return clients(requests)
+
+    with pytest.raises(SpoiledError, match="does not add up"):
+        secure_sum(one_ulp, list("abcd"), 3, {"weight": 0.25})
+
+
+@pytest.mark.parametrize(("lost", "part", "whose"), [({}, "seeds", "b"), ({"c": "mask"}, "keys", "c")])
+def test_wrong_shares_are_found_and_whose_they_are_is_said(
+    lost: dict[str, str], part: str, whose: str
+) -> None:
+    clients = constant("abcd")
+    clients.lost = lost
+
+    def change(answers: dict[str, dict[str, Any]]) -> None:
+        answers["d"][part][whose] = str(int(answers["d"][part][whose]) + 1)
+
+    with pytest.raises(
+        SpoiledError, match=f"of the secret of client '{whose}' do not give what it advertised"
+    ):
+        secure_sum(spoiling(clients, "unmask", change), list("abcd"), 3, {})
+
+
+def test_a_sealed_share_that_comes_back_does_not_open() -> None:
+    """The two of a pair agree on one key; from whom to whom is part of what is sealed."""
+    clients = constant("abcd")
+
+    def reflect(requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        requests = {name: dict(each) for name, each in requests.items()}
+        if requests["a"]["step"] == "mask":
+            own = next(reply for name, step, reply in clients.seen if (name, step) == ("a", "share"))
+            requests["a"]["inbox"] = dict(own)
+        return clients(requests)
+
+    with pytest.raises(ValueError, match="a sealed share was changed on its way"):
+        secure_sum(reflect, list("abcd"), 3, {})
+
+
+ODD = {
+    "advertise": [{}, {"mask": "a"}, {"mask": 1, "seal": 2, "seed": 3}],
+    "share": [{}, {"b": 1, "c": 2, "d": 3}, {"b": "zz", "c": "ab", "d": "ab"}],
+    "mask": [
+        {},
+        {"masked": 1},
+        {"masked": torch.zeros(7)},
+        {"masked": torch.zeros(3, dtype=torch.int64)},
+        {"masked": torch.zeros(7, 1, dtype=torch.int64)},
+    ],
+    "unmask": [{}, {"seeds": 1, "keys": 2}, {"seeds": dict.fromkeys("abcd", "-1"), "keys": {}}],
+}
+
+
+@pytest.mark.parametrize(("step", "answer"), [(step, each) for step, some in ODD.items() for each in some])
+def test_an_odd_answer_is_one_clients_failure(
+    step: str, answer: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It counts as dropped out."""
+
+    def odd(answers: dict[str, dict[str, Any]]) -> None:
+        answers["a"] = answer
+
+    total, survivors = secure_sum(spoiling(constant("abcd"), step, odd), list("abcd"), 3, {})
+    assert survivors == list("abcd" if step == "unmask" else "bcd")
+    assert np.abs(total - sum("abcd".index(c) + 1 for c in survivors) * VECTOR).max() < 1e-11
+    assert f"a dropped out of the secure sum: its answer to '{step}' is none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": 1.0, "b": 1e-14, "c": 1e-14}, "more than half would be its own"),
+        ({"a": 0.51, "b": 0.25, "c": 0.24}, "more than half would be its own"),
+        ({"a": 0.5, "b": 0.5, "c": 0.0}, "over fewer than 3 clients"),
+        ({"a": 0.5, "b": float("nan"), "c": 0.5}, "weights of x that are none"),
+        ({"a": 0.5, "b": 1.0, "c": -0.5}, "weights of x that are none"),
+    ],
+)
+def test_no_client_adds_most_of_a_sum(weights: dict[str, float], message: str) -> None:
+    state = {"x": torch.ones(2, 2)}
+    own = Own("a", state, {"x": torch.zeros(2, 2)})
+    for request in ({"updates": {"x": weights}, "grams": {}}, {"updates": {}, "grams": {"x": weights}}):
+        with pytest.raises(ValueError, match=message):
+            own.contribute(request)
+    fair = {"updates": {"x": {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.1}}, "grams": {}}
+    own.permit(fair, ["a", "b", "c", "d"])
+    with pytest.raises(ValueError, match="more than half would be its own"):
+        own.permit(fair, ["a", "b", "c"])
+
+
+def test_sums_longer_than_the_norms_that_were_said_are_refused() -> None:
+    """A client that says little of its update and adds much."""
+    state = draw(0)
+    updates = contrary(state, 0)
+    samples = {update.client: update.samples for update in updates}
+    strategy = STRATEGIES.build(Component(name="fedcmp", warmup=0), "strategy")
+    honest = Updates(state, updates)
+    liar = Own("c3", state, {n: state[n] + 50 * (updates[3].state[n] - state[n]) for n in state})
+    honest._sums.contribute["c3"] = liar.contribute  # type: ignore[index]
+    with pytest.raises(SpoiledError, match="norms that"):
+        aggregate(strategy, honest, state, samples, 4, {})
+
+
+def test_a_ledger_survives_restarts(tmp_path: Path) -> None:
+    """Two sums of an update and no third; the same again is nothing new, unless noise is."""
+    start, other = {"x": torch.zeros(3)}, {"x": torch.ones(3)}
+
+    def ledger(noisy: bool = False) -> Ledger:
+        return Ledger(tmp_path / str(noisy), {"seed": 0}, "lab", noisy)
+
+    with pytest.raises(KeyError):
+        ledger().release(0, "first", "abcd")
+    ledger().begin(0, start)
+    ledger().begin(0, other)  # nothing was given yet
+    ledger().begin(0, start)
+    for _ in range(3):
+        ledger().release(0, "first", "abc")
+    with pytest.raises(ValueError, match="refuses a second sum over 3 clients"):
+        ledger().release(0, "second", "abc")
+    ledger().release(0, "second", "abcd")
+    with pytest.raises(ValueError, match="it has given 2 sums of its update of round 1"):
+        ledger().release(0, "third", "abcd")
+    ledger().tell(0, "question")
+    ledger().tell(0, "question")
+    with pytest.raises(ValueError, match="told again and again"):
+        ledger().tell(0, "another question")
+    with pytest.raises(UserError, match="has given sums of round 1 from another projector"):
+        ledger().begin(0, other)
+    ledger().begin(0, start)
+    ledger().begin(1, other)
+    ledger().release(1, "first", "abc")
+    ledger(noisy=True).begin(0, start)
+    for _ in range(2):
+        ledger(noisy=True).release(0, "first", "abcd")
+    with pytest.raises(ValueError, match="it has given 2 sums"):
+        ledger(noisy=True).release(0, "first", "abcd")
+
+
 def test_clients_that_are_told_different_things_give_no_sum() -> None:
     """A server that asks one client for something else learns noise."""
     clients = constant("abc")
@@ -177,8 +349,8 @@ def test_clients_that_are_told_different_things_give_no_sum() -> None:
             changed["a"]["request"] = {"other": True}
         return clients(changed)
 
-    total, _ = secure_sum(lying, list("abc"), 3, {})
-    assert np.abs(total).max() > 1000
+    with pytest.raises(SpoiledError, match="the secure sum over 3 clients does not add up"):
+        secure_sum(lying, list("abc"), 3, {})
 
 
 class Updates:

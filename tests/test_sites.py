@@ -204,9 +204,11 @@ def test_sites_end_in_the_bytes_of_the_local_engine(
     assert all(row["bytes"] > there_and_back for row in travelled if row["client"] is None)
 
 
-@pytest.mark.parametrize("name", ["fedcmp", "fedadam"])
-def test_secure_runs_equal_plain_ones_on_every_engine(sites_config: Path, name: str, tmp_path: Path) -> None:
-    options = [f"federate.strategy.name={name}", f"build={tmp_path}", *QUICK]
+@pytest.mark.parametrize("strategy", ["{name='fedcmp',reliability='none'}", "{name='fedadam'}"])
+def test_secure_runs_equal_plain_ones_on_every_engine(
+    sites_config: Path, strategy: str, tmp_path: Path
+) -> None:
+    options = [f"federate.strategy={strategy}", f"build={tmp_path}", *QUICK]
     plain = load(sites_config, [*options, "run=plain"])
     local, remote = (
         load(sites_config, [*options, "federate.privacy.secure=true", f"run={run_}"])
@@ -286,15 +288,29 @@ def test_a_site_lost_within_a_secure_round_is_left_out(
         assert float((tensor - theirs[key]).norm() / tensor.norm()) < 1e-4
 
 
-def test_a_site_adds_one_update_to_two_sums_at_most(sites_config: Path, tmp_path: Path) -> None:
-    options = ["federate.privacy.secure=true", "federate.strategy.name=fedcmp", f"build={tmp_path}"]
-    remote = load(sites_config, [*options, "federate.rounds=1", *QUICK])
-    link = FakeLink({node: Service(remote, silo) for node, silo in enumerate(SILOS)})
-    run(remote, over(link))
-    site = link.services[0]._site
-    site.secure("clinic", {"step": "advertise"})
-    with pytest.raises(ValueError, match="many sums of one update would reveal it"):
-        site.secure("clinic", {"step": "advertise"})
+def test_a_site_that_restarts_has_not_forgotten_what_it_gave(sites_config: Path, tmp_path: Path) -> None:
+    """Trained again, its update is the same, and so may be its sums."""
+    options = ["federate.privacy.secure=true", "federate.rounds=1", f"build={tmp_path}", *QUICK]
+    remote = load(sites_config, options)
+    services = {node: Service(remote, silo) for node, silo in enumerate(SILOS)}
+    run(remote, over(FakeLink(services)))
+    (ledger,) = (remote.run_path / "releases").glob("clinic-*.json")
+    given = ledger.read_bytes()
+    assert len(json.loads(given)["0"]["sums"]) == 1
+    expected = projector(remote)
+    for name in ("manifest.json", "projector.safetensors", "history.jsonl"):
+        (remote.run_path / name).unlink()
+    run(remote, over(FakeLink({node: Service(remote, silo) for node, silo in enumerate(SILOS)})))
+    assert projector(remote) == expected
+    assert ledger.read_bytes() == given
+    # The server now begins elsewhere, and asks for a sum of nearly the same update.
+    for name in ("manifest.json", "projector.safetensors", "history.jsonl"):
+        (remote.run_path / name).unlink()
+    initial = tmp_path / "initial.safetensors"
+    initial.write_bytes(expected)
+    other = load(sites_config, [*options, f"federate.initial={initial}", "sites.round_timeout=5"])
+    with pytest.raises(UserError, match="has given sums of round 1 from another projector"):
+        run(other, over(FakeLink({node: Service(remote, silo) for node, silo in enumerate(SILOS)})))
 
 
 def test_an_answer_that_cannot_be_read_counts_as_none(
@@ -320,6 +336,10 @@ def test_an_answer_that_cannot_be_read_counts_as_none(
         (["federate.strategy.name=local_only"], "has to see every client's update"),
         (["federate.optimizer.carry=true"], "moments that clients carry on would reveal their updates"),
         (["federate.clients_per_round=2"], "a sum over 2 clients hides nobody; at least 3 must take part"),
+        (
+            ["federate.strategy.name=fedcmp"],
+            "2 sums of the same updates over 3 clients hides nobody; at least 4",
+        ),
     ],
 )
 def test_what_cannot_be_secure_is_said(
