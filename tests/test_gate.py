@@ -6,6 +6,7 @@ import base64
 import datetime
 import http.server
 import json
+import os
 import shutil
 import socket
 import ssl
@@ -333,7 +334,8 @@ server_app = ServerApp()
 def main(grid, context):
     while not (nodes := list(grid.get_node_ids())):
         time.sleep(0.2)
-    sent = list(grid.push_messages([Message(RecordDict(), dst_node_id=nodes[0], message_type="query", ttl=300)]))
+    message = Message(RecordDict(), dst_node_id=nodes[0], message_type="query", ttl=300)
+    sent = list(grid.push_messages([message]))
     while not (replies := list(grid.pull_messages(sent))):
         time.sleep(0.2)
     Path("{out}/reply").write_text(str(replies[0].error) if replies[0].has_error() else "it ran")
@@ -525,7 +527,8 @@ def test_behind_an_ordinary_proxy(
         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
     (tmp_path / "nginx.conf").write_text(
-        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}\n"
+        ("user root; " if os.geteuid() == 0 else "")
+        + f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}\n"
         f"http {{ access_log off; {temporary}\n{recipe}\n}}\n"
     )
     command = [
