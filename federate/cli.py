@@ -93,6 +93,12 @@ def federate(
 @_key_options
 @click.option("--key", type=click.Path(path_type=Path), help="This site's private key.")
 @click.option(
+    "--site-keys",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Public keys of all sites, SILO.pub: sign secure sums, and check the others' signatures.",
+)
+@click.option(
     "--patience",
     type=click.FloatRange(min=1),
     default=3600.0,
@@ -107,6 +113,7 @@ def site(
     insecure: bool,
     ca: Path | None,
     key: Path | None,
+    site_keys: Path | None,
     patience: float,
 ) -> None:
     """Hold a silo's cache and the frozen LLM ready to train for a server.
@@ -117,15 +124,20 @@ def site(
     """
     from federate.engines.processes import need_flower
     from pipeline.config import load
+    from pipeline.errors import UserError
 
     experiment = load(config, overrides)
     need_flower()
     from federate.engines import launch
-    from federate.engines.keys import Keys
+    from federate.engines.keys import Keys, signing
     from federate.engines.service import Service
 
-    keys = Keys(ca=ca, key=key, insecure=insecure)
-    launch.site(Service(experiment, silo), silo, superlink, keys, patience)
+    keys, signed = Keys(ca=ca, key=key, insecure=insecure), None
+    if site_keys is not None:
+        if key is None:
+            raise UserError("--site-keys: a site signs with its own key; give --key as well")
+        signed = signing(key, site_keys, silo, experiment.federate.silos)
+    launch.site(Service(experiment, silo, signed), silo, superlink, keys, patience)
 
 
 @click.command()

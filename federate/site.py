@@ -30,6 +30,7 @@ from pipeline.manifest import fingerprint, provenance
 
 if TYPE_CHECKING:
     from federate.secure.party import Party
+    from federate.secure.signing import Signing
 
 
 class Site:
@@ -40,6 +41,7 @@ class Site:
         plan: Who takes part when.
         caches: Feature caches by silo; the clients are those whose silos are all here.
         advance: Called with the number of local steps done.
+        signing: How the clients of secure sums know each other.
 
     Raises:
         UserError: The LLM cannot be loaded, or a silo has too few texts.
@@ -51,6 +53,7 @@ class Site:
         plan: Plan,
         caches: Mapping[str, FeatureCache],
         advance: Callable[[int], None] = lambda steps: None,
+        signing: Signing | None = None,
     ) -> None:
         options = experiment.federate
         device = pick_device(experiment.device)
@@ -86,6 +89,7 @@ class Site:
         self._ledger = {
             client: Ledger(experiment.run_path / RELEASES, agreed, client, noisy) for client in self.streams
         }
+        self._signing = signing
         self._parties: dict[str, Party] = {}
         self._engine = LocalEngine(
             self.streams,
@@ -164,7 +168,7 @@ class Site:
                 own.permit(asked, survivors)
                 ledger.release(round_, fingerprint([asked, survivors]), survivors)
 
-            self._parties[client] = Party(client, own.contribute, release)
+            self._parties[client] = Party(client, own.contribute, release, self._signing)
         if client not in self._parties:
             raise ValueError(f"client '{client}' is in no secure sum")
         return self._parties[client].step(request)

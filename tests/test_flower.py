@@ -30,7 +30,7 @@ from pipeline.errors import UserError
 
 pytest.importorskip("flwr", reason="needs the extra [flower]")
 
-PATIENCE = 240.0
+PATIENCE = 480.0
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0"}
 
 

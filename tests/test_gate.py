@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from federate.engines import gate as gates
 from federate.engines.gate import Gate
-from federate.engines.keys import Keys, check_place, public_key, site_keys
+from federate.engines.keys import Keys, check_place, public_key, signing, site_keys
 from federate.engines.processes import environment, free_port
 from federate.engines.superlink import superlink
 from pipeline.errors import UserError
@@ -361,6 +361,21 @@ def foreign_app(folder: Path, out: Path) -> Path:
         'clientapp = "evil_client:client_app"\n'
     )
     return app
+
+
+def test_sites_sign_with_their_keys(keys: Path) -> None:
+    """What one site signs the others know for its own."""
+    known = keys / "known"
+    lab, clinic = (signing(keys / name, known, name, SILOS) for name in ("lab", "clinic"))
+    signature = lab.sign(b"text")
+    assert clinic.verify("lab", b"text", signature)
+    assert not clinic.verify("lab", b"other", signature)
+    assert not clinic.verify("practice", b"text", signature)
+    assert not clinic.verify("nobody", b"text", signature)
+    with pytest.raises(UserError, match=r"another key than .*lab.pub"):
+        signing(keys / "stranger", known, "lab", SILOS)
+    with pytest.raises(UserError, match="no private key of an elliptic curve"):
+        signing(known / "lab.pub", known, "lab", SILOS)
 
 
 def test_holding_the_authoritys_certificate_alone(keys: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_strategies import SHAPES, draw
@@ -20,6 +24,7 @@ from federate.secure.contribution import Own
 from federate.secure.ledger import Ledger
 from federate.secure.masks import KeyPair, add_mask, seal, unseal
 from federate.secure.party import Party
+from federate.secure.signing import Signing
 from federate.secure.summation import secure_sum
 from federate.strategies.base import STRATEGIES, Memory, State, Strategy, Update
 from pipeline.config import Component
@@ -77,13 +82,16 @@ class Clients:
         self.lost: dict[str, str] = {}
         self.seen: list[tuple[str, str, dict]] = []
 
+    def party(self, client: str) -> Party:
+        return Party(client, self.contribute[client])
+
     def __call__(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         replies = {}
         for client, request in requests.items():
             if request["step"] == self.lost.get(client):
                 continue
             if request["step"] == "advertise":
-                self.parties[client] = Party(client, self.contribute[client])
+                self.parties[client] = self.party(client)
             replies[client] = self.parties[client].step(request)
             self.seen.append((client, request["step"], replies[client]))
         return replies
@@ -223,6 +231,99 @@ def test_wrong_shares_are_found_and_whose_they_are_is_said(
         SpoiledError, match=f"of the secret of client '{whose}' do not give what it advertised"
     ):
         secure_sum(spoiling(clients, "unmask", change), list("abcd"), 3, {})
+
+
+class Signers(Clients):
+    """Clients that sign with keys that the others know."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__(constant(names).contribute)
+        self.secrets = {name: ec.generate_private_key(ec.SECP384R1()) for name in names}
+
+    def party(self, client: str) -> Party:
+        def verify(name: str, text: bytes, signature: bytes) -> bool:
+            try:
+                self.secrets[name].public_key().verify(signature, text, ec.ECDSA(SHA256()))
+            except InvalidSignature:
+                return False
+            return True
+
+        signing = Signing(lambda text: self.secrets[client].sign(text, ec.ECDSA(SHA256())), verify)
+        return Party(client, self.contribute[client], signing=signing)
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [
+        ({}, "abcde"),
+        ({"b": "mask"}, "acde"),
+        ({"b": "agree on", "c": "unmask"}, "abcde"),
+        ({"e": "share"}, "abcd"),
+    ],
+)
+def test_signed_sums_are_the_same(lost: dict[str, str], expected: str) -> None:
+    clients = Signers("abcde")
+    clients.lost = lost
+    total, survivors = secure_sum(clients, list("abcde"), 3, {})
+    assert survivors == list(expected)
+    assert np.abs(total - sum("abcde".index(c) + 1 for c in expected) * VECTOR).max() < 1e-11
+    assert "agree on" in {step for _, step, _ in clients.seen}
+
+
+def meddling(clients: Clients, step: str, meddle: Callable[[dict[str, dict[str, Any]]], None]) -> Any:
+    """A server that changes what it tells clients in a step."""
+
+    def exchange(requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        requests = copy.deepcopy(dict(requests))
+        if next(iter(requests.values()))["step"] == step:
+            meddle(requests)
+        return clients(requests)
+
+    return exchange
+
+
+def test_keys_of_the_server_in_a_clients_name_are_refused() -> None:
+    """Or without a signature, or with that of another client."""
+    own = KeyPair()
+
+    def swap(requests: dict[str, dict[str, Any]]) -> None:
+        requests["a"]["roster"]["b"]["mask"] = own.public.hex()
+
+    def strip(requests: dict[str, dict[str, Any]]) -> None:
+        del requests["a"]["roster"]["b"]["signature"]
+
+    def exchange(requests: dict[str, dict[str, Any]]) -> None:
+        requests["a"]["roster"]["b"] = requests["a"]["roster"]["c"]
+
+    for meddle in (swap, strip, exchange):
+        with pytest.raises(ValueError, match="said to be of client 'b' are not signed with its site's key"):
+            secure_sum(meddling(Signers("abcd"), "share", meddle), list("abcd"), 3, {})
+
+
+def test_two_halves_cannot_be_told_different_survivors() -> None:
+    """Which would give the server both secrets of a client, and so its update."""
+
+    def halve(requests: dict[str, dict[str, Any]]) -> None:
+        for name in "ab":
+            requests[name] |= {"survivors": list("abc"), "dropped": list("de")}
+
+    for step in ("agree on", "unmask"):
+        with pytest.raises(ValueError, match=r"another sum than it signed|signed who is in the sum"):
+            secure_sum(meddling(Signers("abcde"), step, halve), list("abcde"), 3, {})
+
+    def forge(requests: dict[str, dict[str, Any]]) -> None:
+        for each in requests.values():
+            each["signatures"] = dict.fromkeys("abcde", each["signatures"]["a"])
+
+    with pytest.raises(ValueError, match="only 1 clients, fewer than 3, signed who is in the sum"):
+        secure_sum(meddling(Signers("abcde"), "unmask", forge), list("abcde"), 3, {})
+
+    def strip(requests: dict[str, dict[str, Any]]) -> None:
+        for each in requests.values():
+            del each["signatures"]
+
+    with pytest.raises(ValueError, match="only 0 clients, fewer than 3, signed who is in the sum"):
+        secure_sum(meddling(Signers("abcde"), "unmask", strip), list("abcde"), 3, {})
 
 
 def test_a_sealed_share_that_comes_back_does_not_open() -> None:

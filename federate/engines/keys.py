@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from federate.secure.signing import Signing
 from pipeline.errors import UserError
 
 # Flower's own window, which the SuperLink holds signatures to.
@@ -105,6 +106,54 @@ def public_key(file: Path) -> bytes:
             f"{file}: no public key of an elliptic curve; make one with ssh-keygen -t ecdsa -b 384"
         )
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def signing(private: Path, folder: Path, silo: str, silos: Collection[str]) -> Signing:
+    """How a site signs with its key, and knows the others by theirs.
+
+    Args:
+        private: Its private key.
+        folder: Every site's public key, SILO.pub.
+        silo: Its silo.
+        silos: All of them.
+
+    Raises:
+        UserError: A key is missing or is none, or its own is another one in the folder.
+    """
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        PublicFormat,
+        load_pem_public_key,
+        load_ssh_private_key,
+    )
+
+    pems = {name: public_key(file) for name, file in site_keys(folder, silos).items()}
+    try:
+        key = load_ssh_private_key(private.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise UserError(f"--key {private}: no private key of an elliptic curve without a password")
+    if key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo) != pems.get(silo):
+        raise UserError(
+            f"--key {private}: another key than {folder / f'{silo}.pub'}; give the two that belong"
+        )
+    own = key
+
+    def verify(name: str, text: bytes, signature: bytes) -> bool:
+        known = load_pem_public_key(pems[name]) if name in pems else None
+        if not isinstance(known, ec.EllipticCurvePublicKey):
+            return False
+        try:
+            known.verify(signature, text, ec.ECDSA(SHA256()))
+        except InvalidSignature:
+            return False
+        return True
+
+    return Signing(lambda text: own.sign(text, ec.ECDSA(SHA256())), verify)
 
 
 def caller(headers: Mapping[bytes, bytes], silos: Mapping[bytes, str]) -> str:

@@ -33,7 +33,12 @@ def sound(
     for client, answer in answers.items():
         request = requests.get(client, {})
         if step == "advertise":
-            good = _texts(answer, {"mask", "seal", "seed"}, _KEY)
+            rest = {name: each for name, each in answer.items() if name != "signature"}
+            good = _texts(rest, {"mask", "seal", "seed"}, _KEY) and _signature(
+                answer, len(answer) > len(rest)
+            )
+        elif step == "agree on":
+            good = answer.keys() == {"signature"} and _signature(answer, True)
         elif step == "share":
             good = _texts(answer, set(request["roster"]) - {client}, _SEALED)
         elif step == "mask":
@@ -53,6 +58,12 @@ def sound(
 def _texts(answer: Mapping[str, Any], names: Collection[str], form: re.Pattern[str]) -> bool:
     return answer.keys() == set(names) and all(
         isinstance(each, str) and form.fullmatch(each) for each in answer.values()
+    )
+
+
+def _signature(answer: Mapping[str, Any], there: bool) -> bool:
+    return not there or (
+        isinstance(answer["signature"], str) and bool(_SEALED.fullmatch(answer["signature"]))
     )
 
 

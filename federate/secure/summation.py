@@ -70,8 +70,13 @@ def secure_sum(
     masked = ask("mask", inboxes)
     survivors = sorted(masked)
     dropped = sorted(set(sharers) - set(survivors))
-    ending = {"survivors": survivors, "dropped": dropped}
-    shares = ask("unmask", dict.fromkeys(survivors, ending))
+    ending: dict[str, Any] = {"survivors": survivors, "dropped": dropped}
+    asked: list[str] = survivors
+    if all("signature" in each for each in roster.values()):
+        agreed = ask("agree on", dict.fromkeys(survivors, ending))
+        asked = sorted(agreed)
+        ending = ending | {"signatures": {client: each["signature"] for client, each in agreed.items()}}
+    shares = ask("unmask", dict.fromkeys(asked, ending))
     total = np.zeros(len(masked[survivors[0]]["masked"]), np.uint64)
     for client in survivors:
         total += masked[client]["masked"].numpy().view(np.uint64)
