@@ -232,6 +232,14 @@ def test_an_address_that_is_taken(sites_config: Path) -> None:  # noqa: F811
             launch.federate(load(sites_config), sites_config, (), address, Keys(insecure=True))
 
 
+def test_without_keys_there_is_this_machine_alone(sites_config: Path) -> None:  # noqa: F811
+    insecure = Keys(insecure=True)
+    with pytest.raises(UserError, match=r"--address 0.0.0.0:1: --insecure is for 127.0.0.1 alone"):
+        launch.federate(load(sites_config), sites_config, (), "0.0.0.0:1", insecure)
+    with refused(r"--superlink 10.0.0.1:1: --insecure is for 127.0.0.1 alone"):
+        launch.site(Echo(), "clinic", "10.0.0.1:1", insecure, 1)  # type: ignore[arg-type]
+
+
 def test_keys_are_asked_for(sites_config: Path) -> None:  # noqa: F811
     experiment = load(sites_config)
     with pytest.raises(UserError, match="give --certificate, --key and --site-keys, or --insecure"):

@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from test_flower import ENVIRONMENT, documented, until
-from test_sites import SILOS
+from test_sites import SILOS, FakeLink, over, projector, sites_config  # noqa: F401
 
 pytest.importorskip("flwr", reason="needs the extra [flower]")
 
@@ -32,7 +33,10 @@ from federate.engines import gate as gates
 from federate.engines.gate import Gate
 from federate.engines.keys import Keys, check_place, public_key, signing, site_keys
 from federate.engines.processes import environment, free_port
+from federate.engines.service import Service
 from federate.engines.superlink import superlink
+from federate.run import run
+from pipeline.config import load
 from pipeline.errors import UserError
 
 HEARTBEAT = b"/v1/fleet/send-node-heartbeat"
@@ -378,6 +382,32 @@ def test_sites_sign_with_their_keys(keys: Path) -> None:
         signing(known / "lab.pub", known, "lab", SILOS)
 
 
+def test_a_run_whose_sums_are_signed(keys: Path, sites_config: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Ends in the bytes of one without signatures."""
+    plain, remote = (
+        load(
+            sites_config,
+            ["federate.privacy.secure=true", "federate.rounds=2", f"run={name}", f"build={tmp_path}"],
+        )
+        for name in ("plain", "signed")
+    )
+    run(plain)
+    steps = []
+
+    class Watched(Service):
+        def handle(self, request: dict) -> dict:
+            steps.append(request.get("step", {}).get("step"))
+            return super().handle(request)
+
+    sites = {
+        node: Watched(remote, silo, signing(keys / silo, keys / "known", silo, SILOS))
+        for node, silo in enumerate(SILOS)
+    }
+    run(remote, over(FakeLink(sites)))
+    assert projector(plain) == projector(remote)
+    assert steps.count("agree on") == 6
+
+
 def test_holding_the_authoritys_certificate_alone(keys: Path, tmp_path: Path) -> None:
     """Flower's own commands: register a node, run an app, list what is there; then a site that may."""
     home, port = tmp_path / "server", free_port()
@@ -485,6 +515,64 @@ def test_sites_come_back_after_an_outage(keys: Path, tmp_path: Path, node, secon
             assert '"status": "online"' in listed.stdout, listed.stdout
         if not time_:
             time.sleep(seconds)
+
+
+SERVER = """
+    import sys, time
+    from pathlib import Path
+    from federate.engines.keys import Keys
+    from federate.engines.superlink import superlink
+
+    port, keys, home = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    home.mkdir()
+    files = Keys(certificate=keys / "server.crt", key=keys / "server.key")
+    with superlink(f"127.0.0.1:{port}", files, {"lab": keys / "known/lab.pub"}, home) as server:
+        print("ready", flush=True)
+        time.sleep(3600)
+"""
+
+
+def descendants(process: int) -> list[int]:
+    """All processes below one."""
+    found = []
+    for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+        found += [int(child), *descendants(int(child))]
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize("whole", [False, True], ids=["the parent alone", "the whole tree"])
+def test_sites_come_back_after_a_server_was_killed(keys: Path, tmp_path: Path, node, whole: bool) -> None:  # type: ignore[no-untyped-def]
+    """And of the killed one nothing is left."""
+    port, log = free_port(), tmp_path / "lab.log"
+    for time_ in range(2):
+        home = tmp_path / f"server{time_}"
+        command = [sys.executable, "-c", textwrap.dedent(SERVER), str(port), str(keys), str(home)]
+        with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            if not time_:
+                node(f"127.0.0.1:{port}", "lab", 3600)
+            deadline = time.monotonic() + 240
+            while log.read_text().count("connected to") <= time_ and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert log.read_text().count("connected to") == time_ + 1, log.read_text()
+            below = descendants(process.pid)
+            assert below
+            for each in [process.pid, *(below if whole else ())]:
+                os.kill(each, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while any(alive(each) for each in below) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not [each for each in below if alive(each)]
+
+
+def alive(process: int) -> bool:
+    """Whether it runs; what nobody waited for does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_a_key_that_is_not_known_is_said(keys: Path, tmp_path: Path, node) -> None:  # type: ignore[no-untyped-def]
