@@ -27,6 +27,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import locked
 
 APP = Path(__file__).parent / "app"
+_SUPERNODE = (sys.executable, "-m", "federate.engines.supernode")
 _DECORATION = re.compile(r"^(\x1b\[\d+m)?INFO|^Using SuperLink|^Successfully (started|installed)")
 _CONTACT_SECONDS = 20.0
 _REFUSED_SECONDS = 60.0
@@ -118,8 +119,7 @@ def site(service: Service, silo: str, superlink: str, keys: Keys, patience: floa
         UserError: The server cannot be reached or does not accept the site's key.
     """
     check_place("--superlink", superlink, keys.insecure)
-    command = [sys.executable, "-m", "federate.engines.supernode"]
-    command += ["--superlink", superlink, "--host", "127.0.0.1"]
+    command = [*_SUPERNODE, "--superlink", superlink, "--host", "127.0.0.1"]
     command += ["--max-wait-time", f"{min(_CONTACT_SECONDS, patience):g}"]
     if keys.insecure:
         command += ["--insecure"]
