@@ -86,6 +86,7 @@ class StageCommands(click.Group):
         """Turn mistakes of the user and of the machine into one line and exit code 2."""
         from pipeline.errors import UserError
 
+        before = signal.getsignal(signal.SIGTERM)
         try:
             # What cleans up after Ctrl-C does so as well when a scheduler or a service manager ends it.
             signal.signal(signal.SIGTERM, _terminated)
@@ -98,6 +99,8 @@ class StageCommands(click.Group):
         except KeyboardInterrupt as stop:
             click.echo("fedcmp: interrupted; run the same command to go on", err=True)
             ctx.exit(143 if isinstance(stop, Terminated) else 130)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         ctx.exit(2)
 
 

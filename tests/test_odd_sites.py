@@ -8,6 +8,7 @@ import math
 import resource
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,36 @@ def test_odd_greetings_do_not_end_the_server(
         said_ = capsys.readouterr().out
         assert "clinic is here" in said_, name
         assert "practice is here" in said_, name
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_wrong_site_that_comes_first_does_not_turn_away_the_others(
+    sites_config: Path,  # noqa: F811
+    spoken: dict[str, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What only sites know is what most of them say, when all have spoken; later the run's is."""
+    monkeypatch.setattr("federate.engines.sites._NODES_EVERY", 0.01)
+    begun = time.monotonic()
+
+    class OneByOne(FakeLink):
+        def nodes(self) -> set[int]:
+            return set(list(self.services)[: 1 + int((time.monotonic() - begun) / 0.3)])
+
+    experiment = load(sites_config, ["federate.rounds=1", "sites.quorum=2", f"build={tmp_path}"])
+    for said in spoken.values():
+        said["hello"]["terms"] = terms(experiment, Card(**said["hello"]["card"]))
+    wrong = copy.deepcopy(spoken["lab"])
+    wrong["hello"]["d_llm"] *= 2
+    order = {1: Said(wrong), 0: Said(spoken["clinic"]), 2: Said(spoken["practice"])}
+    with pytest.raises(
+        UserError, match=r"^site 'lab' has agreed to something else .*site 'clinic' \(d_llm: "
+    ):
+        run(experiment, over(OneByOne(order)))  # type: ignore[arg-type]
+    heard = capsys.readouterr().out
+    assert heard.index("lab is here") < heard.index("clinic is here") < heard.index("site 'lab' has agreed")
 
 
 @pytest.mark.usefixtures("quick")

@@ -110,6 +110,7 @@ class Sites(Engine):
         self._owners = owners
         self._cards: dict[str, Card] = {}
         self._offers: dict[str, _Offer] = {}
+        self._outvoted: dict[str, str] = {}
         self._node: dict[str, int] = {}
         self._known: set[int] = set()
         self._greeted: dict[str, int] = {}
@@ -142,9 +143,13 @@ class Sites(Engine):
             refused = [self._refused[silo] for silo in silos if silo in self._refused]
             if len(silos) - len(refused) < needed:
                 raise UserError("; ".join(refused))
-            if len(self._cards) + len(refused) == len(silos):
-                break
+            if len(self._offers) + len(refused) >= len(silos):
+                break  # all have spoken
             time.sleep(_POLL)
+        for reason in self._outvoted.values():
+            say(reason)
+        if self._outvoted and len(self._cards) < needed:
+            raise UserError("; ".join(self._outvoted.values()))
         if len(self._cards) < needed:
             absent = ", ".join(silo for silo in silos if silo not in self._cards)
             raise UserError(
@@ -336,6 +341,7 @@ class Sites(Engine):
             prints = {silo: fingerprint(offer.base) for silo, offer in self._offers.items()}
             ((most, _),) = Counter(prints.values()).most_common(1)
             model = next((silo, offer.base) for silo, offer in self._offers.items() if prints[silo] == most)
+        outvoted: dict[str, str] = {}
         for silo, offer in self._offers.items():
             reason = self._disagreement(silo, f"the server and site '{model[0]}'", model[1], offer.base)
             if reason is None:
@@ -343,13 +349,15 @@ class Sites(Engine):
                 if self._node.get(silo) != offer.node:
                     say(f"{silo} is here")
                 self._cards[silo], self._node[silo] = offer.card, offer.node
+                continue
+            self._node.pop(silo, None)
+            if self._model is None:
+                outvoted[silo] = reason  # until all have spoken
+                self._cards.pop(silo, None)
             elif self._refused.get(silo) != reason:
                 self._turn_away(silo, reason)
-                self._node.pop(silo, None)
-                if self._model is None:
-                    self._cards.pop(silo, None)
         self._d_llm = model[1]["d_llm"]
-        self._voted = model
+        self._voted, self._outvoted = model, outvoted
 
     @staticmethod
     def _disagreement(silo: str, others: str, here: dict[str, Any], there: dict[str, Any]) -> str | None:
