@@ -160,7 +160,7 @@ def test_killed_servers_and_sites_of_a_real_deployment(
     address = f"127.0.0.1:{free_port()}"
     secured = ["--ca", str(keys / "ca.crt")]
 
-    def site(silo: str, patience: int = 60) -> subprocess.Popen:
+    def site(silo: str, patience: float = PATIENCE) -> subprocess.Popen:
         place = [
             "--silo",
             silo,
@@ -169,7 +169,7 @@ def test_killed_servers_and_sites_of_a_real_deployment(
             "--key",
             str(keys / silo),
             "--patience",
-            str(patience),
+            f"{patience:g}",
         ]
         log = tmp_path / f"{silo}.log"
         return start(log, "site", str(sites_config), *words(*options, "run=real"), *place, *secured)
