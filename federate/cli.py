@@ -9,7 +9,9 @@ import click
 from pipeline.cli import F, experiment_options
 
 _KEY_OPTIONS = (
-    click.option("--insecure", is_flag=True, help="Neither encryption nor keys: for a network you trust."),
+    click.option(
+        "--insecure", is_flag=True, help="No encryption, within one machine or behind a proxy on it."
+    ),
     click.option("--ca", type=click.Path(path_type=Path), help="Certificate authority of the server."),
 )
 
@@ -78,8 +80,9 @@ def federate(
         simulate(experiment)
         return
     from federate.engines import launch
+    from federate.engines.keys import Keys
 
-    keys = launch.Keys(ca=ca, certificate=certificate, key=key, sites=site_keys, insecure=insecure)
+    keys = Keys(ca=ca, certificate=certificate, key=key, sites=site_keys, insecure=insecure)
     launch.federate(experiment, config, overrides, address, keys)
 
 
@@ -89,6 +92,12 @@ def federate(
 @click.option("--superlink", required=True, metavar="HOST:PORT", help="The server.")
 @_key_options
 @click.option("--key", type=click.Path(path_type=Path), help="This site's private key.")
+@click.option(
+    "--site-keys",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Public keys of all sites, SILO.pub: sign secure sums, and check the others' signatures.",
+)
 @click.option(
     "--patience",
     type=click.FloatRange(min=1),
@@ -104,6 +113,7 @@ def site(
     insecure: bool,
     ca: Path | None,
     key: Path | None,
+    site_keys: Path | None,
     patience: float,
 ) -> None:
     """Hold a silo's cache and the frozen LLM ready to train for a server.
@@ -114,14 +124,20 @@ def site(
     """
     from federate.engines.processes import need_flower
     from pipeline.components import load
+    from pipeline.errors import UserError
 
     experiment = load(config, overrides)
     need_flower()
     from federate.engines import launch
+    from federate.engines.keys import Keys, signing
     from federate.engines.service import Service
 
-    keys = launch.Keys(ca=ca, key=key, insecure=insecure)
-    launch.site(Service(experiment, silo), silo, superlink, keys, patience)
+    keys, signed = Keys(ca=ca, key=key, insecure=insecure), None
+    if site_keys is not None:
+        if key is None:
+            raise UserError("--site-keys: a site signs with its own key; give --key as well")
+        signed = signing(key, site_keys, silo, experiment.federate.silos)
+    launch.site(Service(experiment, silo, signed), silo, superlink, keys, patience)
 
 
 @click.command()

@@ -88,6 +88,10 @@ def _refuse_insecure(options: Federate, made: Plan, strategy: Strategy) -> None:
         )
     if options.optimizer.carry:
         raise UserError(f"{where}: moments that clients carry on would reveal their updates; remove carry")
-    fewest = min(map(len, made.schedule), default=LEAST)
-    if fewest < LEAST:
-        raise UserError(f"{where}: a sum over {fewest} clients hides nobody; at least {LEAST} must take part")
+    least = LEAST + strategy.releases() - 1
+    fewest = min(map(len, made.schedule), default=least)
+    if fewest < least:
+        sums = "a sum" if least == LEAST else f"{strategy.releases()} sums of the same updates"
+        raise UserError(
+            f"{where}: {sums} over {fewest} clients hides nobody; at least {least} must take part"
+        )

@@ -15,7 +15,7 @@ from federate.client import Job, LocalResult
 from federate.strategies.base import Aggregate, Memory, State, Strategy, Update, check
 from pipeline.config import Privacy
 from pipeline.console import say
-from pipeline.errors import DivergedError, DroppedOutError, UserError
+from pipeline.errors import DivergedError, DroppedOutError, SpoiledError, UserError
 from pipeline.manifest import write_atomic
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _fused(
     from federate.secure.cohort import aggregate
     from federate.secure.summation import threshold_of
 
-    threshold = threshold_of(len(samples), secure.threshold)
+    threshold = threshold_of(len(samples), secure.threshold, strategy.releases())
     return aggregate(strategy, secure.exchange, progress.state, samples, threshold, progress.memory)
 
 
@@ -231,6 +231,8 @@ def _aggregated(
         aggregate = _fused(strategy, progress, results, samples, secure)
     except DroppedOutError:
         raise
+    except SpoiledError as error:
+        raise SpoiledError(f"round {progress.round + 1}: {error}") from None
     except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise DivergedError(f"round {progress.round}: {error}; {_REMEDY}") from None
     for name, tensor in aggregate.state.items():

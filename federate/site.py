@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from federate.poison import poisoned
 from federate.privacy import privatised
 from federate.residuals import RESIDUALS, Residuals
 from federate.secure.contribution import Own
+from federate.secure.ledger import RELEASES, Ledger
 from federate.texts import check_texts
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache
@@ -25,12 +27,11 @@ from pipeline.config import Communication, Experiment, Privacy
 from pipeline.device import device_type, pick_device
 from pipeline.identity import FORMAT, federate_options, language_identity, language_options
 from pipeline.language import load_language
-from pipeline.manifest import provenance
+from pipeline.manifest import fingerprint, provenance
 
 if TYPE_CHECKING:
     from federate.secure.party import Party
-
-_SUMS = 2
+    from federate.secure.signing import Signing
 
 
 class Site:
@@ -41,6 +42,7 @@ class Site:
         plan: Who takes part when.
         caches: Feature caches by silo; the clients are those whose silos are all here.
         advance: Called with the number of local steps done.
+        signing: How the clients of secure sums know each other.
 
     Raises:
         UserError: The LLM cannot be loaded, or a silo has too few texts.
@@ -52,6 +54,7 @@ class Site:
         plan: Plan,
         caches: Mapping[str, FeatureCache],
         advance: Callable[[int], None] = lambda steps: None,
+        signing: Signing | None = None,
     ) -> None:
         options = experiment.federate
         device = pick_device(experiment.device)
@@ -87,8 +90,13 @@ class Site:
         self._communication = options.communication
         self._residuals = Residuals(experiment.run_path / RESIDUALS)
         self._own: dict[str, Own] = {}
-        self._sums: dict[str, int] = {}
-        self._told: dict[str, set[str]] = {}
+        self._round: dict[str, int] = {}
+        agreed = {"federate": options.model_dump(mode="json", exclude={"initial"}), "seed": experiment.seed}
+        noisy = options.clipped is not None and options.clipped.noise_multiplier > 0
+        self._ledger = {
+            client: Ledger(experiment.run_path / RELEASES, agreed, client, noisy) for client in self.streams
+        }
+        self._signing = signing
         self._parties: dict[str, Party] = {}
         self._engine = LocalEngine(
             self.streams,
@@ -115,9 +123,9 @@ class Site:
         if not self._secure:
             return results
         for job, result in zip(jobs, results, strict=True):
+            self._ledger[job.client].begin(job.round, job.start)
             self._own[job.client] = Own(job.client, job.start, result.state)
-            self._sums[job.client] = 0
-            self._told[job.client] = set()
+            self._round[job.client] = job.round
         return [
             replace(result, state={}, gradient=None, alignment=None, optimizer=None) for result in results
         ]
@@ -152,28 +160,32 @@ class Site:
         """
         if not self._secure or client not in self._own:
             raise ValueError(f"client '{client}' has no update to add to a secure sum")
-        own = self._own[client]
-        if request["step"] in ("norm", "agree"):
-            if request["step"] in self._told[client]:
-                raise ValueError(
-                    f"client '{client}' refuses: told again and again it would reveal its update"
-                )
-            self._told[client].add(request["step"])
+        own, ledger, round_ = self._own[client], self._ledger[client], self._round[client]
         if request["step"] == "norm":
             return {"norm": own.norm()}
         if request["step"] == "agree":
+            ledger.tell(round_, _question(request))
             return dict(own.agreements(request["totals"], request["share"]))
         # Only here, as it needs the extra [privacy].
         from federate.secure.party import Party
 
         if request["step"] == "advertise":
-            self._sums[client] += 1
-            if self._sums[client] > _SUMS:
-                raise ValueError(f"client '{client}' refuses: many sums of one update would reveal it")
-            self._parties[client] = Party(client, own.contribute)
+
+            def release(asked: dict[str, Any], survivors: list[str]) -> None:
+                own.permit(asked, survivors)
+                ledger.release(round_, fingerprint([asked, survivors]), survivors)
+
+            self._parties[client] = Party(client, own.contribute, release, self._signing)
         if client not in self._parties:
             raise ValueError(f"client '{client}' is in no secure sum")
         return self._parties[client].step(request)
+
+
+def _question(request: Mapping[str, Any]) -> str:
+    digest = sha256(repr(request["share"]).encode())
+    for name in sorted(request["totals"]):
+        digest.update(name.encode() + request["totals"][name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _memo(experiment: Experiment, device: str) -> Memo | None:

@@ -80,9 +80,15 @@ def unpack(payload: Payload) -> Any:
                 return {key: rich(each) for key, each in value.items()}
             return [rich(each) for each in value] if isinstance(value, list) else value
 
-        return rich(json.loads(payload.text))
-    except (SafetensorError, KeyError, TypeError) as error:
+        return rich(json.loads(payload.text, parse_constant=_refused))
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"not a message of this format: {error}") from None
+    except RecursionError:
+        raise ValueError("not a message of this format: nested too deep") from None
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def job_as_dict(job: Job) -> dict[str, Any]:

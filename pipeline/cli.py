@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -57,6 +58,14 @@ def experiment_options(command: F) -> F:
     return click.argument("config", type=click.Path(path_type=Path))(command)
 
 
+class Terminated(KeyboardInterrupt):
+    """Somebody sent SIGTERM."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise Terminated
+
+
 class StageCommands(click.Group):
     """A group whose help needs no import and whose user errors are one line."""
 
@@ -90,16 +99,21 @@ class StageCommands(click.Group):
         """Turn mistakes of the user and of the machine into one line and exit code 2."""
         from pipeline.errors import UserError
 
+        before = signal.getsignal(signal.SIGTERM)
         try:
+            # What cleans up after Ctrl-C does so as well when a scheduler or a service manager ends it.
+            signal.signal(signal.SIGTERM, _terminated)
             return super().invoke(ctx)
         except UserError as error:
             _complain(f"fedcmp: {error}")
         except OSError as error:
             hint = "; free some space and rerun to go on" if error.errno == errno.ENOSPC else ""
             _complain(f"fedcmp: {error}{hint}")
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             _complain("fedcmp: interrupted; run the same command to go on")
-            ctx.exit(130)
+            ctx.exit(143 if isinstance(stop, Terminated) else 130)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         ctx.exit(2)
 
 

@@ -24,6 +24,10 @@ class DroppedOutError(UserError):
     """Too few clients stayed for a secure sum: run again when they are back."""
 
 
+class SpoiledError(UserError):
+    """A secure sum is not what its clients added; who spoiled it cannot be seen."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for a close match, else the list of what is known."""
     names = sorted(known)

@@ -19,6 +19,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Tests that take minutes run when asked for."""
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
 def pytest_configure() -> None:
     """Tests run side by side, and so do the processes that they start: one thread each."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,37 @@ def test_what_other_packages_announce_is_not_for_users(
     for text in ("old DeprecationWarning", "old FutureWarning"):
         assert (text in result.stderr) == shown
     assert shown or "in a child" not in result.stderr
+
+
+ENDLESS = """
+import time
+import click
+from pipeline import cli
+
+def callback():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+
+cli.imported = lambda target: click.Command("extract", callback=callback)
+cli.main(["extract"])
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_a_command_in_order(number: signal.Signals, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert out == "cleaned up\n"
+    assert errors == "fedcmp: interrupted; run the same command to go on\n"
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_strategies import SHAPES, draw
@@ -16,12 +21,14 @@ from test_strategies import SHAPES, draw
 from federate.secure import numbers
 from federate.secure.cohort import aggregate
 from federate.secure.contribution import Own
+from federate.secure.ledger import Ledger
 from federate.secure.masks import KeyPair, add_mask, seal, unseal
 from federate.secure.party import Party
+from federate.secure.signing import Signing
 from federate.secure.summation import secure_sum
 from federate.strategies.base import STRATEGIES, Memory, State, Strategy, Update
 from pipeline.config import Component
-from pipeline.errors import DroppedOutError
+from pipeline.errors import DroppedOutError, SpoiledError, UserError
 
 VECTOR = np.array([1.5, -2.25, 0.0, 1e-9])
 
@@ -59,10 +66,11 @@ def test_keys_agree_and_masks_are_undone() -> None:
     assert total[:1].tobytes().hex() == "76b8e0ada0f13d90"
     add_mask(total, bytes(32), -1)
     assert np.array_equal(total, np.arange(3_000_000))
-    sealed = seal(bytes(32), b"share")
-    assert unseal(bytes(32), sealed) == b"share"
-    with pytest.raises(ValueError, match="changed on its way"):
-        unseal(bytes(32), sealed[:-1] + bytes([sealed[-1] ^ 1]))
+    sealed = seal(bytes(32), b"share", b"a to b")
+    assert unseal(bytes(32), sealed, b"a to b") == b"share"
+    for changed, place in ((sealed[:-1] + bytes([sealed[-1] ^ 1]), b"a to b"), (sealed, b"b to a")):
+        with pytest.raises(ValueError, match="changed on its way"):
+            unseal(bytes(32), changed, place)
 
 
 class Clients:
@@ -74,13 +82,16 @@ class Clients:
         self.lost: dict[str, str] = {}
         self.seen: list[tuple[str, str, dict]] = []
 
+    def party(self, client: str) -> Party:
+        return Party(client, self.contribute[client])
+
     def __call__(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         replies = {}
         for client, request in requests.items():
             if request["step"] == self.lost.get(client):
                 continue
             if request["step"] == "advertise":
-                self.parties[client] = Party(client, self.contribute[client])
+                self.parties[client] = self.party(client)
             replies[client] = self.parties[client].step(request)
             self.seen.append((client, request["step"], replies[client]))
         return replies
@@ -167,6 +178,268 @@ def test_no_client_gives_away_both_secrets_of_another(ending: dict, message: str
         secure_sum(stop, list("abcd"), 3, {})
 
 
+def spoiling(clients: Clients, step: str, spoil: Callable[[dict[str, dict[str, Any]]], None]) -> Any:
+    """The clients, whose answers to a step are changed."""
+
+    def exchange(requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        answers = clients(requests)
+        if next(iter(requests.values()))["step"] == step:
+            spoil(answers)
+        return answers
+
+    return exchange
+
+
+@pytest.mark.parametrize("place", [0, 3, 4, 5, 6])
+@pytest.mark.parametrize("bit", [0, 17, 39, 63])
+def test_a_flipped_bit_is_found(place: int, bit: int) -> None:
+    """In a number, in the constant or in a checksum; 2^23 and 1e-12 alike."""
+
+    def flip(answers: dict[str, dict[str, Any]]) -> None:
+        masked = answers["b"]["masked"].numpy().view(np.uint64)
+        masked[place] ^= np.uint64(1) << np.uint64(bit)
+
+    with pytest.raises(SpoiledError, match="the secure sum over 4 clients does not add up"):
+        secure_sum(spoiling(constant("abcd"), "mask", flip), list("abcd"), 3, {})
+
+
+@pytest.mark.parametrize("weight", [np.nextafter(0.25, 1), 0.5])
+def test_weights_that_differ_at_one_client_are_found(weight: float) -> None:
+    clients = constant("abcd")
+
+    def one_ulp(requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        requests = {name: dict(each) for name, each in requests.items()}
+        if requests["a"]["step"] == "mask":
+            requests["a"]["request"] = {"weight": weight}
+        return clients(requests)
+
+    with pytest.raises(SpoiledError, match="does not add up"):
+        secure_sum(one_ulp, list("abcd"), 3, {"weight": 0.25})
+
+
+@pytest.mark.parametrize(("lost", "part", "whose"), [({}, "seeds", "b"), ({"c": "mask"}, "keys", "c")])
+def test_wrong_shares_are_found_and_whose_they_are_is_said(
+    lost: dict[str, str], part: str, whose: str
+) -> None:
+    clients = constant("abcd")
+    clients.lost = lost
+
+    def change(answers: dict[str, dict[str, Any]]) -> None:
+        answers["d"][part][whose] = str(int(answers["d"][part][whose]) + 1)
+
+    with pytest.raises(
+        SpoiledError, match=f"of the secret of client '{whose}' do not give what it advertised"
+    ):
+        secure_sum(spoiling(clients, "unmask", change), list("abcd"), 3, {})
+
+
+class Signers(Clients):
+    """Clients that sign with keys that the others know."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__(constant(names).contribute)
+        self.secrets = {name: ec.generate_private_key(ec.SECP384R1()) for name in names}
+
+    def party(self, client: str) -> Party:
+        def verify(name: str, text: bytes, signature: bytes) -> bool:
+            try:
+                self.secrets[name].public_key().verify(signature, text, ec.ECDSA(SHA256()))
+            except InvalidSignature:
+                return False
+            return True
+
+        signing = Signing(lambda text: self.secrets[client].sign(text, ec.ECDSA(SHA256())), verify)
+        return Party(client, self.contribute[client], signing=signing)
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [
+        ({}, "abcde"),
+        ({"b": "mask"}, "acde"),
+        ({"b": "agree on", "c": "unmask"}, "abcde"),
+        ({"e": "share"}, "abcd"),
+    ],
+)
+def test_signed_sums_are_the_same(lost: dict[str, str], expected: str) -> None:
+    clients = Signers("abcde")
+    clients.lost = lost
+    total, survivors = secure_sum(clients, list("abcde"), 3, {})
+    assert survivors == list(expected)
+    assert np.abs(total - sum("abcde".index(c) + 1 for c in expected) * VECTOR).max() < 1e-11
+    assert "agree on" in {step for _, step, _ in clients.seen}
+
+
+def meddling(clients: Clients, step: str, meddle: Callable[[dict[str, dict[str, Any]]], None]) -> Any:
+    """A server that changes what it tells clients in a step."""
+
+    def exchange(requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        requests = copy.deepcopy(dict(requests))
+        if next(iter(requests.values()))["step"] == step:
+            meddle(requests)
+        return clients(requests)
+
+    return exchange
+
+
+def test_keys_of_the_server_in_a_clients_name_are_refused() -> None:
+    """Or without a signature, or with that of another client."""
+    own = KeyPair()
+
+    def swap(requests: dict[str, dict[str, Any]]) -> None:
+        requests["a"]["roster"]["b"]["mask"] = own.public.hex()
+
+    def strip(requests: dict[str, dict[str, Any]]) -> None:
+        del requests["a"]["roster"]["b"]["signature"]
+
+    def exchange(requests: dict[str, dict[str, Any]]) -> None:
+        requests["a"]["roster"]["b"] = requests["a"]["roster"]["c"]
+
+    for meddle in (swap, strip, exchange):
+        with pytest.raises(ValueError, match="said to be of client 'b' are not signed with its site's key"):
+            secure_sum(meddling(Signers("abcd"), "share", meddle), list("abcd"), 3, {})
+
+
+def test_two_halves_cannot_be_told_different_survivors() -> None:
+    """Which would give the server both secrets of a client, and so its update."""
+
+    def halve(requests: dict[str, dict[str, Any]]) -> None:
+        for name in "ab":
+            requests[name] |= {"survivors": list("abc"), "dropped": list("de")}
+
+    for step in ("agree on", "unmask"):
+        with pytest.raises(ValueError, match=r"another sum than it signed|signed who is in the sum"):
+            secure_sum(meddling(Signers("abcde"), step, halve), list("abcde"), 3, {})
+
+    def forge(requests: dict[str, dict[str, Any]]) -> None:
+        for each in requests.values():
+            each["signatures"] = dict.fromkeys("abcde", each["signatures"]["a"])
+
+    with pytest.raises(ValueError, match="only 1 clients, fewer than 3, signed who is in the sum"):
+        secure_sum(meddling(Signers("abcde"), "unmask", forge), list("abcde"), 3, {})
+
+    def strip(requests: dict[str, dict[str, Any]]) -> None:
+        for each in requests.values():
+            del each["signatures"]
+
+    with pytest.raises(ValueError, match="only 0 clients, fewer than 3, signed who is in the sum"):
+        secure_sum(meddling(Signers("abcde"), "unmask", strip), list("abcde"), 3, {})
+
+
+def test_a_sealed_share_that_comes_back_does_not_open() -> None:
+    """The two of a pair agree on one key; from whom to whom is part of what is sealed."""
+    clients = constant("abcd")
+
+    def reflect(requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        requests = {name: dict(each) for name, each in requests.items()}
+        if requests["a"]["step"] == "mask":
+            own = next(reply for name, step, reply in clients.seen if (name, step) == ("a", "share"))
+            requests["a"]["inbox"] = dict(own)
+        return clients(requests)
+
+    with pytest.raises(ValueError, match="a sealed share was changed on its way"):
+        secure_sum(reflect, list("abcd"), 3, {})
+
+
+ODD = {
+    "advertise": [{}, {"mask": "a"}, {"mask": 1, "seal": 2, "seed": 3}],
+    "share": [{}, {"b": 1, "c": 2, "d": 3}, {"b": "zz", "c": "ab", "d": "ab"}],
+    "mask": [
+        {},
+        {"masked": 1},
+        {"masked": torch.zeros(7)},
+        {"masked": torch.zeros(3, dtype=torch.int64)},
+        {"masked": torch.zeros(7, 1, dtype=torch.int64)},
+    ],
+    "unmask": [{}, {"seeds": 1, "keys": 2}, {"seeds": dict.fromkeys("abcd", "-1"), "keys": {}}],
+}
+
+
+@pytest.mark.parametrize(("step", "answer"), [(step, each) for step, some in ODD.items() for each in some])
+def test_an_odd_answer_is_one_clients_failure(
+    step: str, answer: dict, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It counts as dropped out."""
+
+    def odd(answers: dict[str, dict[str, Any]]) -> None:
+        answers["a"] = answer
+
+    total, survivors = secure_sum(spoiling(constant("abcd"), step, odd), list("abcd"), 3, {})
+    assert survivors == list("abcd" if step == "unmask" else "bcd")
+    assert np.abs(total - sum("abcd".index(c) + 1 for c in survivors) * VECTOR).max() < 1e-11
+    assert f"a dropped out of the secure sum: its answer to '{step}' is none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"a": 1.0, "b": 1e-14, "c": 1e-14}, "more than half would be its own"),
+        ({"a": 0.51, "b": 0.25, "c": 0.24}, "more than half would be its own"),
+        ({"a": 0.5, "b": 0.5, "c": 0.0}, "over fewer than 3 clients"),
+        ({"a": 0.5, "b": float("nan"), "c": 0.5}, "weights of x that are none"),
+        ({"a": 0.5, "b": 1.0, "c": -0.5}, "weights of x that are none"),
+    ],
+)
+def test_no_client_adds_most_of_a_sum(weights: dict[str, float], message: str) -> None:
+    state = {"x": torch.ones(2, 2)}
+    own = Own("a", state, {"x": torch.zeros(2, 2)})
+    for request in ({"updates": {"x": weights}, "grams": {}}, {"updates": {}, "grams": {"x": weights}}):
+        with pytest.raises(ValueError, match=message):
+            own.contribute(request)
+    fair = {"updates": {"x": {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.1}}, "grams": {}}
+    own.permit(fair, ["a", "b", "c", "d"])
+    with pytest.raises(ValueError, match="more than half would be its own"):
+        own.permit(fair, ["a", "b", "c"])
+
+
+def test_sums_longer_than_the_norms_that_were_said_are_refused() -> None:
+    """A client that says little of its update and adds much."""
+    state = draw(0)
+    updates = contrary(state, 0)
+    samples = {update.client: update.samples for update in updates}
+    strategy = STRATEGIES.build(Component(name="fedcmp", warmup=0), "strategy")
+    honest = Updates(state, updates)
+    liar = Own("c3", state, {n: state[n] + 50 * (updates[3].state[n] - state[n]) for n in state})
+    honest._sums.contribute["c3"] = liar.contribute  # type: ignore[index]
+    with pytest.raises(SpoiledError, match="norms that"):
+        aggregate(strategy, honest, state, samples, 4, {})
+
+
+def test_a_ledger_survives_restarts(tmp_path: Path) -> None:
+    """Two sums of an update and no third; the same again is nothing new, unless noise is."""
+    start, other = {"x": torch.zeros(3)}, {"x": torch.ones(3)}
+
+    def ledger(noisy: bool = False) -> Ledger:
+        return Ledger(tmp_path / str(noisy), {"seed": 0}, "lab", noisy)
+
+    with pytest.raises(KeyError):
+        ledger().release(0, "first", "abcd")
+    ledger().begin(0, start)
+    ledger().begin(0, other)  # nothing was given yet
+    ledger().begin(0, start)
+    for _ in range(3):
+        ledger().release(0, "first", "abc")
+    with pytest.raises(ValueError, match="refuses a second sum over 3 clients"):
+        ledger().release(0, "second", "abc")
+    ledger().release(0, "second", "abcd")
+    with pytest.raises(ValueError, match="it has given 2 sums of its update of round 1"):
+        ledger().release(0, "third", "abcd")
+    ledger().tell(0, "question")
+    ledger().tell(0, "question")
+    with pytest.raises(ValueError, match="told again and again"):
+        ledger().tell(0, "another question")
+    with pytest.raises(UserError, match="has given sums of round 1 from another projector"):
+        ledger().begin(0, other)
+    ledger().begin(0, start)
+    ledger().begin(1, other)
+    ledger().release(1, "first", "abc")
+    ledger(noisy=True).begin(0, start)
+    for _ in range(2):
+        ledger(noisy=True).release(0, "first", "abcd")
+    with pytest.raises(ValueError, match="it has given 2 sums"):
+        ledger(noisy=True).release(0, "first", "abcd")
+
+
 def test_clients_that_are_told_different_things_give_no_sum() -> None:
     """A server that asks one client for something else learns noise."""
     clients = constant("abc")
@@ -177,8 +450,8 @@ def test_clients_that_are_told_different_things_give_no_sum() -> None:
             changed["a"]["request"] = {"other": True}
         return clients(changed)
 
-    total, _ = secure_sum(lying, list("abc"), 3, {})
-    assert np.abs(total).max() > 1000
+    with pytest.raises(SpoiledError, match="the secure sum over 3 clients does not add up"):
+        secure_sum(lying, list("abc"), 3, {})
 
 
 class Updates:

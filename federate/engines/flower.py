@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.app.message.array import Array
 from flwr.clientapp import ClientApp
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _KINDS = {"hello": "query", "train": "train"}
 _REFUSED, _GONE = 900, 901
+_OTHER_APP = 7  # Flower's own: the site would not run the app it was sent
 
 Answer = Callable[["tuple[str, bytes]", Context, float], "tuple[str, bytes]"]
 
@@ -63,19 +65,34 @@ class FlowerLink:
     def receive(self, messages: Iterable[str]) -> dict[str, Payload | Failure]:
         """Pull replies."""
         from federate.engines.sites import Failure
-        from federate.wire import Payload
 
-        wanted = list(messages)
-        answers: dict[str, Payload | Failure] = {}
-        for reply in self._grid.pull_messages(wanted) if wanted else ():
-            if reply.has_error():
-                # Besides our own: SuperNodes that are offline, messages that ran out of time.
-                gone = reply.error.code not in (_REFUSED,)
-                answer: Payload | Failure = Failure(reply.error.reason or "no reason given", gone)
-            else:
-                answer = Payload(*_parts(reply.content))
-            answers[reply.metadata.reply_to_message_id] = answer
-        return answers
+        received: dict[str, Payload | Failure] = {}
+        # One by one: an answer that Flower cannot put together is one site's failure.
+        for name in messages:
+            try:
+                replies = list(self._grid.pull_messages([name]))
+            except httpx.TransportError:
+                raise
+            except Exception as error:
+                received[name] = Failure(f"sent an answer that cannot be put together ({error!r:.200})")
+                continue
+            for reply in replies:
+                received[name] = _read(reply)
+        return received
+
+
+def _read(reply: Message) -> Payload | Failure:
+    from federate.engines.sites import Failure
+    from federate.wire import Payload
+
+    if reply.has_error():
+        # Besides our own: SuperNodes that are offline, messages that ran out of time.
+        gone = reply.error.code not in (_REFUSED, _OTHER_APP)
+        return Failure(reply.error.reason or "no reason given", gone)
+    try:
+        return Payload(*_parts(reply.content))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        return Failure(f"sent an answer of another app ({error!r:.200})")
 
 
 def _client_app(answer: Answer) -> ClientApp:
@@ -114,7 +131,8 @@ def serve(grid: Grid, context: Context) -> None:
         task = json.loads(Path(str(context.run_config["task"])).read_text())
         threading.Thread(target=_end_with, args=(Path(task["alive"]),), daemon=True).start()
     try:
-        _run(load(Path(str(context.run_config["config"])), task["overrides"]), grid)
+        experiment = load(Path(str(context.run_config["config"])), task["overrides"])
+        _run(experiment, grid, _owners(task))
         problem = ""
     except (UserError, OSError) as error:
         if task["outcome"] is None:
@@ -132,11 +150,17 @@ def _end_with(alive: Path) -> None:
         os._exit(1)
 
 
-def _run(experiment: Any, grid: Grid) -> None:
+def _owners(task: dict[str, Any]) -> dict[int, str] | None:
+    """Silos by the node that their site's key stands for; None where sites have no keys."""
+    owners = task.get("owners")
+    return None if owners is None else {int(node): silo for node, silo in owners.items()}
+
+
+def _run(experiment: Any, grid: Grid, owners: dict[int, str] | None) -> None:
     from federate.engines.sites import Sites
     from federate.run import run
 
-    run(experiment, lambda own, plan: Sites(own, plan, FlowerLink(grid)))
+    run(experiment, lambda own, plan: Sites(own, plan, FlowerLink(grid), owners))
 
 
 def simulate(experiment: Any) -> None:
@@ -149,7 +173,7 @@ def simulate(experiment: Any) -> None:
     from flwr.simulation import run_simulation
 
     app = ServerApp()
-    app.main()(lambda grid, context: _run(experiment, grid))
+    app.main()(lambda grid, context: _run(experiment, grid, None))
     text = experiment.model_dump_json()
     silos, threads = experiment.federate.silos, torch.get_num_threads()
 

@@ -7,47 +7,31 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from federate.engines import daemon
-from federate.engines.processes import Child, environment, free_port, listens, wait_for_port
+from federate.engines.keys import Keys, check_place, site_keys
+from federate.engines.processes import REFUSED, Child, environment, free_port
 from federate.engines.service import Service
+from federate.engines.superlink import CONNECTION, superlink
 from pipeline.config import Experiment
 from pipeline.console import say
 from pipeline.errors import UserError
 from pipeline.manifest import locked
 
 APP = Path(__file__).parent / "app"
+_SUPERNODE = (sys.executable, "-m", "federate.engines.supernode")
 _DECORATION = re.compile(r"^(\x1b\[\d+m)?INFO|^Using SuperLink|^Successfully (started|installed)")
-_START_SECONDS = 60.0
 _CONTACT_SECONDS = 20.0
 _REFUSED_SECONDS = 60.0
 _BACKOFF = (1.0, 2.0, 5.0, 10.0)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """How server and sites know each other: TLS and node keys, or neither on a trusted network.
-
-    Attributes:
-        ca: Certificate authority.
-        certificate: The server's certificate.
-        key: The server's private key, or the site's.
-        sites: Folder with the public keys of all sites, for the server.
-        insecure: Neither encryption nor authentication.
-    """
-
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    sites: Path | None = None
-    insecure: bool = False
 
 
 def federate(
@@ -65,13 +49,16 @@ def federate(
     Raises:
         UserError: Whatever stops the run.
     """
+    check_place("--address", address, keys.insecure)
+    if not keys.insecure:
+        _required("--certificate, --key and --site-keys", keys.certificate, keys.key, keys.sites)
+    silos = site_keys(keys.sites, experiment.federate.silos) if keys.sites else None
     with tempfile.TemporaryDirectory(prefix="fedcmp-server-") as folder:
         home, outcome = Path(folder), Path(folder) / "outcome.txt"
         task = {"overrides": list(overrides), "outcome": str(outcome), "alive": str(home / "alive")}
-        (home / "task.json").write_text(json.dumps(task))
         # Held while this process lives, however it ends.
         with locked(home / "alive", folder):
-            _serve(config, address, keys, home)
+            _serve(config, address, keys, silos, home, task)
         # Written whatever the run's end, empty where all is well.
         if not outcome.is_file():
             raise UserError(f"{experiment.run_path}: the run ended early; run the same command to go on")
@@ -79,57 +66,21 @@ def federate(
             raise UserError(problem)
 
 
-def _serve(config: Path, address: str, keys: Keys, home: Path) -> None:
-    """Run the task in `home` over a SuperLink of its own."""
-    variables = environment(home)
-    host, _, port = address.rpartition(":")
-    connection = f'[superlink.run]\naddress = "{_loopback(host)}:{port}"\n'
-    command = ["flower-superlink", "--host", host.strip("[]"), "--port", port]
-    command += ["--disable-runtime-dependency-installation"]
-    if keys.insecure:
-        command += ["--insecure"]
-        connection += "insecure = true\n"
-    else:
-        _required(
-            "--ca, --certificate, --key and --site-keys", keys.ca, keys.certificate, keys.key, keys.sites
-        )
-        command += ["--ssl-ca-certfile", str(keys.ca), "--ssl-certfile", str(keys.certificate)]
-        command += ["--ssl-keyfile", str(keys.key), "--enable-supernode-auth"]
-        connection += f'root-certificates = "{Path(str(keys.ca)).resolve()}"\n'
-    (home / "config.toml").write_text(connection)
-    if listens(address):
-        raise UserError(f"--address {address}: another program listens there; give another one")
-    superlink = Child(command, variables)
-    try:
-        wait_for_port(address, superlink, _START_SECONDS)
-        for public in sorted(keys.sites.glob("*.pub")) if keys.sites else ():
-            _finished(["flwr", "supernode", "register", str(public), "run"], variables)
+def _serve(
+    config: Path, address: str, keys: Keys, silos: dict[str, Path] | None, home: Path, task: dict[str, Any]
+) -> None:
+    """Run the task over a SuperLink of its own."""
+    with superlink(address, keys, silos, home) as server:
+        (home / "task.json").write_text(json.dumps(task | {"owners": server.owners}))
         say(f"server at {address}, sites may come")
-        task = f'config="{config.resolve()}" task="{home / "task.json"}"'
-        command = ["flwr", "run", str(APP), "run", "--stream", "--run-config", task]
-        _follow(Child(command, variables), superlink)
-    finally:
-        superlink.stop()
-
-
-def _loopback(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+        options = f'config="{config.resolve()}" task="{home / "task.json"}"'
+        command = ["flwr", "run", str(APP), CONNECTION, "--stream", "--run-config", options]
+        _follow(Child(command, server.variables), server.child)
 
 
 def _required(options: str, *values: Path | None) -> None:
     if None in values:
-        raise UserError(f"give {options}, or --insecure on a network that you trust")
-
-
-def _finished(command: Sequence[str], variables: dict[str, str]) -> None:
-    child = Child(command, variables)
-    deadline = time.monotonic() + _START_SECONDS
-    while not child.ended() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    done = child.succeeded()
-    child.stop()
-    if not done:
-        raise UserError(f"{' '.join(command)}: {child.complaint()}")
+        raise UserError(f"give {options}, or --insecure within one machine")
 
 
 def _follow(run: Child, superlink: Child) -> None:
@@ -167,7 +118,8 @@ def site(service: Service, silo: str, superlink: str, keys: Keys, patience: floa
     Raises:
         UserError: The server cannot be reached or does not accept the site's key.
     """
-    command = ["flower-supernode", "--superlink", superlink, "--host", "127.0.0.1"]
+    check_place("--superlink", superlink, keys.insecure)
+    command = [*_SUPERNODE, "--superlink", superlink, "--host", "127.0.0.1"]
     command += ["--max-wait-time", f"{min(_CONTACT_SECONDS, patience):g}"]
     if keys.insecure:
         command += ["--insecure"]
@@ -230,6 +182,9 @@ class _Watcher(threading.Thread):
                     say(f"site {self._silo}: connected to {self._superlink}")
                 if connected:
                     contact = time.monotonic()
+                for line in child.new_lines():
+                    if line.startswith(REFUSED):
+                        say(f"site {self._silo}: {line}; give the server this version of FedCMP and Flower")
             child.stop()
             if self._stopped.is_set():
                 return

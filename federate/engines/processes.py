@@ -22,6 +22,7 @@ _COLOUR = re.compile(r"\x1b\[\d*m")
 _NO_REASON = re.compile(
     r"^(INFO|Exit Code)|https?://|Connection attempt failed|could not establish a connection"
 )
+REFUSED = "refused another app than this version's own"  # what our SuperNode says
 _LINES = 40
 _UNREAD = 10_000
 _GRACE = 10.0
@@ -150,4 +151,4 @@ def wait_for_port(address: str, child: Child, seconds: float) -> None:
         if listens(address):
             return
         time.sleep(0.1)
-    raise UserError(f"no SuperLink at {address}: {child.complaint()}; give another --address")
+    raise UserError(f"no SuperLink at {address}: {child.complaint()}")

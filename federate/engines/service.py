@@ -6,6 +6,7 @@ from typing import Any
 
 from federate.engines.base import Card, terms
 from federate.plan import plan
+from federate.secure.signing import Signing
 from federate.site import Site
 from federate.strategies.base import STRATEGIES
 from federate.wire import job_of, result_as_dict
@@ -20,13 +21,14 @@ class Service:
     Args:
         experiment: What the site has agreed to.
         silo: Its name, one of `federate.silos`.
+        signing: How the sites of secure sums know each other.
 
     Raises:
         UserError: The silo is not of the experiment, its cache or the LLM cannot be used, or the
             experiment cannot run over sites.
     """
 
-    def __init__(self, experiment: Experiment, silo: str) -> None:
+    def __init__(self, experiment: Experiment, silo: str, signing: Signing | None = None) -> None:
         strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
         check_sites(experiment, strategy.pooled)
         if silo not in experiment.federate.silos:
@@ -35,7 +37,7 @@ class Service:
             )
         cache = open_cache(experiment, silo)
         self.silo = silo
-        self._site = Site(experiment, plan(experiment, strategy), {silo: cache})
+        self._site = Site(experiment, plan(experiment, strategy), {silo: cache}, signing=signing)
         self._card = Card.of(cache, experiment, self._site.counts[silo])
         self._terms = terms(experiment, self._card)
 

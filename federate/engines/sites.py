@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from federate.client import Job, LocalResult
+from federate.engines import answers
 from federate.engines.base import Card, Engine, terms
 from federate.engines.service import check_sites
 from federate.plan import Plan
 from federate.strategies.base import STRATEGIES
 from federate.texts import Counts
-from federate.wire import Payload, job_as_dict, pack, result_of, unpack
+from federate.wire import Payload, job_as_dict, pack, unpack
 from pipeline.cache import differences
 from pipeline.config import Experiment
 from pipeline.console import say
-from pipeline.errors import UserError
-from pipeline.manifest import read_json, write_json
+from pipeline.errors import UserError, one_line
+from pipeline.manifest import fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
     from federate.server import Train
@@ -50,13 +52,30 @@ class Link(Protocol):
         """Answers to messages that have arrived since."""
 
 
+@dataclass(frozen=True)
+class _Offer:
+    """What a site says of itself, and where it is."""
+
+    node: int
+    card: Card
+    terms: dict[str, Any]
+    d_llm: int
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What has to be the same at all sites, and only sites know."""
+        card = self.card
+        widths = {"patches": card.patches, "d_vision": card.d_vision, "d_llm": self.d_llm}
+        return {"language": card.language, "features": card.key} | widths
+
+
 @dataclass
 class _Round:
     """Messages on their way, and what came of them."""
 
     requests: Mapping[str, Payload]
     deadline: float
-    read: Callable[[str, dict[str, Any]], Any]
+    read: Callable[[str, Any], Any]
     waiting: dict[str, tuple[str, int]] = field(default_factory=dict)
     replies: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -77,22 +96,30 @@ class Sites(Engine):
         experiment: The experiment.
         plan: Who takes part when; every client is a silo.
         link: How messages travel.
+        owners: The silo of every node's key; None where sites have no keys.
 
     Raises:
         UserError: The experiment cannot run over sites.
     """
 
-    def __init__(self, experiment: Experiment, plan: Plan, link: Link) -> None:
+    def __init__(
+        self, experiment: Experiment, plan: Plan, link: Link, owners: Mapping[int, str] | None = None
+    ) -> None:
         strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
         check_sites(experiment, strategy.pooled)
         self._experiment, self._plan, self._link = experiment, plan, link
+        self._owners = owners
         self._cards: dict[str, Card] = {}
+        self._offers: dict[str, _Offer] = {}
+        self._outvoted: dict[str, str] = {}
         self._node: dict[str, int] = {}
         self._known: set[int] = set()
         self._greeted: dict[str, int] = {}
         self._refused: dict[str, str] = {}
         self._late: dict[str, str] = {}
         self._d_llm = 0
+        self._voted: tuple[str, dict[str, Any]] | None = None
+        self._model: tuple[str, dict[str, Any]] | None = None  # once the run has begun
         self._begun_with: dict[str, Card] = {}
         self._looked = float("-inf")
         self._sent = self._received = 0
@@ -114,9 +141,16 @@ class Sites(Engine):
         deadline = time.monotonic() + options.join_timeout
         while len(self._cards) < len(silos) and time.monotonic() < deadline:
             self._look()
-            for reason in self._refused.values():
-                raise UserError(reason)
+            refused = [self._refused[silo] for silo in silos if silo in self._refused]
+            if len(silos) - len(refused) < needed:
+                raise UserError("; ".join(refused))
+            if len(self._offers) + len(refused) >= len(silos):
+                break  # all have spoken
             time.sleep(_POLL)
+        for reason in self._outvoted.values():
+            say(reason)
+        if self._outvoted and len(self._cards) < needed:
+            raise UserError("; ".join(self._outvoted.values()))
         if len(self._cards) < needed:
             absent = ", ".join(silo for silo in silos if silo not in self._cards)
             raise UserError(
@@ -126,7 +160,7 @@ class Sites(Engine):
             )
         cards = {silo: self._cards.get(silo) or known[silo] for silo in silos}
         write_json(path, {silo: card.plain() for silo, card in cards.items()})
-        self._cards = dict(cards)
+        self._cards, self._model = dict(cards), self._voted
         return cards
 
     @contextmanager
@@ -145,8 +179,12 @@ class Sites(Engine):
         """One round."""
         began, needed = time.monotonic(), self._quorum(len(jobs))
         requests = {job.client: {"kind": "train", "job": job_as_dict(job)} for job in jobs}
-        # A site speaks for its own silo alone.
-        round_ = self._ask(requests, needed, self._result)
+        of = {job.client: job for job in jobs}
+
+        def read(silo: str, reply: Any) -> LocalResult:
+            return answers.trained(reply, of[silo], self._cards[silo], self._experiment)
+
+        round_ = self._ask(requests, needed, read)
         results = dict(round_.replies)
         missing = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(round_.failures.items()))
         name = f"round {jobs[0].round + 1} of {jobs[0].rounds}"
@@ -161,20 +199,6 @@ class Sites(Engine):
         )
         return [results[job.client] for job in jobs if job.client in results]
 
-    def _result(self, silo: str, reply: dict[str, Any]) -> LocalResult:
-        """What a site says of itself.
-
-        Raises:
-            ValueError: It cannot be.
-        """
-        result = replace(result_of(reply["result"]), client=silo)
-        counts = result.samples, result.steps, result.tokens
-        if not all(type(count) is int and count > 0 for count in counts):
-            raise ValueError(f"samples, steps and tokens are {counts}")
-        if result.samples > self._cards[silo].samples:
-            raise ValueError(f"{result.samples} samples, where it has {self._cards[silo].samples}")
-        return result
-
     def traffic(self) -> tuple[int, int]:
         """Bytes of messages, before Flower spares what it has sent already."""
         taken = self._sent, self._received
@@ -184,13 +208,13 @@ class Sites(Engine):
     def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """A step of a secure round; sites that do not answer in time have dropped out of it."""
         asked = {silo: {"kind": "secure", "step": step} for silo, step in requests.items()}
-        round_ = self._ask(asked, 1, lambda silo, reply: dict(reply["answer"]))
+        round_ = self._ask(asked, 1, lambda silo, reply: answers.stepped(reply))
         for silo, reason in sorted(round_.failures.items()):
             say(f"{silo} dropped out of the secure sum: {reason}")
         return round_.replies
 
     def _ask(
-        self, requests: Mapping[str, dict[str, Any]], enough: int, read: Callable[[str, dict[str, Any]], Any]
+        self, requests: Mapping[str, dict[str, Any]], enough: int, read: Callable[[str, Any], Any]
     ) -> _Round:
         """Send every site its request, with what both have agreed to, and gather the answers."""
         agreed = terms(self._experiment, next(iter(self._cards.values())))
@@ -234,8 +258,8 @@ class Sites(Engine):
                 self._received += answer.size
                 try:
                     round_.replies[silo] = round_.read(silo, unpack(answer))
-                except (ValueError, KeyError, TypeError) as error:
-                    round_.failures[silo] = f"sent an answer that cannot be read ({error})"
+                except ValueError as error:
+                    round_.failures[silo] = f"sent an answer that cannot be read ({one_line(error)})"
             elif answer.gone:
                 self._leave(node)
                 self._known.discard(node)  # to be greeted again
@@ -263,46 +287,89 @@ class Sites(Engine):
             self._greeted[message] = node
 
     def _leave(self, node: int) -> None:
+        self._offers = {silo: offer for silo, offer in self._offers.items() if offer.node != node}
         for silo, at in list(self._node.items()):
             if at == node:
                 del self._node[silo]
                 say(f"{silo} has left")
 
     def _meet(self, node: int, answer: Payload | Failure) -> None:
+        owner = None if self._owners is None else self._owners.get(node, "nobody")
         if isinstance(answer, Failure):
-            self._known.discard(node)  # to be greeted again
+            if answer.gone or owner is None:
+                self._known.discard(node)  # to be greeted again
+            else:
+                self._turn_away(owner, f"site '{owner}' does not take part: {answer.reason}")
             return
         try:
-            hello = unpack(answer)
-            silo, card, d_llm = hello["silo"], Card(**hello["card"]), hello["d_llm"]
-            reason = self._objection(silo, card, hello["terms"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            say(f"a site cannot be understood ({error!r}); give it the server's version of FedCMP")
+            silo, card, agreed, d_llm = answers.hello(unpack(answer))
+        except ValueError as error:
+            who = f"site '{owner}'" if owner else "a site"
+            self._turn_away(
+                owner,
+                f"{who} cannot be understood ({one_line(error)}); give it the server's version of FedCMP",
+            )
             return
+        if owner not in (None, silo):
+            # Nothing is held against the silo that it took the name of.
+            say(f"site '{owner}' says that it is '{silo[:40]}' and is refused; its key is that of '{owner}'")
+            return
+        offer = _Offer(node, card, agreed, d_llm)
+        reason = self._objection(silo, offer)
         if reason is not None:
-            say(reason)
-            self._refused[silo] = reason
+            self._turn_away(silo, reason)
             return
-        self._refused.pop(silo, None)
-        self._cards[silo], self._node[silo], self._d_llm = card, node, d_llm
-        say(f"{silo} is here")
+        self._offers[silo] = offer
+        self._choose()
 
-    def _objection(self, silo: str, card: Card, theirs: dict[str, Any]) -> str | None:
+    def _turn_away(self, silo: str | None, reason: str) -> None:
+        say(reason)
+        if silo in self._experiment.federate.silos:
+            self._refused[silo] = reason
+
+    def _objection(self, silo: str, offer: _Offer) -> str | None:
         """Why a site cannot take part, or None."""
         if silo not in self._experiment.federate.silos:
-            return f"site '{silo}' is none of federate.silos; stop it"
+            return f"site '{silo[:40]}' is none of federate.silos; stop it"
         before = self._cards.get(silo) or self._begun_with.get(silo)
-        if before is not None and before.content != card.content:
+        if before is not None and before.content != offer.card.content:
             return (
                 f"site '{silo}' came back with another cache than this run began with; give it that one, or "
                 f"remove {self._experiment.run_path} to begin anew"
             )
-        first = next(iter(self._cards), silo)
-        found = differences(terms(self._experiment, self._cards.get(first, card)), theirs)
-        if found:
-            others = "the server" if first == silo else f"the server and site '{first}'"
-            return (
-                f"site '{silo}' has agreed to something else than {others} ({'; '.join(found)}); give all "
-                "of them the same experiment, LLM and encoder"
-            )
-        return None
+        return self._disagreement(silo, "the server", terms(self._experiment, offer.card), offer.terms)
+
+    def _choose(self) -> None:
+        """Admit the sites that agree with most others on what only sites know: one alone may be wrong."""
+        model = self._model
+        if model is None:
+            prints = {silo: fingerprint(offer.base) for silo, offer in self._offers.items()}
+            ((most, _),) = Counter(prints.values()).most_common(1)
+            model = next((silo, offer.base) for silo, offer in self._offers.items() if prints[silo] == most)
+        outvoted: dict[str, str] = {}
+        for silo, offer in self._offers.items():
+            reason = self._disagreement(silo, f"the server and site '{model[0]}'", model[1], offer.base)
+            if reason is None:
+                self._refused.pop(silo, None)
+                if self._node.get(silo) != offer.node:
+                    say(f"{silo} is here")
+                self._cards[silo], self._node[silo] = offer.card, offer.node
+                continue
+            self._node.pop(silo, None)
+            if self._model is None:
+                outvoted[silo] = reason  # until all have spoken
+                self._cards.pop(silo, None)
+            elif self._refused.get(silo) != reason:
+                self._turn_away(silo, reason)
+        self._d_llm = model[1]["d_llm"]
+        self._voted, self._outvoted = model, outvoted
+
+    @staticmethod
+    def _disagreement(silo: str, others: str, here: dict[str, Any], there: dict[str, Any]) -> str | None:
+        found = differences(here, there)
+        if not found:
+            return None
+        return (
+            f"site '{silo}' has agreed to something else than {others} ({'; '.join(found)[:500]}); give all "
+            "of them the same experiment, LLM and encoder"
+        )

@@ -16,7 +16,10 @@ from federate.secure.summation import Exchange, secure_sum
 from federate.strategies.base import Aggregate, Memory, State, Strategy, Update
 from federate.strategies.clipping import factors, usual
 from federate.strategies.cohort import Cohort, Gram, Weights
-from pipeline.errors import DroppedOutError
+from pipeline.errors import DroppedOutError, SpoiledError
+
+_ROUNDED = 1 + 1e-6
+_TINY = 1e-9  # of the fixed point, a number
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Masked(Cohort):
         self._exchange, self._state, self._threshold = exchange, state, threshold
         self._samples, self._names = samples, grams
         self._factors = dict.fromkeys(samples, 1.0)
+        self._norms: dict[str, float] = {}
         self._sums: State = {}
 
     @cached_property
@@ -101,6 +105,7 @@ class Masked(Cohort):
                 f"a secure sum needs {self._threshold} clients, and {len(norms)} said how long their update "
                 "is; run this again when the others are back"
             )
+        self._norms = norms
         self._samples = {client: self._samples[client] for client in norms}
         self._factors = factors(norms, usual(norms, self._samples), longest)
         return self._factors
@@ -112,7 +117,28 @@ class Masked(Cohort):
         request: dict[str, Any] = {"updates": once, "grams": dict.fromkeys(grams, self._times(shares, 2))}
         vector, survivors = secure_sum(self._exchange, sorted(shares), self._threshold, request)
         updates, squares = parts_of(vector, self._state, list(weights), grams)
+        self._check_lengths(updates, squares, once, survivors)
         return updates, squares, survivors
+
+    def _check_lengths(
+        self, updates: State, squares: State, weights: Mapping[str, Weights], among: Sequence[str]
+    ) -> None:
+        """No sum is longer than what its clients said, ‖Σ w_k D_k‖ ≤ Σ w_k ‖D_k‖, for every parameter."""
+        if not self._norms:
+            return
+        for name, total in updates.items():
+            most = sum(weights[name][client] * self._norms[client] for client in among)
+            if float(total.norm()) > most * _ROUNDED + _TINY * total.numel() ** 0.5:
+                raise SpoiledError(
+                    f"the secure sum of {name} has norm {float(total.norm()):.3g}, where the norms that "
+                    f"{', '.join(among)} said allow {most:.3g}: one of them said less than it added"
+                )
+        most = sum(next(iter(weights.values()))[c] * self._factors[c] * self._norms[c] ** 2 for c in among)
+        for name, total in squares.items():
+            if float(total.trace()) > most * _ROUNDED + _TINY * len(total):
+                raise SpoiledError(
+                    f"the secure sum of {name} D Dᵀ is larger than the norms that were said allow"
+                )
 
     def _times(self, weights: Weights, power: int) -> Weights:
         return {client: weight * self._factors[client] ** power for client, weight in weights.items()}

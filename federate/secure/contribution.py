@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -31,19 +32,38 @@ class Own:
         """Weighted updates, then weighted Gram matrices, one after the other as a vector, float64.
 
         Raises:
-            ValueError: The weights leave out so many that the sum would be nearly this client's own.
+            ValueError: The sum would be nearly this client's own.
         """
-        for name, weights in [*request["updates"].items(), *request["grams"].items()]:
-            if sum(weight > 0 for weight in weights.values()) < LEAST:
-                raise ValueError(
-                    f"client '{self._name}' refuses a sum of {name} over fewer than {LEAST} clients"
-                )
+        self.permit(request)
         parts = [weights[self._name] * self._delta(name) for name, weights in request["updates"].items()]
         parts += [
             self._matrix(name).gram({self._name: weights[self._name]}).double()
             for name, weights in request["grams"].items()
         ]
         return torch.cat([part.flatten() for part in parts]).numpy()
+
+    def permit(self, request: Mapping[str, Any], survivors: Collection[str] | None = None) -> None:
+        """Refuse a sum that is hardly more than this client's update.
+
+        Args:
+            request: What is asked for.
+            survivors: Who is in the sum; all whom it names by default.
+
+        Raises:
+            ValueError: Fewer than three have a weight, or this client has more than half of all.
+        """
+        for name, weights in [*request["updates"].items(), *request["grams"].items()]:
+            among = {client: weights[client] for client in survivors or weights}
+            if not all(isfinite(weight) and weight >= 0 for weight in among.values()):
+                raise ValueError(f"client '{self._name}' refuses weights of {name} that are none")
+            if sum(weight > 0 for weight in among.values()) < LEAST:
+                raise ValueError(
+                    f"client '{self._name}' refuses a sum of {name} over fewer than {LEAST} clients"
+                )
+            if among[self._name] > sum(among.values()) / 2:
+                raise ValueError(
+                    f"client '{self._name}' refuses a sum of {name} of which more than half would be its own"
+                )
 
     def norm(self) -> float:
         """Of its update, over all parameters together."""

@@ -72,19 +72,26 @@ def add_pair_masks(
         add_mask(total, own.agree(public, b"pair\0" + what + pair), 1 if name < other else -1)
 
 
-def seal(key: bytes, text: bytes) -> bytes:
-    """Encrypt and authenticate."""
+def stream(key: bytes, count: int) -> np.ndarray:
+    """Numbers of the ChaCha20 stream of a key, uint64."""
+    numbers = np.zeros(count, np.uint64)
+    add_mask(numbers, key, 1)
+    return numbers
+
+
+def seal(key: bytes, text: bytes, place: bytes) -> bytes:
+    """Encrypt and authenticate, together with the place that it is for."""
     nonce = os.urandom(_NONCE_BYTES)
-    return nonce + ChaCha20Poly1305(key).encrypt(nonce, text, None)
+    return nonce + ChaCha20Poly1305(key).encrypt(nonce, text, place)
 
 
-def unseal(key: bytes, sealed: bytes) -> bytes:
+def unseal(key: bytes, sealed: bytes, place: bytes) -> bytes:
     """The inverse of `seal`.
 
     Raises:
-        ValueError: It was changed, or sealed with another key.
+        ValueError: It was changed, or sealed with another key or for another place.
     """
     try:
-        return ChaCha20Poly1305(key).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], None)
+        return ChaCha20Poly1305(key).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], place)
     except InvalidTag:
         raise ValueError("a sealed share was changed on its way") from None

@@ -14,11 +14,14 @@ import numpy as np
 import torch
 
 from federate.plan import LEAST
+from federate.secure.checks import sealed_up
 from federate.secure.masks import KeyPair, add_mask, add_pair_masks, derive, seal, unseal
 from federate.secure.numbers import SECRET_BYTES, encode, split
+from federate.secure.signing import Signing
 from pipeline.manifest import fingerprint
 
 Contribute = Callable[[dict[str, Any]], np.ndarray]
+Release = Callable[[dict[str, Any], list[str]], None]
 
 
 def context(roster: dict[str, Any], sharers: list[str], threshold: int, request: dict[str, Any]) -> bytes:
@@ -32,13 +35,25 @@ class Party:
     Args:
         name: The client's name.
         contribute: What it adds to the sum that a request asks for, float64.
+        release: Told the request and who is in the sum before it is unmasked; raises ValueError to refuse.
+        signing: How clients know each other; None where they trust the server with that.
     """
 
-    def __init__(self, name: str, contribute: Contribute) -> None:
-        self._name, self._contribute = name, contribute
+    def __init__(
+        self,
+        name: str,
+        contribute: Contribute,
+        release: Release = lambda *sum_: None,
+        signing: Signing | None = None,
+    ) -> None:
+        self._name, self._contribute, self._release, self._signing = name, contribute, release, signing
+        self._request: dict[str, Any] = {}
+        self._what = b""
+        self._agreed: list[str] = []
         self._mask, self._seal = KeyPair(), KeyPair()
         self._seed = os.urandom(SECRET_BYTES)
         self._roster: dict[str, dict[str, str]] = {}
+        self._signed: dict[str, str] = {}
         self._threshold = 0
         self._inbox: dict[str, list[int]] = {}
         self._next = "advertise"
@@ -56,6 +71,7 @@ class Party:
             "advertise": self._advertise,
             "share": self._share,
             "mask": self._masked,
+            **({"agree on": self._agree_on} if self._signing else {}),
             "unmask": self._unmask,
         }
         reply = steps[request["step"]](request)
@@ -64,7 +80,12 @@ class Party:
         return reply
 
     def _advertise(self, request: dict[str, Any]) -> dict[str, Any]:
-        return {"mask": self._mask.public.hex(), "seal": self._seal.public.hex()}
+        # The last part holds this client to its seed, whoever puts it together in the end.
+        commitment = derive(self._seed, b"commitment").hex()
+        own = {"mask": self._mask.public.hex(), "seal": self._seal.public.hex(), "seed": commitment}
+        if self._signing and not self._signed:
+            self._signed = self._signing.signed(self._name, own)
+        return self._signed or own
 
     def _share(self, request: dict[str, Any]) -> dict[str, Any]:
         """Shares of the own seed and mask key for everybody, each sealed for its holder."""
@@ -77,14 +98,20 @@ class Party:
             )
         if self._roster.get(self._name) != self._advertise({}):
             raise ValueError(f"client '{self._name}' is listed with keys that are not its own")
+        if self._signing:
+            self._signing.check_roster(self._roster)
         seeds = split(self._seed, len(names), self._threshold)
         keys = split(self._mask.private, len(names), self._threshold)
         self._inbox[self._name] = [seeds[names.index(self._name)], keys[names.index(self._name)]]
         return {
-            other: seal(self._sealing(other), json.dumps([seed, key]).encode()).hex()
+            other: seal(self._sealing(other), json.dumps([seed, key]).encode(), self._way(other)).hex()
             for other, seed, key in zip(names, seeds, keys, strict=True)
             if other != self._name
         }
+
+    def _way(self, to: str, sender: str | None = None) -> bytes:
+        """From whom to whom among whom: a share that is sent back, or into another sum, does not open."""
+        return fingerprint([sender or self._name, to, self._roster, self._threshold]).encode()
 
     def _sealing(self, other: str) -> bytes:
         pair = "\0".join(sorted((self._name, other))).encode()
@@ -93,13 +120,15 @@ class Party:
     def _masked(self, request: dict[str, Any]) -> dict[str, Any]:
         """The contribution under the own mask and one with everybody who shared."""
         for other, sealed in request["inbox"].items():
-            self._inbox[other] = json.loads(unseal(self._sealing(other), bytes.fromhex(sealed)))
+            way = self._way(self._name, other)
+            self._inbox[other] = json.loads(unseal(self._sealing(other), bytes.fromhex(sealed), way))
         sharers = sorted(self._inbox)
         if len(sharers) < max(self._threshold, LEAST):
             raise ValueError(f"client '{self._name}' refuses a sum of {len(sharers)} clients")
-        what = context(self._roster, sharers, self._threshold, request["request"])
+        self._request = request["request"]
+        what = self._what = context(self._roster, sharers, self._threshold, self._request)
         try:
-            total = encode(self._contribute(request["request"]))
+            total = sealed_up(encode(self._contribute(self._request)), what)
         except ValueError as error:
             raise ValueError(f"client '{self._name}': {error}") from None
         add_mask(total, derive(self._seed, b"self\0" + what), 1)
@@ -109,8 +138,29 @@ class Party:
         add_pair_masks(total, self._mask, self._name, others, what)
         return {"masked": torch.from_numpy(total.view(np.int64))}
 
+    def _agree_on(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A signature that these are in the sum, and nobody else."""
+        assert self._signing is not None
+        self._survivors(request)
+        self._agreed = sorted(request["survivors"])
+        return {"signature": self._signing.agreed(self._what, self._agreed)}
+
     def _unmask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Shares of the seeds of those who are in the sum, and of the keys of those who are not."""
+        survivors, dropped = self._survivors(request)
+        if self._signing:
+            if sorted(survivors) != self._agreed:
+                raise ValueError(f"client '{self._name}' refuses to unmask another sum than it signed")
+            signatures = request.get("signatures")
+            self._signing.check_agreed(self._what, survivors, self._threshold, signatures)
+        self._release(self._request, sorted(survivors))
+        return {
+            "seeds": {each: str(self._inbox[each][0]) for each in sorted(survivors)},
+            "keys": {each: str(self._inbox[each][1]) for each in sorted(dropped)},
+        }
+
+    def _survivors(self, request: dict[str, Any]) -> tuple[set[str], set[str]]:
+        """Who is in the sum and who is not, if that can be."""
         survivors, dropped = set(request["survivors"]), set(request["dropped"])
         if survivors & dropped or survivors | dropped != self._inbox.keys():
             raise ValueError(
@@ -118,7 +168,4 @@ class Party:
             )
         if len(survivors) < max(self._threshold, LEAST) or self._name not in survivors:
             raise ValueError(f"client '{self._name}' refuses to unmask a sum of {len(survivors)} clients")
-        return {
-            "seeds": {each: str(self._inbox[each][0]) for each in sorted(survivors)},
-            "keys": {each: str(self._inbox[each][1]) for each in sorted(dropped)},
-        }
+        return survivors, dropped

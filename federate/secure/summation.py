@@ -8,17 +8,25 @@ from typing import Any
 import numpy as np
 
 from federate.plan import LEAST
+from federate.secure.checks import opened
 from federate.secure.masks import KeyPair, add_mask, add_pair_masks, derive
 from federate.secure.numbers import decode, recover
 from federate.secure.party import context
-from pipeline.errors import DroppedOutError
+from federate.secure.replies import sound
+from pipeline.errors import DroppedOutError, SpoiledError
 
 Exchange = Callable[[Mapping[str, dict[str, Any]]], dict[str, dict[str, Any]]]
 
 
-def threshold_of(clients: int, share: float) -> int:
-    """Clients that have to stay until the end: more than the share, and enough to hide each other."""
-    return min(max(int(clients * share) + 1, LEAST), clients)
+def threshold_of(clients: int, share: float, sums: int = 1) -> int:
+    """Clients that have to stay until the end: more than the share, and enough to hide each other.
+
+    Args:
+        clients: Clients at the start.
+        share: Share of them.
+        sums: Sums of the same updates; every further one is an equation in them.
+    """
+    return min(max(int(clients * share) + 1, LEAST + sums - 1), clients)
 
 
 def secure_sum(
@@ -37,10 +45,11 @@ def secure_sum(
 
     Raises:
         DroppedOutError: Too few clients stayed.
+        SpoiledError: What came is not the sum of what they contributed.
     """
 
     def ask(step: str, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        answers = exchange({client: {"step": step} | each for client, each in requests.items()})
+        answers = sound(step, exchange({c: {"step": step} | each for c, each in requests.items()}), requests)
         if len(answers) < threshold:
             raise DroppedOutError(
                 f"a secure sum needs {threshold} of {len(clients)} clients, and {len(answers)} answered "
@@ -61,20 +70,43 @@ def secure_sum(
     masked = ask("mask", inboxes)
     survivors = sorted(masked)
     dropped = sorted(set(sharers) - set(survivors))
-    ending = {"survivors": survivors, "dropped": dropped}
-    shares = ask("unmask", dict.fromkeys(survivors, ending))
-    total = masked[survivors[0]]["masked"].numpy().view(np.uint64).copy()
-    for client in survivors[1:]:
+    ending: dict[str, Any] = {"survivors": survivors, "dropped": dropped}
+    asked: list[str] = survivors
+    if all("signature" in each for each in roster.values()):
+        agreed = ask("agree on", dict.fromkeys(survivors, ending))
+        asked = sorted(agreed)
+        ending = ending | {"signatures": {client: each["signature"] for client, each in agreed.items()}}
+    shares = ask("unmask", dict.fromkeys(asked, ending))
+    total = np.zeros(len(masked[survivors[0]]["masked"]), np.uint64)
+    for client in survivors:
         total += masked[client]["masked"].numpy().view(np.uint64)
     what = context(roster, sharers, threshold, request)
     # Places are those of the roster, which is what clients split their secrets by.
     place = {client: number for number, client in enumerate(sorted(roster))}
     for client in survivors:
-        seed = recover({place[holder]: int(each["seeds"][client]) for holder, each in shares.items()})
+        seed = _recovered(client, {place[holder]: each["seeds"][client] for holder, each in shares.items()})
+        if derive(seed, b"commitment").hex() != roster[client]["seed"]:
+            raise _unfitting(client)
         add_mask(total, derive(seed, b"self\0" + what), -1)
     mask_keys = {client: bytes.fromhex(roster[client]["mask"]) for client in survivors}
     for client in dropped:
-        key = recover({place[holder]: int(each["keys"][client]) for holder, each in shares.items()})
+        key = _recovered(client, {place[holder]: each["keys"][client] for holder, each in shares.items()})
+        if KeyPair(key).public.hex() != roster[client]["mask"]:
+            raise _unfitting(client)
         # What the survivors' masks with this client add up to is the opposite of what its own would be.
         add_pair_masks(total, KeyPair(key), client, mask_keys, what)
-    return decode(total), survivors
+    return decode(opened(total, what, len(survivors))), survivors
+
+
+def _recovered(client: str, shares: Mapping[int, str]) -> bytes:
+    try:
+        return recover({place: int(share) for place, share in shares.items()})
+    except ValueError:
+        raise _unfitting(client) from None
+
+
+def _unfitting(client: str) -> SpoiledError:
+    return SpoiledError(
+        f"the shares of the secret of client '{client}' do not give what it advertised: it dealt out "
+        "wrong ones, or one of the others changed its own; nothing of the sum is used, run this again"
+    )

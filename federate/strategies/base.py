@@ -100,6 +100,10 @@ class Strategy(Options, ABC):
         """What it has to know of a round: every update, their mean alone, or sums (`fuse`)."""
         return "updates"
 
+    def releases(self) -> int:
+        """Different sums of the same updates that a round takes at most, where it sees sums."""
+        return 1
+
     def fuse(self, state: State, cohort: Cohort, memory: Memory) -> Aggregate:
         """What `aggregate` does, from sums over clients alone; of strategies that see `sums`."""
         raise NotImplementedError

@@ -96,6 +96,10 @@ class FedCmp(Strategy):
         by_sums = self.reliability != "direction" and self.space == "updates" and self.basis == "exact"
         return "sums" if by_sums else "updates"
 
+    def releases(self) -> int:
+        """A second sum with the clients' reliabilities."""
+        return 1 if self.reliability == "none" else 2
+
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Fuse matrices in their canonical space; biases take the matrices' mean weights."""
         return self.fuse(state, Open(state, updates), memory)
