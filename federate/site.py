@@ -15,12 +15,13 @@ from federate.local import LocalEngine
 from federate.memo import Memo
 from federate.plan import Plan
 from federate.poison import poisoned
-from federate.privacy import privatised
+from federate.privacy.guard import Guard
+from federate.privacy.images import ImageStream
 from federate.residuals import RESIDUALS, Residuals
 from federate.secure.contribution import Own
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache
-from pipeline.config import Communication, Experiment, Privacy
+from pipeline.config import Communication, Experiment
 from pipeline.device import pick_device
 from pipeline.identity import FORMAT, language_identity, language_options
 from pipeline.language import load_language
@@ -60,8 +61,9 @@ class Site:
         scratch = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
         turns, poison = plan.turns(), options.poison or {}
         self.d_llm = language.d_llm
+        by_image = options.clipped is not None and options.clipped.unit == "image"
         self.streams = {
-            client: Stream(
+            client: (ImageStream if by_image else Stream)(
                 {silo: caches[silo] for silo in silos},
                 language,
                 template=experiment.language.template,
@@ -75,7 +77,7 @@ class Site:
             for client, silos in plan.groups.items()
             if caches.keys() >= set(silos)
         }
-        self._secure, self._clipped, self._schedule = options.secure, options.clipped, plan.schedule
+        self._secure, self._guard = options.secure, Guard(experiment, plan, caches)
         self._poison, self._seed = poison, experiment.seed
         self._communication = options.communication
         self._residuals = Residuals(experiment.run_path / RESIDUALS)
@@ -93,15 +95,16 @@ class Site:
             micro_batch=options.micro_batch or options.batch_size,
             memo=_memo(experiment, device),
             advance=advance,
+            noisy=self._guard.steps,
         )
 
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Train the clients of a round; in secure runs their projectors stay here."""
+        jobs = self._guard.admitted(jobs, self.streams)
         results = self._engine(jobs)
         if self._poison:
             results = [self._poisoned(*pair) for pair in zip(jobs, results, strict=True)]
-        if self._clipped is not None:
-            results = [self._privatised(*pair, self._clipped) for pair in zip(jobs, results, strict=True)]
+        results = self._guard.released(jobs, results)
         if self._communication is not None:
             pairs = zip(jobs, results, strict=True)
             return [self._compressed(*pair, self._communication) for pair in pairs]
@@ -121,11 +124,6 @@ class Site:
         options = self._poison[job.client]
         state = poisoned(job.start, result.state, options, self._seed, job.client, job.round)
         return replace(result, state=state)
-
-    def _privatised(self, job: Job, result: LocalResult, options: Privacy) -> LocalResult:
-        clients = len(self._schedule[job.round])
-        state = privatised(job.start, result.state, options, clients)
-        return replace(result, state=state, gradient=None, alignment=None)
 
     def _compressed(self, job: Job, result: LocalResult, options: Communication) -> LocalResult:
         left = self._residuals.after(job.client, job.counted)
@@ -170,8 +168,8 @@ class Site:
 
 
 def _memo(experiment: Experiment, device: str) -> Memo | None:
-    """Local updates shared by runs with the same LLM, data handling and arithmetic."""
-    if experiment.memo is None:
+    """Local updates shared by runs with the same LLM, data handling and arithmetic; none that are private."""
+    if experiment.memo is None or experiment.federate.clipped is not None:
         return None
     options = experiment.federate.model_dump(mode="json")
     shared = ("batch_size", "micro_batch", "projector", "optimizer")

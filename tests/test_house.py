@@ -49,7 +49,7 @@ def test_data_flows_one_way(file: Path) -> None:
         ("lmms_eval", ["evaluate/lmms.py"]),
         ("flwr", ["federate/engines/flower.py"]),
         ("cryptography", ["federate/secure/masks.py", "pipeline/handover/signature.py"]),
-        ("opacus", ["federate/privacy.py"]),
+        ("opacus", []),
         ("webdataset", ["extract/sources/webdataset.py", "pipeline/world/write.py"]),
     ],
 )

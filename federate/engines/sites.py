@@ -163,7 +163,8 @@ class Sites(Engine):
             ValueError: It cannot be.
         """
         result = replace(result_of(reply["result"]), client=silo)
-        counts = result.samples, result.steps, result.tokens
+        # What is private keeps its number of tokens to itself.
+        counts = result.samples, result.steps, 1 if result.tokens is None else result.tokens
         if not all(type(count) is int and count > 0 for count in counts):
             raise ValueError(f"samples, steps and tokens are {counts}")
         if result.samples > self._cards[silo].samples:
