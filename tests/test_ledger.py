@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -136,3 +137,14 @@ def test_whatever_was_answered_before_a_kill_is_counted(tmp_path: Path) -> None:
     assert counted[: len(said)] == said
     assert len(counted) - len(said) in (0, 1)
     assert json.loads((tmp_path / "abc.json").read_text())["silo"] == "clinic"
+
+
+def test_others_know_a_cache_by_a_name_that_only_its_machine_can_make(tmp_path: Path) -> None:
+    here, there = (Ledger(Budget(path=tmp_path / name)) for name in ("here", "there"))
+    name = here.pseudonym("abc")
+    assert name == Ledger(Budget(path=tmp_path / "here")).pseudonym("abc")
+    assert len({name, here.pseudonym("abd"), there.pseudonym("abc"), hashlib.sha256(b"abc").hexdigest()}) == 4
+    assert (tmp_path / "here" / "key").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        Ledger(Budget(path=tmp_path / "file")).pseudonym("abc")

@@ -272,6 +272,21 @@ def test_all_that_leaves_a_private_site(
     assert deviations
 
 
+@pytest.mark.parametrize("options", [TEXTS, IMAGES, CLIENTS], ids=["text", "image", "client"])
+def test_a_private_site_introduces_itself_by_public_numbers(
+    private: Callable[..., Experiment], options: list[str]
+) -> None:
+    """And by a name of its cache that says nothing of what is in it, the same after a restart."""
+    experiment, cache = private(*options), open_cache(private(), "clinic")
+    hello, again = (pack(Service(experiment, "clinic").handle({"kind": "hello"})) for _ in range(2))
+    assert hello == again
+    assert cache.content not in hello.text
+    said = unpack(hello)
+    assert said.keys() == {"silo", "card", "terms", "d_llm"}
+    assert said["card"].keys() == {"content", "key", "patches", "d_vision", "samples", "language"}
+    assert cache.content in pack(Service(private(), "clinic").handle({"kind": "hello"})).text
+
+
 def tensors_of(value: Any) -> Any:
     """All floating-point numbers in nested containers, but for the optimiser's count of steps."""
     if isinstance(value, torch.Tensor):

@@ -5,9 +5,11 @@ A release is written down before the training that it comes from, so that one wh
 
 from __future__ import annotations
 
+import hmac
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,9 +19,10 @@ from federate.privacy.accounting import composed, spent
 from pipeline.config import Ledger as Budget
 from pipeline.config import Options
 from pipeline.errors import UserError
-from pipeline.manifest import locked, read_json, write_json
+from pipeline.manifest import locked, read_json, write_atomic, write_json
 
 _FORMAT = {"name": "fedcmp-ledger", "version": 1}
+_KEY_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -81,25 +84,46 @@ class Ledger:
         Raises:
             UserError: It would exceed the budget, or the file cannot be read or written.
         """
-        folder = self._options.folder
-        with ExitStack() as stack:
-            try:
-                for content in sorted(set(silos.values())):
-                    lock = folder / f".{content}.lock"
-                    stack.enter_context(locked(lock, str(lock), wait=True))
-                rows = {silo: [*self.releases(content), release] for silo, content in silos.items()}
-                for silo, content in silos.items():
-                    self._check(silo, content, rows[silo])
-                for silo, content in silos.items():
-                    own = [asdict(each) for each in rows[silo]]
-                    write_json(self.path(content), {"format": _FORMAT, "silo": silo, "releases": own})
-            except OSError as error:
-                raise UserError(
-                    f"ledger.path = {folder}: cannot be written ({error.strerror}), so nothing is released; "
-                    "give a folder that can"
-                ) from None
+        with ExitStack() as stack, self._writing():
+            for content in sorted(set(silos.values())):
+                stack.enter_context(self._locked(content))
+            rows = {silo: [*self.releases(content), release] for silo, content in silos.items()}
+            for silo, content in silos.items():
+                self._check(silo, content, rows[silo])
+            for silo, content in silos.items():
+                own = [asdict(each) for each in rows[silo]]
+                write_json(self.path(content), {"format": _FORMAT, "silo": silo, "releases": own})
         same = (release.run, release.round)
         return max(sum((each.run, each.round) == same for each in own) for own in rows.values())
+
+    def pseudonym(self, content: str) -> str:
+        """What others may know a cache by: its hash under a key that stays here.
+
+        Who knows all of a silo but one text could tell from the hash itself whether a guess of it is right.
+
+        Raises:
+            UserError: The key cannot be read or written.
+        """
+        path = self._options.folder / "key"
+        with self._writing(), self._locked("key"):
+            if not path.exists():
+                write_atomic(path, os.urandom(_KEY_BYTES))
+                path.chmod(0o600)
+            return hmac.digest(path.read_bytes(), content.encode(), "sha256").hex()
+
+    def _locked(self, name: str) -> AbstractContextManager[None]:
+        lock = self._options.folder / f".{name}.lock"
+        return locked(lock, str(lock), wait=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"ledger.path = {self._options.folder}: cannot be written ({error.strerror}), so nothing is "
+                "released; give a folder that can"
+            ) from None
 
     def releases(self, content: str) -> list[Release]:
         """All that has been released of a cache.
