@@ -12,7 +12,7 @@ import torch
 
 from federate import communication, history
 from federate.client import Job, LocalResult
-from federate.privacy.accounting import composed, spent
+from federate.privacy.accounting import spent
 from federate.strategies.base import Aggregate, Memory, State, Strategy, Update, check
 from pipeline.config import Privacy
 from pipeline.console import say
@@ -147,8 +147,9 @@ def run_rounds(
             share = len(present) / len(jobs) if privacy.unit == "client" else 1.0
             for result in results:
                 if result.client in present:
-                    made = _releases(result, privacy.noise_multiplier * share**0.5, privacy)
-                    noise[result.client] = [*noise.get(result.client, []), *made]
+                    # As many answers of a round are together one of less noise.
+                    multiplier = privacy.noise_multiplier * (share / result.releases) ** 0.5
+                    noise[result.client] = [*noise.get(result.client, []), multiplier]
             _tell(rows, noise, privacy)
         sent, received = traffic()
         rows[-1] |= {"bytes": sent + received, "bytes_received": received}
@@ -195,15 +196,11 @@ def _update(result: LocalResult, samples: int) -> Update:
     return Update(result.client, result.state, samples, result.steps, result.gradient, result.alignment)
 
 
-def _releases(result: LocalResult, multiplier: float, privacy: Privacy) -> list[float]:
-    """Noise multipliers of a client's answers to a round, of which there are several if it was repeated."""
-    every = [multiplier] * result.releases
-    # Every text or image is in one round, so what was released of a round stays by itself.
-    return every if privacy.unit == "client" else [composed(every)]
-
-
 def _tell(rows: Sequence[dict[str, Any]], noise: Mapping[str, Sequence[float]], privacy: Privacy) -> None:
-    """Write every client's ε into its row, and the greatest into the round's; None without noise."""
+    """Write every client's ε into its row, and the greatest into the round's; None without noise.
+
+    A client is in all of its rounds; a text or an image in one of them, the worst one at worst.
+    """
     epsilons = {
         client: spent(each if privacy.unit == "client" else [min(each)], privacy.delta)
         for client, each in noise.items()

@@ -164,9 +164,10 @@ class Sites(Engine):
         """
         result = replace(result_of(reply["result"]), client=silo)
         # What is private keeps its number of tokens to itself.
-        counts = result.samples, result.steps, 1 if result.tokens is None else result.tokens
+        tokens = 1 if result.tokens is None else result.tokens
+        counts = result.samples, result.steps, tokens, result.releases
         if not all(type(count) is int and count > 0 for count in counts):
-            raise ValueError(f"samples, steps and tokens are {counts}")
+            raise ValueError(f"samples, steps, tokens and releases are {counts}")
         if result.samples > self._cards[silo].samples:
             raise ValueError(f"{result.samples} samples, where it has {self._cards[silo].samples}")
         return result
