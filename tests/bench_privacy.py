@@ -34,7 +34,7 @@ Choice = dict[str, float]
 START: Choice = {"rounds": 12, "batch_size": 96, "clip": 1.0, "learning_rate": 1e-2}
 GRID: list[tuple[str, list[Choice]]] = [
     ("clip", [{"clip": 0.1}, {"clip": 0.3}, {"clip": 1.0}, {"clip": 3.0}]),
-    ("learning_rate", [{"learning_rate": rate} for rate in (1e-2, 2e-2, 4e-2, 8e-2)]),
+    ("learning_rate", [{"learning_rate": rate} for rate in (1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32)]),
     (
         "batch_size",
         [
