@@ -210,7 +210,7 @@ def _saved(trials: Sequence[Trial]) -> str:
             if row["recalled"]:
                 saved += row["seconds"]
             else:
-                spent += row["seconds"]
+                spent += row["seconds"] or 0.0
     whole = max(spent + saved, 1e-9)
     return (
         f"Local training: {spent:,.0f} s computed, {saved:,.0f} s ({saved / whole:.0%}) recalled "

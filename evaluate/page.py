@@ -124,7 +124,7 @@ def _note(result: RunResult, benchmark: str) -> str:
 def _by_client(result: RunResult, figure: str) -> dict[str, list[tuple[int, float]]]:
     series: dict[str, list[tuple[int, float]]] = {}
     for row in result.history:
-        if row["client"] and figure in row:
+        if row["client"] and row.get(figure) is not None:
             series.setdefault(row["client"], []).append((row["round"] + 1, row[figure]))
     return series
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -30,11 +30,13 @@ class Batch:
         features: `(batch, patches, d_vision)` float32.
         ids: `(batch, length)` int64, padded on the right.
         labels: `(batch, length)` int64.
+        owners: `(batch,)` int64, the row of features that each text is about, where they are not one each.
     """
 
     features: Tensor
     ids: Tensor
     labels: Tensor
+    owners: Tensor | None = None
 
 
 class Stream:
@@ -90,7 +92,8 @@ class Stream:
         where = np.repeat(np.arange(len(texts)), [len(indices) for indices in texts])
         samples = np.stack([where, np.concatenate(texts)], axis=1)
         name = int.from_bytes(hashlib.sha256("\0".join(caches).encode()).digest()[:8], "little")
-        self._samples = np.random.default_rng([seed, name]).permutation(samples)
+        self._entropy = [seed, name]
+        self._samples = np.random.default_rng(self._entropy).permutation(samples)
         self._mismatched = mismatched
         reasons = [reason for found in left_out.values() for reason in found.values()]
         if not len(samples) and reasons:
@@ -135,14 +138,16 @@ class Stream:
         """Batches of a turn, the last one perhaps smaller."""
         samples = self.samples(turn)
         rows = [[silo, self._caches[silo].text_image[index]] for silo, index in samples]
-        features = float_batches(
-            self._caches, np.array(rows).reshape(-1, 2), self._batch_size, torch.device(self._language.device)
-        )
+        features = self._features(np.array(rows).reshape(-1, 2))
         ahead = self._batch_size * max(_TOKENISED_AHEAD // self._batch_size, 1)
         with closing(features):
             for start in range(0, len(samples), ahead):
                 for ids, labels in self._tokens(samples[start : start + ahead]):
                     yield Batch(next(features), ids, labels)
+
+    def _features(self, rows: np.ndarray) -> Generator[Tensor, None, None]:
+        """Of `(rows, 2)` of (silo, image row), a batch at a time."""
+        return float_batches(self._caches, rows, self._batch_size, torch.device(self._language.device))
 
     def _tokens(self, samples: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         described = np.roll(samples, 1, axis=0) if self._mismatched else samples

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from federate.batches import Batch
 from federate.communication import Sent
+from federate.privacy.steps import NoisySteps
 from federate.strategies.base import Objective, State
 from pipeline.config import Optimizer
 from pipeline.errors import DivergedError
@@ -57,21 +58,24 @@ class LocalResult:
     `loss` is the mean negative log-likelihood a supervised token, in nats, over the round;
     `gradient` the mean clipped gradient of the loss along the path and `alignment` each matrix's
     contribution to alignment, where they were asked for; `recalled` says that equal training was
-    done before. `sent` is the compressed update in place of `state`.
+    done before. `sent` is the compressed update in place of `state`. Where it would tell more than may
+    be learnt, there is None. `releases` counts how often the site has answered this round, this time
+    included.
     """
 
     client: str
     state: State
-    loss: float
+    loss: float | None
     samples: int
     steps: int
-    tokens: int
-    seconds: float
+    tokens: int | None
+    seconds: float | None
     optimizer: dict[str, Any] | None = None
     gradient: State | None = None
     alignment: dict[str, float] | None = None
     recalled: bool = False
     sent: Sent | None = None
+    releases: int = 1
 
 
 def learning_rate(options: Optimizer, step: int, total: int) -> float:
@@ -106,6 +110,15 @@ class _Learner:
     tokens: int = 0
     gradient: State = field(default_factory=dict)
 
+    def take(self, noisy: NoisySteps, features: Tensor, visual: Tensor) -> None:
+        """Take the private gradient of a batch."""
+        try:
+            gradient = noisy.gradient(self.projector, features, visual)
+        except ValueError as error:
+            raise DivergedError(f"client '{self.job.client}', round {self.job.round}: {error}") from None
+        for name, parameter in self.projector.named_parameters():
+            parameter.grad = gradient[name]
+
     def step(self, step: int, options: Optimizer) -> None:
         """Clip the loss's gradient, add the objective's, and move."""
         rate = learning_rate(options, self.job.round * self.steps + step, self.job.rounds * self.steps)
@@ -136,6 +149,7 @@ def train_together(
     *,
     micro_batch: int,
     advance: Callable[[int], None],
+    noisy: NoisySteps | None = None,
 ) -> list[LocalResult]:
     """Train clients over one round's batches; the LLM stays frozen and is shared.
 
@@ -150,9 +164,11 @@ def train_together(
         options: Local optimisation.
         micro_batch: Samples a forward pass of the LLM.
         advance: Called with the number of clients after each of their steps.
+        noisy: How steps keep samples private, if they do; every sample then counts alike, however many
+            tokens it has, and a batch's samples are its rows of features.
 
     Raises:
-        DivergedError: A loss is not finite.
+        DivergedError: A loss or a gradient is not finite.
     """
     began = time.monotonic()
     learners = [
@@ -162,7 +178,7 @@ def train_together(
     sums = torch.zeros(len(learners), dtype=torch.float64, device=language.device)
     for step in range(max(learner.steps for learner in learners)):
         active = [place for place, learner in enumerate(learners) if step < learner.steps]
-        sums[active] += _backward([learners[place] for place in active], language, micro_batch)
+        sums[active] += _backward([learners[place] for place in active], language, micro_batch, noisy)
         for place in active:
             learners[place].step(step, options)
         advance(len(active))
@@ -203,8 +219,10 @@ def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) 
     )
 
 
-def _backward(learners: Sequence[_Learner], language: FrozenLanguageModel, micro_batch: int) -> Tensor:
-    """Gradients of every client's mean token loss; returns `(clients,)` float64 sums of losses."""
+def _backward(
+    learners: Sequence[_Learner], language: FrozenLanguageModel, micro_batch: int, noisy: NoisySteps | None
+) -> Tensor:
+    """Gradients of every client's mean loss; returns `(clients,)` float64 sums of losses."""
     batches = [next(learner.batches) for learner in learners]
     width = max(batch.ids.shape[1] for batch in batches)
     ids = torch.cat([pad(batch.ids, (0, width - batch.ids.shape[1])) for batch in batches])
@@ -213,21 +231,46 @@ def _backward(learners: Sequence[_Learner], language: FrozenLanguageModel, micro
     )
     counts = [int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches]
     for learner, batch, count in zip(learners, batches, counts, strict=True):
-        learner.samples += len(batch.ids)
+        learner.samples += len(batch.features)
         learner.tokens += count
     client = torch.arange(len(batches)).repeat_interleave(torch.tensor([len(b.ids) for b in batches]))
     client = client.to(ids.device)
-    weights = 1 / torch.tensor(counts, dtype=torch.float32, device=ids.device)
+    owners = _owners(batches)
+    if noisy is None:
+        weights = 1 / torch.tensor(counts, dtype=torch.float32, device=ids.device)[client]
+    else:
+        weights = 1 / (_tokens(labels) * owners.bincount()[owners])
     projected = torch.cat([each.projector(b.features) for each, b in zip(learners, batches, strict=True)])
     visual = projected.detach().requires_grad_()
     sums = torch.zeros(len(learners), dtype=torch.float64, device=ids.device)
     for rows, length in _micro_batches(labels, micro_batch):
-        losses, row = language.token_losses(ids[rows, :length], labels[rows, :length], visual[rows])
-        owner = client[rows][row]
-        (losses * weights[owner]).sum().backward()
-        sums.index_add_(0, owner, losses.detach().double())
-    projected.backward(visual.grad)
+        losses, row = language.token_losses(ids[rows, :length], labels[rows, :length], visual[owners[rows]])
+        text = rows[row]
+        (losses * weights[text]).sum().backward()
+        sums.index_add_(0, client[text], losses.detach().double())
+    assert visual.grad is not None
+    if noisy is None:
+        projected.backward(visual.grad)
+        return sums
+    parts = visual.grad.split([len(batch.features) for batch in batches])
+    for learner, batch, part in zip(learners, batches, parts, strict=True):
+        learner.take(noisy, batch.features, part)
     return sums
+
+
+def _owners(batches: Sequence[Batch]) -> Tensor:
+    """`(texts,)` int64: which of all rows of features each text is about."""
+    owners, before = [], 0
+    for batch in batches:
+        own = torch.arange(len(batch.ids), device=batch.ids.device) if batch.owners is None else batch.owners
+        owners.append(before + own)
+        before += len(batch.features)
+    return torch.cat(owners)
+
+
+def _tokens(labels: Tensor) -> Tensor:
+    """`(texts,)` supervised tokens, at least one so that it can be divided by."""
+    return (labels[:, 1:] != IGNORE_INDEX).sum(1).clamp(min=1)
 
 
 def _micro_batches(labels: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:

@@ -12,6 +12,7 @@ from federate.alignment import alignment_contributions
 from federate.batches import Stream
 from federate.client import Job, LocalResult, train_together
 from federate.memo import Memo, job_key
+from federate.privacy.steps import NoisySteps
 from pipeline.config import Optimizer
 from pipeline.language import FrozenLanguageModel
 
@@ -32,6 +33,7 @@ class LocalEngine:
         micro_batch: Samples a forward pass of the LLM.
         memo: Local updates that were computed before.
         advance: Called with the number of steps done.
+        noisy: How local steps keep samples private, if they do.
     """
 
     streams: Mapping[str, Stream]
@@ -43,6 +45,7 @@ class LocalEngine:
     micro_batch: int
     memo: Memo | None
     advance: Callable[[int], None]
+    noisy: NoisySteps | None = None
 
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Train the clients of a round."""
@@ -79,6 +82,7 @@ class LocalEngine:
             self.options,
             micro_batch=self.micro_batch,
             advance=self.advance,
+            noisy=self.noisy,
         )
 
     def _aligned(self, job: Job, result: LocalResult) -> LocalResult:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from federate.participation import participants
+from federate.privacy.rules import refuse
 from pipeline.config import Experiment, Federate
 from pipeline.errors import UserError
 
@@ -57,24 +58,16 @@ def plan(experiment: Experiment, strategy: Strategy) -> Plan:
         )
     if strategy.personal and options.clients_per_round:
         raise UserError(f"{where}: silos that train alone take part in every round; remove it")
-    if options.communication is not None and (options.secure or options.clipped is not None):
+    if options.communication is not None and options.secure:
         raise UserError(
             f"federate.communication.payload = '{options.communication.payload}': secure sums are of exact "
-            "numbers, and what privacy takes away must not be sent later; use float32"
+            "numbers; use float32"
         )
-    for package, wanted in (
-        ("cryptography", options.secure),
-        ("opacus", options.clipped is not None and options.clipped.noise_multiplier > 0),
-    ):
-        if wanted and find_spec(package) is None:
-            raise UserError(f"federate.privacy: needs {package}; run: pip install 'fedcmp[privacy]'")
+    if options.secure and find_spec("cryptography") is None:
+        raise UserError("federate.privacy.secure: needs cryptography; run: pip install 'fedcmp[privacy]'")
     if options.secure:
         _refuse_insecure(options, made, strategy)
-    if options.clipped is not None and (strategy.sees() != "mean" or strategy.pooled or strategy.personal):
-        raise UserError(
-            f"federate.privacy.clip: strategy '{options.strategy.name}' looks at more than the mean update, "
-            "which is all that is kept private; use one that does not (docs/privacy.md)"
-        )
+    refuse(experiment, strategy)
     return made
 
 

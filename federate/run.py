@@ -82,6 +82,7 @@ def _train(
     cards: Mapping[str, Card],
     wanted: dict[str, Any],
 ) -> None:
+    from federate.privacy.accounting import resolved
     from federate.residuals import RESIDUALS
     from federate.server import Progress, Secure, run_rounds
     from pipeline import projector as projectors
@@ -111,7 +112,7 @@ def _train(
             secure=Secure(engine.exchange, options.privacy.threshold)
             if options.privacy and options.secure
             else None,
-            privacy=options.clipped,
+            privacy=options.clipped and resolved(options.clipped, max(outline.turns().values(), default=0)),
             traffic=engine.traffic,
             quorum=experiment.sites.quorum,
         )
@@ -177,14 +178,13 @@ def _summary(name: str, out: Path) -> None:
             [
                 client,
                 f"{sum(row['samples'] for row in own):,}",
-                f"{own[0]['loss']:.3f}",
-                f"{own[-1]['loss']:.3f}",
+                *("-" if row["loss"] is None else f"{row['loss']:.3f}" for row in (own[0], own[-1])),
                 "-" if trust is None else f"{trust:.2f}",
             ]
         )
-    seconds = sum(row["seconds"] for row in rows if row["client"])
+    seconds = sum(row["seconds"] or 0 for row in rows if row["client"])
     table(
-        f"Run {name}: {last + 1} rounds in {seconds:.1f} s",
+        f"Run {name}: {last + 1} rounds" + (f" in {seconds:.1f} s" if seconds else ""),
         ["client", "samples", "first loss", "last loss", "reliability"],
         body,
     )

@@ -12,6 +12,7 @@ import torch
 
 from federate import communication, history
 from federate.client import Job, LocalResult
+from federate.privacy.accounting import spent
 from federate.strategies.base import Aggregate, Memory, State, Strategy, Update, check
 from pipeline.config import Privacy
 from pipeline.console import say
@@ -136,15 +137,20 @@ def run_rounds(
         if secure is None:
             results = _counted(jobs, results, quorum)
         # A sum in which all count alike is as sensitive as one client's clipped update.
-        samples = {result.client: 1 if privacy else result.samples for result in results}
+        alike = privacy is not None and privacy.unit == "client"
+        samples = {result.client: 1 if alike else result.samples for result in results}
         aggregate = _aggregated(strategy, progress, results, samples, secure)
         # Who drops out within a secure sum is not in it, and neither is its noise.
         present = samples.keys() if secure is None else aggregate.figures["weight"].keys()
         rows, noise = _rows(jobs, results, present, progress.state, aggregate), dict(progress.noise)
         if privacy is not None:
-            multiplier = privacy.noise_multiplier * (len(present) / len(jobs)) ** 0.5
-            noise |= {client: [*noise.get(client, []), multiplier] for client in present}
-            rows[-1]["epsilon"] = _told(round_, noise, privacy)
+            share = len(present) / len(jobs) if privacy.unit == "client" else 1.0
+            for result in results:
+                if result.client in present:
+                    # As many answers of a round are together one of less noise.
+                    multiplier = privacy.noise_multiplier * (share / result.releases) ** 0.5
+                    noise[result.client] = [*noise.get(result.client, []), multiplier]
+            _tell(rows, noise, privacy)
         sent, received = traffic()
         rows[-1] |= {"bytes": sent + received, "bytes_received": received}
         history.append(history_path, rows)
@@ -190,17 +196,23 @@ def _update(result: LocalResult, samples: int) -> Update:
     return Update(result.client, result.state, samples, result.steps, result.gradient, result.alignment)
 
 
-def _told(round_: int, noise: Mapping[str, Sequence[float]], privacy: Privacy) -> float | None:
-    """ε of the client that has spent most, after the round; None where there is no noise."""
-    if not privacy.noise_multiplier:
-        return None
-    from federate.privacy import spent
+def _tell(rows: Sequence[dict[str, Any]], noise: Mapping[str, Sequence[float]], privacy: Privacy) -> None:
+    """Write every client's ε into its row, and the greatest into the round's; None without noise.
 
-    epsilon = max(
-        spent(multipliers, privacy.delta) for multipliers in map(list, set(map(tuple, noise.values())))
-    )
-    say(f"round {round_ + 1}: epsilon = {epsilon:.2f} at delta = {privacy.delta:g}")
-    return epsilon
+    A client is in all of its rounds; a text or an image in one of them, the worst one at worst.
+    """
+    epsilons = {
+        client: spent(each if privacy.unit == "client" else [min(each)], privacy.delta)
+        for client, each in noise.items()
+    }
+    for row in rows[:-1]:
+        row["epsilon"] = epsilons.get(row["client"]) if privacy.noise_multiplier else None
+    rows[-1]["epsilon"] = max(epsilons.values()) if privacy.noise_multiplier else None
+    if privacy.noise_multiplier:
+        say(
+            f"round {rows[-1]['round'] + 1}: epsilon = {rows[-1]['epsilon']:.2f} at delta = "
+            f"{privacy.delta:g} for every {privacy.unit}"
+        )
 
 
 def _fused(
@@ -257,7 +269,7 @@ def _rows(
             "loss": result.loss,
             "samples": result.samples,
             "tokens": result.tokens,
-            "seconds": round(result.seconds, 3),
+            "seconds": _rounded(result.seconds),
             "recalled": result.recalled,
             **(
                 {"update_norm": history.distance(result.state, of[result.client].start)}
@@ -268,15 +280,29 @@ def _rows(
         }
         for result in results
     ]
-    tokens = sum(result.tokens for result in results)
     whole = {
         "round": jobs[0].round,
         "client": None,
         "missing": sorted(of.keys() - set(present)),
-        "loss": sum(result.loss * result.tokens for result in results) / tokens,
-        "samples": sum(result.samples for result in results),
-        "tokens": tokens,
-        "seconds": round(sum(result.seconds for result in results), 3),
+        **_totals(results),
         "update_norm": history.distance(aggregate.state, before),
     }
     return [*rows, whole]
+
+
+def _totals(results: Sequence[LocalResult]) -> dict[str, Any]:
+    """Sums over clients, and their mean loss a token; None of what a client keeps to itself."""
+    losses = [r.loss * r.tokens for r in results if r.loss is not None and r.tokens is not None]
+    tokens = [r.tokens for r in results if r.tokens is not None]
+    seconds = [r.seconds for r in results if r.seconds is not None]
+    everybody = len(losses) == len(tokens) == len(seconds) == len(results)
+    return {
+        "loss": sum(losses) / sum(tokens) if everybody else None,
+        "samples": sum(result.samples for result in results),
+        "tokens": sum(tokens) if everybody else None,
+        "seconds": _rounded(sum(seconds)) if everybody else None,
+    }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)

@@ -16,14 +16,15 @@ from federate.local import LocalEngine
 from federate.memo import Memo
 from federate.plan import Plan
 from federate.poison import poisoned
-from federate.privacy import privatised
+from federate.privacy.guard import Guard
+from federate.privacy.images import ImageStream
 from federate.residuals import RESIDUALS, Residuals
 from federate.secure.contribution import Own
 from federate.secure.ledger import RELEASES, Ledger
 from federate.texts import check_texts
 from pipeline import projector as projectors
 from pipeline.cache import FeatureCache
-from pipeline.config import Communication, Experiment, Privacy
+from pipeline.config import Communication, Experiment
 from pipeline.device import device_type, pick_device
 from pipeline.identity import FORMAT, federate_options, language_identity, language_options
 from pipeline.language import load_language
@@ -66,8 +67,9 @@ class Site:
         visual_tokens = scratch.tokens(first.patches)
         without = check_texts(experiment, caches, language, visual_tokens)
         self.d_llm = language.d_llm
+        by_image = options.clipped is not None and options.clipped.unit == "image"
         self.streams = {
-            client: Stream(
+            client: (ImageStream if by_image else Stream)(
                 {silo: caches[silo] for silo in silos},
                 language,
                 template=experiment.language.template,
@@ -85,7 +87,7 @@ class Site:
         self.counts = {
             silo: counts for stream in self.streams.values() for silo, counts in stream.counts.items()
         }
-        self._secure, self._clipped, self._schedule = options.secure, options.clipped, plan.schedule
+        self._secure, self._guard = options.secure, Guard(experiment, plan, caches)
         self._poison, self._seed = poison, experiment.seed
         self._communication = options.communication
         self._residuals = Residuals(experiment.run_path / RESIDUALS)
@@ -108,15 +110,16 @@ class Site:
             micro_batch=options.micro_batch or options.batch_size,
             memo=_memo(experiment, device),
             advance=advance,
+            noisy=self._guard.steps,
         )
 
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Train the clients of a round; in secure runs their projectors stay here."""
+        jobs = self._guard.admitted(jobs, self.streams)
         results = self._engine(jobs)
         if self._poison:
             results = [self._poisoned(*pair) for pair in zip(jobs, results, strict=True)]
-        if self._clipped is not None:
-            results = [self._privatised(*pair, self._clipped) for pair in zip(jobs, results, strict=True)]
+        results = self._guard.released(jobs, results)
         if self._communication is not None:
             pairs = zip(jobs, results, strict=True)
             return [self._compressed(*pair, self._communication) for pair in pairs]
@@ -136,11 +139,6 @@ class Site:
         options = self._poison[job.client]
         state = poisoned(job.start, result.state, options, self._seed, job.client, job.round)
         return replace(result, state=state)
-
-    def _privatised(self, job: Job, result: LocalResult, options: Privacy) -> LocalResult:
-        clients = len(self._schedule[job.round])
-        state = privatised(job.start, result.state, options, clients)
-        return replace(result, state=state, gradient=None, alignment=None)
 
     def _compressed(self, job: Job, result: LocalResult, options: Communication) -> LocalResult:
         left = self._residuals.after(job.client, job.counted)
@@ -189,8 +187,8 @@ def _question(request: Mapping[str, Any]) -> str:
 
 
 def _memo(experiment: Experiment, device: str) -> Memo | None:
-    """Local updates shared by runs with the same LLM, data handling and arithmetic."""
-    if experiment.memo is None:
+    """Local updates shared by runs with the same LLM, data handling and arithmetic; none that are private."""
+    if experiment.memo is None or experiment.federate.clipped is not None:
         return None
     options = federate_options(experiment)
     shared = ("batch_size", "micro_batch", "projector", "optimizer")

@@ -16,26 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UserError, did_you_mean
+from pipeline.options import Component as Component
+from pipeline.options import Options as Options
+from pipeline.privacy import Ledger as Ledger
+from pipeline.privacy import Privacy as Privacy
 from pipeline.store import is_url
 
 Model = TypeVar("Model", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class Options(BaseModel):
-    """Base of everything configurable: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Component(BaseModel):
-    """A registered component: its name, and its own options as the remaining keys."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-    name: str
 
 
 class Extract(Options):
@@ -86,27 +77,6 @@ class Optimizer(Options):
     warmup: float = Field(0.03, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     carry: bool = False
-
-
-class Privacy(Options):
-    """What the server may see of a client.
-
-    With `secure` it sees sums over clients alone; more than the share `threshold` of a round's clients
-    have to stay until its end, and at least three. `clip` is the norm that a client's update of a round
-    may have; the sum of all gets Gaussian noise of `noise_multiplier` times that, and ε is told at `delta`.
-    """
-
-    secure: bool = False
-    threshold: float = Field(0.5, ge=0.5, lt=1)
-    clip: float | None = Field(None, gt=0)
-    noise_multiplier: float = Field(0.0, ge=0)
-    delta: float = Field(1e-5, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _noise_needs_clip(self) -> Privacy:
-        if self.noise_multiplier and self.clip is None:
-            raise ValueError("noise_multiplier needs clip, the norm that it is relative to")
-        return self
 
 
 class Communication(Options):
@@ -162,7 +132,7 @@ class Federate(Options):
 
     @property
     def clipped(self) -> Privacy | None:
-        """How updates are clipped and noised, if they are."""
+        """How updates or gradients are clipped and noised, if they are."""
         return self.privacy if self.privacy is not None and self.privacy.clip is not None else None
 
     @field_validator("privacy")
@@ -216,7 +186,7 @@ class Evaluate(Options):
     images: Path | None = None
     batch_size: int = Field(64, ge=1)
     bootstrap: int = Field(2000, ge=100)
-    benchmarks: dict[Name, Component] = {}
+    benchmarks: dict[Name, Component] = Field(default_factory=dict)
 
 
 class Memo(Options):
@@ -241,6 +211,7 @@ class Experiment(Options):
     store: str | None = None
     build: Path = Path("build")
     memo: Memo | None = None
+    ledger: Ledger = Ledger()
     extract: Extract
     language: Language
     federate: Federate

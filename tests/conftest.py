@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Tests run side by side, and so do the processes that they start: one thread each."""
+    """Tests run side by side, and so do the processes that they start: one thread each.
+
+    What private runs have released is not written down in the home of whoever tests.
+    """
+    os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="fedcmp-tests-")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -142,6 +142,30 @@ def keys(tmp_path: Path) -> Path:
     return folder
 
 
+def test_private_texts_in_the_simulation(sites_config: Path, tmp_path: Path) -> None:  # noqa: F811
+    """What private sites answer travels as it should, and every one of them has a ledger."""
+    options = [
+        "federate.privacy={unit='text',clip=0.05,epsilon=4,secure=true}",
+        f"ledger.path={tmp_path / 'ledger'}",
+        f"build={tmp_path}",
+    ]
+    command = [sys.executable, "-m", "pipeline.cli", "federate", str(sites_config), "--engine", "simulation"]
+    result = subprocess.run(
+        [*command, *words(*options)],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    history = load(sites_config, options).run_path / "history.jsonl"
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [row["epsilon"] for row in rows] == pytest.approx([4.0] * 12)
+    assert {row["loss"] for row in rows} == {None}
+    assert len(list((tmp_path / "ledger").glob("*.json"))) == 3
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_killed_servers_and_sites_of_a_real_deployment(
     sites_config: Path,  # noqa: F811

@@ -53,7 +53,7 @@ def test_data_flows_one_way(file: Path) -> None:
             "cryptography",
             ["federate/secure/masks.py", "federate/engines/keys.py", "pipeline/handover/signature.py"],
         ),
-        ("opacus", ["federate/privacy.py"]),
+        ("opacus", []),
         ("webdataset", ["extract/sources/webdataset.py", "pipeline/world/write.py"]),
     ],
 )

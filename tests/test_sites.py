@@ -21,7 +21,7 @@ from federate.engines import daemon
 from federate.engines.base import terms
 from federate.engines.service import Service
 from federate.engines.sites import Failure, Sites
-from federate.privacy import spent
+from federate.privacy.accounting import spent
 from federate.run import run
 from federate.strategies.base import Objective
 from federate.wire import Payload, job_as_dict, job_of, pack, result_as_dict, result_of, unpack

@@ -52,6 +52,7 @@ class _Card(_Strict):
     d_vision: _Width
     samples: _Count
     language: dict[str, JsonValue]
+    left_out: Annotated[int, Field(ge=0, le=2**53), BeforeValidator(_number)]
 
 
 class _Hello(_Strict):
@@ -64,16 +65,17 @@ class _Hello(_Strict):
 class _Result(_Strict):
     client: str
     state: dict[str, Tensor]
-    loss: _Number
+    loss: _Number | None
     samples: _Count
     steps: _Count
-    tokens: _Count
-    seconds: Annotated[_Number, Field(ge=0)]
+    tokens: _Count | None
+    seconds: Annotated[_Number, Field(ge=0)] | None
     optimizer: dict[str, Any] | None
     gradient: dict[str, Tensor] | None
     alignment: dict[str, _Number] | None
     recalled: bool
     sent: dict[str, dict[str, Tensor]] | None
+    releases: _Count
 
 
 class _Trained(_Strict):
@@ -122,7 +124,10 @@ def trained(said: Any, job: Job, card: Card, experiment: Experiment) -> LocalRes
         raise ValueError(f"{result.samples} samples, where it has {card.samples}")
     if result.steps > result.samples:
         raise ValueError(f"{result.steps} steps with {result.samples} samples")
-    if result.tokens > result.samples * experiment.language.max_length:
+    for name in ("loss", "tokens", "seconds"):
+        if (getattr(result, name) is None) != (options.clipped is not None):
+            raise ValueError(f"its {name} is {getattr(result, name)}")
+    if result.tokens is not None and result.tokens > result.samples * experiment.language.max_length:
         raise ValueError(f"{result.tokens} tokens in {result.samples} samples")
     _check_tensors(result, job, options)
     fields = {name: getattr(result, name) for name in _Result.model_fields}

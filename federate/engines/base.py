@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from federate.privacy.ledger import Ledger
 from federate.texts import Counts
 from pipeline.cache import FeatureCache
 from pipeline.config import Experiment
@@ -22,7 +23,7 @@ class Card:
     """What the server has to know of a silo; plain data, and nothing of any image or text.
 
     Attributes:
-        content: SHA-256 of its feature cache.
+        content: SHA-256 of its feature cache; under a key of the site's where its texts are private.
         key: What made the features: encoder, preprocessing, dtype.
         patches: Tokens an image.
         d_vision: Width of a token.
@@ -43,8 +44,11 @@ class Card:
     def of(cls, cache: FeatureCache, experiment: Experiment, counts: Counts | None = None) -> Card:
         """The card of a silo on this machine; without counts, its texts have not been looked at."""
         samples, left_out = counts or Counts(len(cache.usable_texts("train")), 0)
+        options, content = experiment.federate.clipped, cache.content
+        if options is not None and options.noisy:
+            content = Ledger(experiment.ledger).pseudonym(content)
         return cls(
-            content=cache.content,
+            content=content,
             key=cache.manifest["key"],
             patches=cache.patches,
             d_vision=cache.d_vision,

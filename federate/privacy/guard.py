@@ -1,0 +1,149 @@
+"""The border of a site whose clients are private: what may be asked, what is counted, and what may leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import sqrt
+
+from federate.batches import Stream
+from federate.client import Job, LocalResult
+from federate.plan import Plan
+from federate.privacy.accounting import resolved
+from federate.privacy.ledger import Ledger, Release
+from federate.privacy.noise import privatised
+from federate.privacy.steps import NoisySteps
+from pipeline.cache import FeatureCache
+from pipeline.config import Experiment
+from pipeline.errors import UserError
+from pipeline.manifest import fingerprint
+
+
+class Guard:
+    """Stands between the clients of a machine and whoever they answer.
+
+    Args:
+        experiment: The experiment.
+        plan: Who takes part when.
+        caches: Feature caches by silo.
+
+    Raises:
+        UserError: A cache's features are not each picture's own, or there is a budget and no noise.
+    """
+
+    def __init__(self, experiment: Experiment, plan: Plan, caches: Mapping[str, FeatureCache]) -> None:
+        options = experiment.federate.clipped
+        self._options = None if options is None else resolved(options, max(plan.turns().values(), default=0))
+        self._plan, self._caches, self._ledger = plan, caches, Ledger(experiment.ledger)
+        self._batch_size = experiment.federate.batch_size
+        self._run = fingerprint(
+            [
+                experiment.experiment,
+                experiment.run,
+                experiment.seed,
+                experiment.federate.model_dump(mode="json", exclude={"initial"}),
+            ]
+        )
+        self._partitions: dict[str, str] = {}
+        self._releases: dict[str, int] = {}
+        if experiment.ledger.epsilon is not None and (options is None or not options.noisy):
+            raise UserError(
+                f"ledger.epsilon = {experiment.ledger.epsilon:g}: this machine has a budget, and the run is "
+                "not private; add federate.privacy.clip and epsilon, or remove the budget"
+            )
+        for cache in caches.values():
+            if self._by_record and cache.quantiser is not None:
+                raise UserError(
+                    f"{cache.path}: int8 features are in steps that all pictures have set together, so no "
+                    "picture is private; extract it with extract.dtype = 'bfloat16'"
+                )
+
+    @property
+    def _by_record(self) -> bool:
+        return self._options is not None and self._options.unit != "client"
+
+    @property
+    def steps(self) -> NoisySteps | None:
+        """How local steps keep units private, if they do."""
+        if self._options is None or not self._by_record:
+            return None
+        assert self._options.clip is not None
+        return NoisySteps(self._options.clip, self._options.noise_multiplier, self._batch_size)
+
+    def admitted(self, jobs: Sequence[Job], streams: Mapping[str, Stream]) -> list[Job]:
+        """Jobs as they may be done; those of noised answers are written down.
+
+        Raises:
+            UserError: An answer would exceed the budget of a silo.
+        """
+        if self._options is None:
+            return list(jobs)
+        for job in jobs:
+            self._check(job)
+        if self._options.noisy:
+            for job in jobs:
+                silos = {silo: self._caches[silo].content for silo in self._plan.groups[job.client]}
+                self._releases[job.client] = self._ledger.enter(
+                    silos, self._release(job, streams[job.client])
+                )
+        allowed = frozenset({"gradient"}) if self._by_record else frozenset()
+        return [replace(job, wants=job.wants & allowed) for job in jobs]
+
+    def _check(self, job: Job) -> None:
+        """What is counted is what the plan says, not what the job does."""
+        number = job.round
+        if type(number) is not int or not 0 <= number < len(self._plan.schedule):
+            raise UserError(f"client '{job.client}' refuses round {number}, which is none of the run's")
+        turn = self._plan.turns(number)[job.client]
+        if job.client not in self._plan.schedule[number] or job.turn != turn:
+            raise UserError(
+                f"client '{job.client}' refuses turn {job.turn} in round {number}; its plan has {turn}"
+            )
+
+    def _release(self, job: Job, stream: Stream) -> Release:
+        options = self._options
+        assert options is not None
+        if options.unit == "client":
+            noise = options.noise_multiplier * sqrt(self._surely(job) / len(self._plan.schedule[job.round]))
+            return Release(self._run, job.round, options.unit, "", 0, noise)
+        if job.client not in self._partitions:
+            turns = range(self._plan.turns()[job.client])
+            self._partitions[job.client] = fingerprint([stream.content(turn) for turn in turns])
+        partition = self._partitions[job.client]
+        return Release(self._run, job.round, options.unit, partition, job.turn, options.noise_multiplier)
+
+    def _surely(self, job: Job) -> int:
+        """Clients whose noise is on whatever the server sees of a client, whoever drops out."""
+        from federate.secure.summation import threshold_of
+
+        assert self._options is not None
+        clients = len(self._plan.schedule[job.round])
+        return threshold_of(clients, self._options.threshold) if self._options.secure else 1
+
+    def released(self, jobs: Sequence[Job], results: Sequence[LocalResult]) -> list[LocalResult]:
+        """Results as they may leave.
+
+        A projector that private steps have made is free to go, and so is all that was computed from their
+        gradients alone. How many units and steps there are is public.
+        """
+        if self._options is None:
+            return list(results)
+        return [self._cleared(*pair) for pair in zip(jobs, results, strict=True)]
+
+    def _cleared(self, job: Job, result: LocalResult) -> LocalResult:
+        options = self._options
+        assert options is not None
+        cleared = LocalResult(
+            client=result.client,
+            state=result.state,
+            loss=None,
+            samples=result.samples,
+            steps=result.steps,
+            tokens=None,
+            seconds=None,
+            releases=self._releases.get(job.client, 1),
+        )
+        if self._by_record:
+            return replace(cleared, optimizer=result.optimizer, gradient=result.gradient)
+        clients = len(self._plan.schedule[job.round])
+        return replace(cleared, state=privatised(job.start, result.state, options, clients))
