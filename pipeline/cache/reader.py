@@ -269,19 +269,26 @@ class FeatureCache:
 def open_cache(experiment: Experiment, silo: str) -> FeatureCache:
     """The cache of a silo of an experiment, or one that a partner site put beside them.
 
+    It is verified wholly, unless that was done before and nothing changed since.
+
     Raises:
-        UserError: There is none, with the nearest name where the silo is not configured either.
+        UserError: There is none, with the nearest name where the silo is not configured either; or it is
+            damaged, older than the one before, or not signed by the key that is trusted for the silo.
     """
+    # Verifying reads through this module.
+    from pipeline.handover.receive import received
+
     path = experiment.cache_path(silo)
     if experiment.store is not None:
         pull(Remote(experiment.store) / path.name, path)
     packed = path.with_name(f"{path.name}.zip")
+    trust = experiment.trust.get(silo)
     if not path.exists() and packed.is_file():
-        return FeatureCache(packed)
+        return received(packed, silo=silo, trust=trust)
     if silo not in experiment.extract.silos and not path.exists():
         hint = did_you_mean(silo, experiment.extract.silos)
         raise UserError(f"no silo '{silo}' in extract.silos, and no cache {path}{hint}")
-    return FeatureCache(path)
+    return received(path, silo=silo, trust=trust)
 
 
 def same_key(caches: dict[str, FeatureCache]) -> None:

@@ -28,6 +28,7 @@ from pipeline.cache.format import (
 from pipeline.cache.writer import stream_shard
 from pipeline.console import Task
 from pipeline.errors import UserError, one_line
+from pipeline.handover.signature import SIGNATURE_LIMIT
 from pipeline.manifest import write_atomic
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ def opened(path: Path) -> tuple[bytes, bytes | None, Callable[[str, Path, int, s
         raise UserError(f"{path}: not a whole HDF5 file ({one_line(error)}); have it sent again") from None
     data = _bytes(_dataset(file, "manifest", path), MANIFEST_LIMIT, path)
     manifest = checked_manifest(data, f"{path}: manifest")
-    signature = _bytes(_dataset(file, "signature", path), 64, path) if "signature" in file else None
+    signature = (
+        _bytes(_dataset(file, "signature", path), SIGNATURE_LIMIT, path) if "signature" in file else None
+    )
     features = _dataset(file, PATCHES, path)
     shape = (manifest["images"], manifest["patches"], manifest["d_vision"])
     if features.shape != shape or features.dtype != manifest["storage_dtype"]:

@@ -36,6 +36,7 @@ from pipeline.cache.format import (
     shard_name,
 )
 from pipeline.errors import UserError
+from pipeline.handover.signature import SIGNATURE
 from pipeline.records import KINDS, SPLITS, Text
 
 _BLOCK = 1 << 22
@@ -135,10 +136,9 @@ def _listing(files: Files, listed: set[str]) -> Iterator[Problem]:
     """Files that nobody announced, links, pipes and other things that are no files."""
     if isinstance(files, StoredZip):
         found = {name: True for name in files.members}
-        found.pop("manifest.sig", None)
     else:
         found = dict(_walk(files.path, ""))
-    found.pop("manifest.json", None)
+    listed = listed | {"manifest.json", SIGNATURE}
     for name, regular in sorted(found.items()):
         if not regular:
             yield Problem(name, "a link or no regular file")
