@@ -42,7 +42,7 @@ from pipeline.config import Extract
 from pipeline.console import Task, say
 from pipeline.errors import UserError
 from pipeline.manifest import fingerprint, provenance
-from pipeline.records import Record
+from pipeline.records import Record, improper
 
 if TYPE_CHECKING:
     import torch
@@ -184,6 +184,8 @@ def _only_records(source: Source, skipped: list[Skipped]) -> Iterator[Record]:
     for item in source.records():
         if isinstance(item, Skipped):
             skipped.append(item)
+        elif why := improper(item.id):
+            skipped.append(Skipped(ascii(item.id)[1:-1], f"its name cannot be that of an image: {why}"))
         else:
             yield item
 

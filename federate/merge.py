@@ -21,6 +21,7 @@ from pipeline.config import Component
 from pipeline.console import progress, say, table
 from pipeline.device import device_type, pick_device, pick_dtype
 from pipeline.errors import UserError, did_you_mean
+from pipeline.handover.receive import received
 from pipeline.language import FrozenLanguageModel, load_language
 from pipeline.manifest import fingerprint, provenance, write_json
 from pipeline.projectors.base import Projector
@@ -312,7 +313,7 @@ def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
             f"--features: number of caches is {len(guide.features)}, of projectors {len(sources)}; "
             "give one each in the same order, or one for all"
         )
-    caches = {str(path): FeatureCache(path) for path in guide.features}
+    caches = {str(path): received(path) for path in guide.features}
     same_key(caches)
     files = model_hashes(guide.language, LANGUAGE_FILES)
     device = pick_device("auto")

@@ -201,6 +201,7 @@ class Experiment(Options):
 
     Caches lie in `features`, with `store` also behind a URL, of which `features` is then a verified
     copy. A URL in `features` is short for that with a folder in `$FEDCMP_CACHE` or `~/.cache/fedcmp`.
+    `trust` gives silos a public key: their caches are used only as signed by its owner, as that silo's.
     """
 
     experiment: Name
@@ -215,6 +216,7 @@ class Experiment(Options):
     extract: Extract
     language: Language
     federate: Federate
+    trust: dict[Name, Path] = {}
     sites: Sites = Sites()
     evaluate: Evaluate = Evaluate()
 
@@ -232,6 +234,15 @@ class Experiment(Options):
         if store is not None and not is_url(store):
             raise ValueError("expected a URL such as s3://bucket/prefix")
         return store
+
+    @model_validator(mode="after")
+    def _trusted_are_silos(self) -> Experiment:
+        known = {*self.extract.silos, *self.federate.silos, *self.evaluate.benchmarks, self.evaluate.silo}
+        known |= {(each.model_extra or {}).get("silo") for each in self.evaluate.benchmarks.values()}
+        strangers = sorted(self.trust.keys() - known)
+        if strangers:
+            raise ValueError(f"trust names {', '.join(strangers)}, which this experiment does not use")
+        return self
 
     def cache_path(self, silo: str) -> Path:
         """Where a silo's feature cache lies."""

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 IMAGE_PLACEHOLDER = "<image>"
 SPLITS = ("train", "validation", "test")
 KINDS = ("caption", "conversation")
+
+
+# Control characters and separators of lines could forge what a terminal shows.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_DRIVE = re.compile("[A-Za-z]:")
+
+
+def improper(name: str) -> str | None:
+    """Why a name cannot be that of an image inside a folder, on any system; None where it can."""
+    if not name:
+        return "it is empty"
+    if _CONTROL.search(name):
+        return "it holds control characters"
+    if name[0] in "/\\" or _DRIVE.match(name):
+        return "it is absolute"
+    return "it leads out of its folder" if ".." in name.replace("\\", "/").split("/") else None
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ def test_an_interrupted_commit_is_completed(tmp_path: Path) -> None:
     new.path.rename(partial_path(tmp_path / "s.zarr"))
     finish_commit(tmp_path / "s.zarr")
     assert FeatureCache(tmp_path / "s.zarr").images == 6
-    assert [path.name for path in tmp_path.iterdir()] == ["s.zarr"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["s.zarr"]
 
 
 def test_wrong_shape_or_dtype_is_refused(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_round_trip_gives_the_very_bytes(tmp_path: Path, path: Path, form: dic
     assert verify(received.path) == []
     again = pack(path, tmp_path / "again", **form)
     assert again.path.read_bytes() == packed.path.read_bytes()
-    assert sorted(os.listdir(tmp_path / "there")) == [".s.zarr.lock", "s.zarr"]
+    assert sorted(os.listdir(tmp_path / "there")) == [".s.zarr.lock", ".s.zarr.verified.json", "s.zarr"]
 
 
 @settings(max_examples=15, deadline=None)
@@ -95,20 +95,23 @@ def test_the_phone_call(tmp_path: Path, path: Path) -> None:
 def test_signatures(tmp_path: Path, path: Path, key: Path, form: dict[str, bool]) -> None:
     trusted = key.with_suffix(".pub")
     pack(path, tmp_path / "signed", key=key, **form)
-    assert unpack(tmp_path / "signed", tmp_path / "a.zarr", trust=trusted).signed
-    assert digest(tmp_path / "a.zarr") == digest(path)
+    received = unpack(tmp_path / "signed", tmp_path / "in" / "s.zarr", trust=trusted)
+    assert received.signed
+    assert verify(received.path) == []
+    (received.path / "manifest.sig").unlink()
+    assert digest(received.path) == digest(path)
     pack(path, tmp_path / "bare", **form)
     with pytest.raises(UserError, match="not signed; have it packed with --sign"):
         unpack(tmp_path / "bare", tmp_path / "b.zarr", trust=trusted)
     other = caches.write(tmp_path / "other.zarr", caches.features(10, seed=1)).path
-    from pipeline.handover import signature
+    from pipeline.handover import pack as packing
 
-    real = signature.sign
+    real = packing.sign
     try:
-        signature.sign = lambda data, key: real((path / "manifest.json").read_bytes(), key)
-        pack(other, tmp_path / "forged", key=key, **form)
+        packing.sign = lambda data, key, silo: real((path / "manifest.json").read_bytes(), key, silo)
+        pack(other, tmp_path / "forged", key=key, silo="b", **form)
     finally:
-        signature.sign = real
+        packing.sign = real
     with pytest.raises(UserError, match=r"not signed by the owner of .*me\.pub; do not use it"):
         unpack(tmp_path / "forged", tmp_path / "b.zarr", trust=trusted)
     assert not (tmp_path / "b.zarr").exists()
@@ -175,7 +178,7 @@ def test_a_damaged_cache_is_not_packed(tmp_path: Path, path: Path) -> None:
     for form in FORMS:
         with pytest.raises(CorruptCacheError, match="c/1/0/0"):
             pack(path, tmp_path / "p", **form)
-    assert sorted(os.listdir(tmp_path)) == ["s.zarr"]
+    assert sorted(os.listdir(tmp_path)) == [".s.zarr.verified.json", "s.zarr"]
 
 
 def test_nothing_is_replaced_unasked(tmp_path: Path, path: Path) -> None:

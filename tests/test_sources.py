@@ -213,9 +213,7 @@ def test_no_shell_is_ever_run(tmp_path: Path, address: str) -> None:
         list(WebDataset(path=address.format(tmp_path)).records())
     assert not (tmp_path / "hacked").exists()
     write_shard(tmp_path / "0.tar", [{"__key__": "a", "png": picture(0), "txt": b"words"}])
-    list(WebDataset(path=f"{tmp_path}/0.tar").records())
-    assert os.environ["WDS_SECURE"] == "1"
-    from webdataset import gopen
+    assert len(list(WebDataset(path=f"{tmp_path}/0.tar").records())) == 1
 
     with pytest.raises(ValueError, match=r"(?i)secur|pipe"):
         gopen(f"pipe:touch {tmp_path}/hacked")

@@ -10,6 +10,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import numpy as np
 
 from extract.shortage import shortage
 from extract.sources.base import SOURCES, Skipped, Source, stat_files, texts_of
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import UserError, did_you_mean, one_line
 from pipeline.records import Record
 
 _ROWS_AT_ONCE = 32
 # How HDF5 quotes an error of the system, where damage has none.
 _SYSTEM = re.compile(r"errno = [1-9]")
+_AT_ONCE = 1 << 26
+_LARGEST = 1 << 29
 
 
 @SOURCES.register("hdf5")
@@ -49,22 +52,28 @@ class Hdf5(Source):
         with self._open() as file:
             images, others = self._datasets(file)
             seen: set[str] = set()
-            for start in range(0, len(images), _ROWS_AT_ONCE):
-                stop = min(start + _ROWS_AT_ONCE, len(images))
+            longest = max(map(_row_bytes, [images, *others.values()]))
+            step = min(_ROWS_AT_ONCE, max(_AT_ONCE // longest, 1))
+            for start in range(0, len(images), step):
+                stop = min(start + step, len(images))
                 try:
                     yield from self._records(images, others, range(start, stop), seen)
-                except OSError:
+                except MemoryError:
+                    raise
+                except Exception:  # h5py raises nearly anything on damaged files
                     for number in range(start, stop):
                         try:
                             yield from self._records(images, others, range(number, number + 1), seen)
-                        except OSError as error:
+                        except MemoryError:
+                            raise
+                        except Exception as error:
                             place = f"{self.path}[{number}]"
-                            if shortage(error) or _SYSTEM.search(str(error)):
+                            if shortage(error) or (isinstance(error, OSError) and _SYSTEM.search(str(error))):
                                 # It may pass, and a hole in the cache would stay.
                                 raise UserError(
                                     f"{place}: cannot be read ({error}); mend that and rerun to go on"
                                 ) from None
-                            yield Skipped(place, f"damaged: {error}")
+                            yield Skipped(place, f"damaged: {one_line(error)}")
 
     def _records(
         self, images: Any, others: dict[str, Any], numbers: range, seen: set[str]
@@ -72,7 +81,7 @@ class Hdf5(Source):
         """Some rows, read at once.
 
         Raises:
-            OSError: One of them is damaged.
+            Exception: One of them is damaged.
         """
         rows = slice(numbers.start, numbers.stop)
         pictures = images[rows]
@@ -128,9 +137,17 @@ class Hdf5(Source):
         try:
             return h5py.File(self.path, "r")
         except OSError as error:
-            raise UserError(f"{self.path}: not a whole HDF5 file ({error})") from None
+            raise UserError(f"{self.path}: not a whole HDF5 file ({one_line(error)})") from None
 
     def _datasets(self, file: Any) -> tuple[Any, dict[str, Any]]:
+        try:
+            return self._found(file)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:  # h5py raises nearly anything on damaged files
+            raise UserError(f"{self.path}: not a whole HDF5 file ({one_line(error)})") from None
+
+    def _found(self, file: Any) -> tuple[Any, dict[str, Any]]:
         images = self._dataset(file, self.images, "images")
         if not _holds_pictures(images):
             raise UserError(
@@ -172,7 +189,17 @@ class Hdf5(Source):
             raise UserError(f"{self.path}: {option} = '{name}' is no dataset of rows")
         if found.is_virtual or found.external:
             raise UserError(f"{self.path}: '{name}' takes its data from other files; copy them into this one")
+        at_once = max(_row_bytes(found), prod(found.chunks or ()) * found.dtype.itemsize)
+        if len(found) > self.path.stat().st_size or at_once > _LARGEST:
+            raise UserError(
+                f"{self.path}: '{name}' is {found.dtype} {found.shape} in chunks of {found.chunks}, more "
+                "than such a file can hold; do not use it"
+            )
         return found
+
+
+def _row_bytes(dataset: Any) -> int:
+    return int(prod(dataset.shape[1:]) * dataset.dtype.itemsize) or 1
 
 
 def _names(file: Any) -> list[str]:

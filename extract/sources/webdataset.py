@@ -1,7 +1,7 @@
 """webdataset shards: an image with a `.json` (LLaVA conversations) or `.txt` (caption) beside it.
 
-Shards are opened here, from the disk or through fsspec, and handed to webdataset as streams, so no
-`pipe:` is ever run, and samples are taken as bytes, so nothing in them is unpickled.
+Shards are opened here, from the disk or through fsspec, and read as plain tars, so no `pipe:` is ever
+run, and samples are taken as bytes, so nothing in them is unpickled.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import gzip
 import json
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,11 +29,13 @@ from extract.sources.base import (
     stat_files,
     texts_of,
 )
-from pipeline.errors import UserError
+from extract.sources.tar import files_of
+from pipeline.errors import UserError, one_line
 from pipeline.records import Record
 from pipeline.store import Remote, is_url
 
 _PICTURES = {*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES}
+_TEXTS = frozenset({"json", "txt"})
 _FILES_HELD = 64
 _ANOTHER_PICTURE = "beside another picture of the sample, which is taken"
 _BESIDE = {
@@ -75,34 +76,10 @@ class WebDataset(Source):
 
     def records(self) -> Iterator[Record | Skipped]:
         """Yield samples in order of shards; a damaged shard is skipped from the damage on."""
-        # Should webdataset ever open or decode something itself, it must refuse pipes and pickles.
-        os.environ["WDS_SECURE"] = "1"
-        from webdataset.tariterators import tar_file_expander
-
         problems: list[Skipped] = []
-
-        def damaged(error: Exception) -> bool:
-            if isinstance(error, UserError):
-                # A lost connection is no damage: what it hides would be skipped for good.
-                raise UserError(error.args[0])
-            if shortage(error):
-                raise error
-            if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
-                raise UserError(f"{reading[-1]}: cannot be read ({error}); mend that and rerun to go on")
-            problems.append(Skipped(str(reading[-1]), f"damaged shard: {error.args[0]}"))
-            return True
-
-        reading: list[Path | Remote] = []
-
-        def opened() -> Iterator[dict[str, Any]]:
-            for shard in dict.fromkeys(self._shards()):
-                reading.append(shard)
-                with shard.open() if isinstance(shard, Remote) else shard.open("rb") as stream:
-                    yield {"url": str(shard), "stream": stream}
-
         names = _Names()
         beside: Counter[tuple[str, str]] = Counter()
-        files = _files(tar_file_expander(opened(), handler=damaged), problems)
+        files = self._files(problems)
         for sample in _samples(files):
             yield from problems
             problems.clear()
@@ -110,6 +87,20 @@ class WebDataset(Source):
         yield from problems
         for (shard, suffix), number in beside.items():
             yield Skipped(shard, f"{number} '.{suffix}' {_BESIDE.get(suffix, _ANOTHER_PICTURE)}")
+
+    def _files(self, problems: list[Skipped]) -> Iterator[_File | None]:
+        """The files of all shards, None at the end of each; what is none or has no name becomes a problem."""
+        for shard in dict.fromkeys(self._shards()):
+            try:
+                with shard.open() if isinstance(shard, Remote) else shard.open("rb") as stream:
+                    for found in files_of(str(shard), stream):
+                        if isinstance(found, Skipped):
+                            problems.append(found)
+                        elif (file := _named(str(shard), *found, problems)) is not None:
+                            yield file
+            except Exception as error:  # tarfile and decompressors raise nearly anything on damaged files
+                problems.append(_damage(shard, error))
+            yield None
 
     def _record(
         self, files: Sequence[_File], names: _Names, beside: Counter[tuple[str, str]]
@@ -205,19 +196,30 @@ class _Names:
         return taken
 
 
-def _files(found: Iterable[dict[str, Any]], problems: list[Skipped]) -> Iterator[_File | None]:
-    """The files of all shards, None at the end of each; pictures without a usable name become problems."""
-    for file in found:
-        if not file:
-            yield None
-            continue
-        folder, _, base = file["fname"].rpartition("/")
-        key, dot, suffix = base.partition(".")
-        if key and dot:
-            yield _File(file["__url__"], f"{folder}/{key}" if folder else key, suffix.lower(), file["data"])
-        elif base.lower().rpartition(".")[2] in _PICTURES:
-            place = f"{file['__url__']}:{printable(file['fname'])}"
-            problems.append(Skipped(place, "its name begins with a dot"))
+def _named(shard: str, name: str, data: bytes, problems: list[Skipped]) -> _File | None:
+    folder, _, base = name.rpartition("/")
+    key, dot, suffix = base.partition(".")
+    last = base.lower().rpartition(".")[2]
+    if key and dot:
+        used = last in _PICTURES or last in _TEXTS
+        return _File(shard, f"{folder}/{key}" if folder else key, suffix.lower(), data if used else b"")
+    if last in _PICTURES:
+        problems.append(Skipped(f"{shard}:{printable(name)}", "its name begins with a dot"))
+    return None
+
+
+def _damage(shard: Path | Remote, error: Exception) -> Skipped:
+    """What is told of a damaged shard.
+
+    Raises:
+        UserError: It cannot be read now, but perhaps later: what that hides would be skipped for good.
+        MemoryError: So does whatever else `shortage` knows.
+    """
+    if isinstance(error, UserError) or shortage(error):
+        raise error
+    if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+        raise UserError(f"{shard}: cannot be read ({error}); mend that and rerun to go on") from None
+    return Skipped(str(shard), f"damaged shard: {one_line(error)}")
 
 
 def _samples(files: Iterable[_File | None]) -> Iterator[list[_File]]:

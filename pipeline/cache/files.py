@@ -159,16 +159,16 @@ class StoredZip:
             for info in archive.infolist():
                 name = info.filename
                 if name in self.members:
-                    raise UserError(f"{path}: '{name}' is in it twice; do not use it")
+                    raise UserError(f"{path}: {name!r} is in it twice; do not use it")
                 mode = info.external_attr >> 16
                 if mode and not stat.S_ISREG(mode) and stat.S_IFMT(mode):
-                    raise UserError(f"{path}: '{name}' is a link or no regular file; do not use it")
+                    raise UserError(f"{path}: {name!r} is a link or no regular file; do not use it")
                 if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                     raise UserError(
-                        f"{path}: '{name}' is compressed or encrypted; pack it with 'fedcmp cache pack'"
+                        f"{path}: {name!r} is compressed or encrypted; pack it with 'fedcmp cache pack'"
                     )
                 if info.compress_size != info.file_size:
-                    raise UserError(f"{path}: '{name}' has two sizes; do not use it")
+                    raise UserError(f"{path}: {name!r} has two sizes; do not use it")
                 self.members[name] = info
 
     def size(self, name: str) -> int | None:
@@ -179,7 +179,7 @@ class StoredZip:
         """A whole file."""
         size = self.members[name].file_size
         if size > limit:
-            raise CorruptCacheError(f"{self.path}: '{name}' has {size} bytes; do not use it")
+            raise CorruptCacheError(f"{self.path}: {name!r} has {size} bytes; do not use it")
         return self.map(name, size).data.tobytes() if size else b""
 
     def map(self, name: str, size: int) -> Mapped:
@@ -196,12 +196,14 @@ class StoredZip:
         Raises:
             CorruptCacheError: There is no file at all.
         """
-        info = self.members[name]
-        with self.path.open("rb") as file:
-            file.seek(info.header_offset)
-            header = file.read(_LOCAL_HEADER)
+        info, header = self.members[name], b""
+        # What a directory says of its own place can make these negative.
+        if info.header_offset >= 0:
+            with self.path.open("rb") as file:
+                file.seek(info.header_offset)
+                header = file.read(_LOCAL_HEADER)
         if len(header) != _LOCAL_HEADER or header[:4] != b"PK\3\4":
-            raise CorruptCacheError(f"{self.path}: '{name}' is not where the zip says; have it sent again")
+            raise CorruptCacheError(f"{self.path}: {name!r} is not where the zip says; have it sent again")
         start = info.header_offset + _LOCAL_HEADER
         start += sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
         return start, info.file_size

@@ -17,6 +17,7 @@ from pipeline.cache.format import (
     MANIFEST_LIMIT,
     QUANT_ARRAYS,
     SMALL_ARRAYS,
+    STATUS,
     CorruptCacheError,
     array_bytes,
     array_metadata,
@@ -34,7 +35,7 @@ from pipeline.config import Experiment
 from pipeline.errors import UserError, did_you_mean
 from pipeline.manifest import fingerprint
 from pipeline.mirror import pull
-from pipeline.records import KINDS, SPLITS, Text
+from pipeline.records import KINDS, SPLITS, Text, improper
 from pipeline.store import Remote
 
 if TYPE_CHECKING:
@@ -140,31 +141,67 @@ class FeatureCache:
 
     @cached_property
     def ids(self) -> list[str]:
-        """Image ids in row order."""
+        """Image ids in row order; each may name a file inside a folder, and none one outside.
+
+        Raises:
+            CorruptCacheError: One of them is no such name.
+        """
         offsets, data = self.array("images/id_offsets"), self.array("images/id_bytes").tobytes()
-        return [data[start:end].decode() for start, end in pairwise(offsets)]
+        self._require_ascending("images/id_offsets", offsets, len(data))
+        try:
+            names = [data[start:end].decode() for start, end in pairwise(offsets)]
+        except UnicodeDecodeError as error:
+            raise self._wrong("images/id_bytes", f"an id is not UTF-8 ({error.reason})") from None
+        for name in names:
+            if why := improper(name):
+                raise self._wrong("images/id_bytes", f"{ascii(name)[:200]} cannot name an image: {why}")
+        return names
 
     @cached_property
     def status(self) -> np.ndarray:
         """`(images,)` uint8: index into `STATUS`; only rows with 0 have features."""
-        return self.array("images/status")
+        status = self.array("images/status")
+        if (status >= len(STATUS)).any():
+            raise self._wrong("images/status", f"holds {status.max()}; there are only {len(STATUS)} states")
+        return status
 
     @cached_property
     def text_image(self) -> np.ndarray:
         """`(texts,)` int64: the image row of each text."""
-        return self.array("texts/image_index")
+        image = self.array("texts/image_index")
+        if len(image) and (image.min() < 0 or image.max() >= self.images):
+            raise self._wrong("texts/image_index", f"names images beyond the {self.images} there are")
+        return image
 
     @cached_property
     def text_arrays(self) -> tuple[np.ndarray, bytes, np.ndarray, np.ndarray]:
         """`(texts + 1,)` offsets into the bytes of all texts, these bytes, kinds and splits."""
-        data = self.array("texts/bytes").tobytes()
-        return self.array("texts/offsets"), data, self.array("texts/kind"), self.array("texts/split")
+        offsets, data = self.array("texts/offsets"), self.array("texts/bytes").tobytes()
+        kinds, splits = self.array("texts/kind"), self.array("texts/split")
+        self._require_ascending("texts/offsets", offsets, len(data))
+        if (kinds >= len(KINDS)).any() or (splits >= len(SPLITS)).any():
+            raise self._wrong("texts/kind", "a kind or split that does not exist")
+        return offsets, data, kinds, splits
+
+    def _require_ascending(self, name: str, offsets: np.ndarray, end: int) -> None:
+        if offsets[0] != 0 or offsets[-1] != end or (np.diff(offsets) < 0).any():
+            raise self._wrong(name, "does not ascend from 0 to the number of bytes")
+
+    def _wrong(self, name: str, what: str) -> CorruptCacheError:
+        return CorruptCacheError(f"{self.path / name}: {what}; do not use this cache")
 
     def text(self, index: int) -> Text:
-        """One text."""
+        """One text.
+
+        Raises:
+            CorruptCacheError: It is none.
+        """
         offsets, data, kinds, splits = self.text_arrays
         content = data[offsets[index] : offsets[index + 1]]
-        return Text.decode(content, KINDS[kinds[index]], SPLITS[splits[index]])
+        try:
+            return Text.decode(content, KINDS[kinds[index]], SPLITS[splits[index]])
+        except (ValueError, TypeError, RecursionError):
+            raise self._wrong("texts/bytes", f"text {index} is no {KINDS[kinds[index]]}") from None
 
     def usable_texts(self, split: str) -> np.ndarray:
         """Indices of the texts of a split whose image has features, ascending int64."""
@@ -269,19 +306,26 @@ class FeatureCache:
 def open_cache(experiment: Experiment, silo: str) -> FeatureCache:
     """The cache of a silo of an experiment, or one that a partner site put beside them.
 
+    It is verified wholly, unless that was done before and nothing changed since.
+
     Raises:
-        UserError: There is none, with the nearest name where the silo is not configured either.
+        UserError: There is none, with the nearest name where the silo is not configured either; or it is
+            damaged, older than the one before, or not signed by the key that is trusted for the silo.
     """
+    # Verifying reads through this module.
+    from pipeline.handover.receive import received
+
     path = experiment.cache_path(silo)
     if experiment.store is not None:
         pull(Remote(experiment.store) / path.name, path)
     packed = path.with_name(f"{path.name}.zip")
+    trust = experiment.trust.get(silo)
     if not path.exists() and packed.is_file():
-        return FeatureCache(packed)
+        return received(packed, silo=silo, trust=trust)
     if silo not in experiment.extract.silos and not path.exists():
         hint = did_you_mean(silo, experiment.extract.silos)
         raise UserError(f"no silo '{silo}' in extract.silos, and no cache {path}{hint}")
-    return FeatureCache(path)
+    return received(path, silo=silo, trust=trust)
 
 
 def same_key(caches: dict[str, FeatureCache]) -> None:

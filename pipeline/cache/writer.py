@@ -28,6 +28,7 @@ from pipeline.cache.format import (
     shard_name,
 )
 from pipeline.cache.int8 import Quantiser
+from pipeline.cache.mark import remember_written
 from pipeline.cache.reader import FeatureCache
 from pipeline.cache.stream import stream_shard
 from pipeline.cache.turns import finish_commit, lock_path, partial_path, settling, try_lock, writing
@@ -220,6 +221,7 @@ class CacheWriter:
         }
         write_atomic(self._partial / "manifest.json", rendered(sealed(body)))
         finish_commit(self.path)
+        remember_written(self.path)
         return FeatureCache(self.path)
 
     def _loss(self) -> dict[str, Any]:

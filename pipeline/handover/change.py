@@ -23,9 +23,11 @@ from pipeline.cache import (
     writing,
 )
 from pipeline.cache.format import PATCHES, rendered, sealed
+from pipeline.cache.mark import remember_written
 from pipeline.cache.writer import file_table, put_arrays, text_arrays
 from pipeline.console import progress
 from pipeline.errors import UserError, did_you_mean
+from pipeline.handover.receive import received
 from pipeline.manifest import fingerprint, sha256_file, write_atomic
 from pipeline.records import KINDS, SPLITS, Text, caption, from_llava
 
@@ -209,7 +211,7 @@ def replace_texts(path: Path, listing: Path) -> FeatureCache:
     """
     with writing(path):
         finish_commit(path)
-        cache = FeatureCache(path)
+        cache = received(path)
         texts = _read_texts(listing, cache)
         partial = partial_path(path)
         shutil.rmtree(partial, ignore_errors=True)
@@ -223,6 +225,7 @@ def replace_texts(path: Path, listing: Path) -> FeatureCache:
         manifest = with_texts(cache, partial, texts, source)
         write_atomic(partial / "manifest.json", rendered(manifest))
         finish_commit(path)
+        remember_written(path)
     return FeatureCache(path)
 
 

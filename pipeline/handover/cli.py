@@ -11,6 +11,9 @@ import click
 
 _PATH = click.Path(path_type=Path)
 _SHOWN = 20
+_OLDER = click.option(
+    "--allow-older", is_flag=True, help="Accept a cache that was signed before the one that was here."
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 
 
@@ -108,9 +111,12 @@ def inspect(path: Path, sample: int, texts: int, as_json: bool) -> None:
 
 @cache.command()
 @click.argument("paths", type=_PATH, nargs=-1, required=True)
+@_OLDER
 @_JSON
-def verify(paths: tuple[Path, ...], as_json: bool) -> None:
+def verify(paths: tuple[Path, ...], allow_older: bool, as_json: bool) -> None:
     """Check every byte of caches: hashes, checksums, structure, shapes, NaN; exit code 1 if one is bad.
+
+    What is whole is not verified again before it is used.
 
     \b
     Example:
@@ -118,12 +124,12 @@ def verify(paths: tuple[Path, ...], as_json: bool) -> None:
       fedcmp cache verify --json flat.zarr.zip
     """
     from pipeline.console import progress, say
-    from pipeline.handover.verify import verify as check
+    from pipeline.handover.receive import examine
 
     results = []
     for path in paths:
         with progress(f"verify {path.stem}", None, "files") as task:
-            problems = check(path, task.advance)
+            problems = examine(path, task.advance, allow_older=allow_older)
         results.append(
             {"path": str(path), "ok": not problems, "problems": [each.as_json() for each in problems]}
         )
@@ -179,6 +185,7 @@ def diff(first: Path, second: Path, as_json: bool) -> None:
 )
 @click.option("--no-text", is_flag=True, help="Leave the texts out.")
 @click.option("--sign", "key", type=_PATH, metavar="KEY", help="Sign with an ed25519 private key.")
+@click.option("--silo", metavar="NAME", help="Sign it as this silo's; by default the folder's name.")
 @click.option("--overwrite", is_flag=True, help="Replace the file that is there.")
 @_JSON
 def pack(
@@ -188,6 +195,7 @@ def pack(
     zstd: bool,
     no_text: bool,
     key: Path | None,
+    silo: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -202,7 +210,8 @@ def pack(
     from pipeline.handover.pack import pack as write
 
     out = out or Path(f"{path.name}.{'h5' if hdf5 else 'zip'}")
-    packed = write(path, out, hdf5=hdf5, zstd=zstd, texts=not no_text, key=key, overwrite=overwrite)
+    form = {"hdf5": hdf5, "zstd": zstd, "texts": not no_text}
+    packed = write(path, out, **form, key=key, silo=silo, overwrite=overwrite)
     if as_json:
         _print(
             {
@@ -232,6 +241,7 @@ def pack(
 @click.option("--trust", type=_PATH, metavar="KEY", help="Public key that must have signed it.")
 @click.option("--expect", metavar="SHA256", help="Hash that its manifest must have.")
 @click.option("--overwrite", is_flag=True, help="Replace the cache that is there.")
+@_OLDER
 @_JSON
 def unpack(
     packed: Path,
@@ -240,6 +250,7 @@ def unpack(
     trust: Path | None,
     expect: str | None,
     overwrite: bool,
+    allow_older: bool,
     as_json: bool,
 ) -> None:
     """Verify a packed cache and put it into a folder; a damaged or hostile one leaves nothing there.
@@ -255,7 +266,14 @@ def unpack(
     silo = name or packed.name.removesuffix(".zip").removesuffix(".h5").removesuffix(".zarr")
     if not silo or Path(silo).name != silo or silo.startswith("."):
         raise UserError(f"--name {silo}: expected a plain name such as berlin")
-    received = receive(packed, to / f"{silo}.zarr", trust=trust, expect=expect, overwrite=overwrite)
+    received = receive(
+        packed,
+        to / f"{silo}.zarr",
+        trust=trust,
+        expect=expect,
+        overwrite=overwrite,
+        allow_older=allow_older,
+    )
     if as_json:
         _print({"path": str(received.path), "manifest_sha256": received.manifest, "images": received.images})
         return
@@ -281,10 +299,10 @@ def subset(path: Path, out: Path, ids: Any, split: str | None, number: int | Non
       fedcmp cache subset flat.zarr --out small.zarr --number 1000
       fedcmp cache subset flat.zarr --out consented.zarr --ids consented.txt
     """
-    from pipeline.cache import FeatureCache
     from pipeline.console import say
     from pipeline.errors import UserError
     from pipeline.handover.change import subset as choose
+    from pipeline.handover.receive import received
     from pipeline.records import SPLITS
 
     if ids is None and split is None and number is None:
@@ -292,7 +310,7 @@ def subset(path: Path, out: Path, ids: Any, split: str | None, number: int | Non
     if split is not None and split not in SPLITS:
         raise UserError(f"--split {split}: expected {', '.join(SPLITS)}")
     names = None if ids is None else [line.rstrip("\r\n") for line in ids if line.strip()]
-    made = choose(FeatureCache(path), out, ids=names, split=split, number=number, seed=seed)
+    made = choose(received(path), out, ids=names, split=split, number=number, seed=seed)
     say(f"{out}: {made.images:,} images, {made.texts:,} texts")
 
 
@@ -326,17 +344,16 @@ def merge(paths: tuple[Path, ...], out: Path, prefix: bool) -> None:
     Example:
       fedcmp cache merge flat.zarr neon.zarr --out both.zarr --prefix
     """
-    from pipeline.cache import FeatureCache
     from pipeline.console import say
     from pipeline.errors import UserError
     from pipeline.handover.change import merge as join
+    from pipeline.handover.receive import received
 
     names = [path.name.removesuffix(".zip").removesuffix(".zarr") for path in paths]
     if len(set(names)) < len(names):
         raise UserError(f"two caches are called the same among {', '.join(names)}; rename one")
-    made = join(
-        {name: FeatureCache(path) for name, path in zip(names, paths, strict=True)}, out, prefix=prefix
-    )
+    caches = {name: received(path) for name, path in zip(names, paths, strict=True)}
+    made = join(caches, out, prefix=prefix)
     say(f"{out}: {made.images:,} images, {made.texts:,} texts")
 
 

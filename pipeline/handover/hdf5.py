@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from pipeline.cache.format import (
 from pipeline.cache.stream import stream_shard
 from pipeline.console import Task
 from pipeline.errors import UserError, one_line
+from pipeline.handover.signature import SIGNATURE_LIMIT
 from pipeline.manifest import write_atomic
 
 if TYPE_CHECKING:
@@ -86,13 +88,17 @@ def opened(path: Path) -> tuple[bytes, bytes | None, Callable[[str, Path, int, s
     """
     import h5py
 
-    try:
+    with _whole(path):
         file = h5py.File(path, "r", locking=False)
-    except OSError as error:
-        raise UserError(f"{path}: not a whole HDF5 file ({one_line(error)}); have it sent again") from None
+        return _parts(file, path)
+
+
+def _parts(file: Any, path: Path) -> tuple[bytes, bytes | None, Callable[[str, Path, int, str], None]]:
     data = _bytes(_dataset(file, "manifest", path), MANIFEST_LIMIT, path)
     manifest = checked_manifest(data, f"{path}: manifest")
-    signature = _bytes(_dataset(file, "signature", path), 64, path) if "signature" in file else None
+    signature = (
+        _bytes(_dataset(file, "signature", path), SIGNATURE_LIMIT, path) if "signature" in file else None
+    )
     features = _dataset(file, PATCHES, path)
     shape = (manifest["images"], manifest["patches"], manifest["d_vision"])
     if features.shape != shape or features.dtype != manifest["storage_dtype"]:
@@ -110,15 +116,30 @@ def opened(path: Path) -> tuple[bytes, bytes | None, Callable[[str, Path, int, s
     def restore(name: str, target: Path, size: int, digest: str) -> None:
         if name.startswith(f"{PATCHES}/c/"):
             shard = int(name.split("/")[3])
-            found = stream_shard(target, images(shard), manifest["shard_images"])
+            with _whole(path):
+                found = stream_shard(target, images(shard), manifest["shard_images"])
         else:
-            content = _bytes(_dataset(file, f"files/{name}", path), size, path)
+            with _whole(path):
+                content = _bytes(_dataset(file, f"files/{name}", path), size, path)
             write_atomic(target, content)
             found = hashlib.sha256(content).hexdigest()
         if found != digest:
             raise UserError(f"{path}: '{name}' is not what its manifest says; have it sent again")
 
     return data, signature, restore
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Damage in one line, whatever h5py makes of it; a disk that is full is none."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path}: not a whole HDF5 file ({one_line(error)}); have it sent again") from None
 
 
 def _dataset(file: Any, name: str, path: Path) -> Any:

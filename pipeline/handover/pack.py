@@ -19,6 +19,7 @@ from pipeline.cache.turns import try_lock
 from pipeline.console import Task, progress
 from pipeline.errors import UserError
 from pipeline.handover.change import with_texts
+from pipeline.handover.signature import SIGNATURE, sign
 from pipeline.manifest import sync_directory
 
 BLOCK = 1 << 20
@@ -57,9 +58,10 @@ def pack(
     zstd: bool = False,
     texts: bool = True,
     key: Path | None = None,
+    silo: str | None = None,
     overwrite: bool = False,
 ) -> Packed:
-    """Pack a cache; equal caches and options give equal bytes.
+    """Pack a cache; equal caches and options give equal bytes, but for a signature, which has a time.
 
     Args:
         path: The cache's folder.
@@ -68,11 +70,14 @@ def pack(
         zstd: Compress every file in the zip; it must be unpacked to be read.
         texts: Put the texts in, too.
         key: Sign the manifest with this private key.
+        silo: As this silo's; by default the folder's name.
         overwrite: Replace what is at `out`.
 
     Raises:
         UserError: The cache is damaged, `out` exists, or options exclude each other.
     """
+    if silo and key is None:
+        raise UserError(f"--silo {silo}: goes with --sign, which says whose a cache is")
     if hdf5 and zstd:
         raise UserError("--hdf5 with --zstd: only a zip is compressed; leave one out")
     if out.exists() and not overwrite:
@@ -91,9 +96,7 @@ def pack(
         data = (path / "manifest.json").read_bytes() if texts else rendered(manifest)
         signature = None
         if key is not None:
-            from pipeline.handover.signature import sign
-
-            signature = sign(data, key)
+            signature = sign(data, key, silo or path.resolve().name.removesuffix(".zarr"))
         files = {
             name: (Path(folder) / name if name in changed else path / name, size, digest)
             for name, (size, digest) in manifest["files"].items()
@@ -135,7 +138,7 @@ def _write_zip(out: Path, content: Content, task: Task, *, zstd: bool) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             archive.writestr(_entry("manifest.json"), content.manifest)
             if content.signature is not None:
-                archive.writestr(_entry("manifest.sig"), content.signature)
+                archive.writestr(_entry(SIGNATURE), content.signature)
             for name, (path, size, digest) in content.files.items():
                 with archive.open(
                     _entry(name + (".zst" if zstd else "")), "w", force_zip64=size > 1 << 30

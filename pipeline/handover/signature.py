@@ -1,44 +1,144 @@
-"""Who packed a cache: an ed25519 signature of its manifest, which holds the hash of everything else."""
+"""Who packed a cache, as which silo and when: an ed25519 signature of all that and of its manifest.
+
+The manifest holds the hash of everything else. Silo and time are signed with it, so that neither another
+silo's cache nor an older one can take a cache's place.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError, one_line
+from pipeline.manifest import canonical
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+SIGNATURE = "manifest.sig"
+SIGNATURE_LIMIT = 1024
 # Keys are used for other things too: a signature must not mean something elsewhere.
-_CONTEXT = b"fedcmp feature cache manifest\0"
+_CONTEXT = b"fedcmp feature cache: manifest, silo, time\0"
+_FORMAT = {"name": "fedcmp-signature", "version": 1}
+_EARLIER_BYTES = 64
+_SILO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"
 _MAKE_ONE = "make a key with: ssh-keygen -t ed25519 -N '' -f me"
 
 
-def sign(manifest: bytes, key: Path) -> bytes:
-    """Sign the bytes of a manifest.
+@dataclass(frozen=True)
+class Claim:
+    """What a signature says besides the manifest; `time` is UTC to the microsecond, ISO 8601."""
+
+    silo: str
+    time: str
+
+    @classmethod
+    def of(cls, values: Any) -> Claim | None:
+        """A claim of a JSON value, None where it is none."""
+        try:
+            silo, time = values["silo"], values["time"]
+            known = _SILO.fullmatch(silo) is not None
+            # What sorts as text must be written in one way.
+            known = known and datetime.strptime(time, _TIME).strftime(_TIME) == time
+        except (KeyError, TypeError, ValueError):
+            return None
+        return cls(silo, time) if known else None
+
+    def plain(self) -> dict[str, str]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+def sign(manifest: bytes, key: Path, silo: str) -> bytes:
+    """Sign the bytes of a manifest as a silo's, now.
+
+    Returns:
+        The bytes of `manifest.sig`.
 
     Raises:
-        UserError: The key cannot be read, or is no ed25519 key.
+        UserError: The key cannot be read or is no ed25519 key, or the silo has no plain name.
     """
-    return _private(key).sign(_CONTEXT + manifest)
+    if not _SILO.fullmatch(silo):
+        raise UserError(f"--silo {silo}: expected a plain name such as berlin")
+    claim = Claim(silo, datetime.now(UTC).strftime(_TIME))
+    signature = _private(key).sign(_message(manifest, claim))
+    return canonical({"format": _FORMAT, **claim.plain(), "ed25519": signature.hex()}) + b"\n"
 
 
-def require_trusted(manifest: bytes, signature: bytes | None, key: Path, what: str) -> None:
-    """Require that a manifest was signed by the owner of a key.
+def claim_of(signature: bytes | None) -> Claim | None:
+    """What a signature says, which nobody has checked; None where there is none, or of an earlier version."""
+    return _parsed(signature)[0] if signature is not None else None
+
+
+def require_trusted(manifest: bytes, signature: bytes | None, key: Path, silo: str, what: str) -> Claim:
+    """Require that a manifest was signed as a silo's by the owner of a key.
 
     Raises:
-        UserError: It was not, or not by that key.
+        UserError: It was not, or not by that key, or as another silo's.
     """
+    public = _public(key)
     from cryptography.exceptions import InvalidSignature
 
-    public = _public(key)
     if signature is None:
-        raise UserError(f"{what}: it is not signed; have it packed with --sign, or leave --trust out")
+        raise UserError(f"{what}: it is not signed; have it packed with --sign, or trust no key for it")
+    claim, data = _parsed(signature)
+    if claim is None:
+        old = len(signature) == _EARLIER_BYTES
+        why = "signed by an earlier version, without silo and time" if old else "its signature cannot be read"
+        raise UserError(f"{what}: {why}; have it packed with --sign again")
     try:
-        public.verify(signature, _CONTEXT + manifest)
+        public.verify(data, _message(manifest, claim))
     except InvalidSignature:
         raise UserError(f"{what}: not signed by the owner of {key}; do not use it") from None
+    require_silo(claim, silo, what)
+    return claim
+
+
+def require_silo(claim: Claim, silo: str, what: str) -> None:
+    """Require that a cache was signed as the silo that it is to be.
+
+    Raises:
+        UserError: It was signed as another.
+    """
+    if claim.silo != silo:
+        raise UserError(
+            f"{what}: signed as silo '{claim.silo}', not as '{silo}'; call it '{claim.silo}', or have it "
+            f"signed with --silo {silo}"
+        )
+
+
+def require_newer(claim: Claim | None, last: Claim | None, what: str) -> None:
+    """Require that a cache is not older than the one whose place it takes; equal times are one signature.
+
+    Raises:
+        UserError: It was signed earlier, or that one was signed and this is not.
+    """
+    if last is None or (claim is not None and claim.time >= last.time):
+        return
+    this = "not signed" if claim is None else f"signed {claim.time}"
+    raise UserError(
+        f"{what}: {this}, but the cache that was here was signed {last.time}; to go back to an older one, "
+        "pass --allow-older to 'fedcmp cache unpack' or 'fedcmp cache verify'"
+    )
+
+
+def _message(manifest: bytes, claim: Claim) -> bytes:
+    return _CONTEXT + canonical({"manifest": hashlib.sha256(manifest).hexdigest(), **claim.plain()})
+
+
+def _parsed(signature: bytes) -> tuple[Claim | None, bytes]:
+    try:
+        found = json.loads(signature)
+        known = found["format"] == _FORMAT
+        return (Claim.of(found) if known else None), bytes.fromhex(found["ed25519"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None, b""
 
 
 def _private(path: Path) -> Ed25519PrivateKey:

@@ -17,15 +17,23 @@ from typing import IO, Any
 
 from pipeline.cache.files import StoredZip
 from pipeline.cache.format import MANIFEST_LIMIT, checked_manifest
+from pipeline.cache.mark import remember_written
 from pipeline.console import progress
 from pipeline.errors import UserError
 from pipeline.handover.pack import BLOCK
+from pipeline.handover.receive import last_claim
+from pipeline.handover.signature import (
+    SIGNATURE,
+    SIGNATURE_LIMIT,
+    claim_of,
+    require_newer,
+    require_silo,
+    require_trusted,
+)
 from pipeline.handover.verify import require_whole
 from pipeline.manifest import locked, replace_directory, sha256_file, sync_directory, write_atomic
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_SIGNATURE = "manifest.sig"
-_SIGNATURE_BYTES = 64
 _FRAME_HEADER = 18
 _WINDOW = 1 << 27
 # Features shrink by a third at most; what grows twentyfold is no features but an attack.
@@ -65,15 +73,17 @@ def unpack(
     trust: Path | None = None,
     expect: str | None = None,
     overwrite: bool = False,
+    allow_older: bool = False,
 ) -> Unpacked:
     """Verify a packed cache and give it its place.
 
     Args:
         packed: A file of `fedcmp cache pack`.
-        target: Folder of the cache.
+        target: Folder of the cache; what is signed must be signed as the silo that this names.
         trust: Public key that must have signed it.
         expect: SHA-256 that its manifest must have.
         overwrite: Replace what is at `target`.
+        allow_older: Also by what was signed earlier.
 
     Raises:
         UserError: Anything about it is not as it should be; `target` is left as it was.
@@ -82,13 +92,17 @@ def unpack(
     digest = hashlib.sha256(archive.manifest).hexdigest()
     if expect is not None and expect.replace(" ", "").lower() != digest:
         raise UserError(f"{packed}: its manifest's SHA-256 is {digest}, not {expect}; do not use it")
+    silo = target.name.removesuffix(".zarr")
+    claim = claim_of(archive.signature)
     if trust is not None:
-        from pipeline.handover.signature import require_trusted
-
-        require_trusted(archive.manifest, archive.signature, trust, str(packed))
+        claim = require_trusted(archive.manifest, archive.signature, trust, silo, str(packed))
+    elif claim is not None:
+        require_silo(claim, silo, str(packed))
     manifest = checked_manifest(archive.manifest, f"{packed}: manifest.json")
     if target.exists() and not overwrite:
         raise UserError(f"{target}: exists already; pass --overwrite to replace it")
+    if not allow_older:
+        require_newer(claim, last_claim(target), str(packed))
     _require_room(packed, target, manifest)
     incoming = target.with_name(f"{target.name}.incoming")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +116,8 @@ def unpack(
                         file.parent.mkdir(parents=True, exist_ok=True)
                         archive.restore(name, file, size, wanted)
                     task.advance()
+            if archive.signature is not None:
+                write_atomic(incoming / SIGNATURE, archive.signature)
             write_atomic(incoming / "manifest.json", archive.manifest)
             require_whole(incoming, str(packed))
         except UserError:
@@ -109,6 +125,7 @@ def unpack(
             raise
         sync_directory(incoming)
         replace_directory(incoming, target)
+        remember_written(target, claim.plain() if claim else None)
     return Unpacked(target, manifest["images"], manifest["texts"], digest, archive.signature is not None)
 
 
@@ -135,7 +152,7 @@ def _opened_zip(packed: Path) -> Archive:
     manifest = checked_manifest(data, f"{packed}: manifest.json")
     files = manifest["files"]
     for name in archive.members:
-        if name not in (_SIGNATURE, "manifest.json") and name.removesuffix(".zst") not in files:
+        if name not in (SIGNATURE, "manifest.json") and name.removesuffix(".zst") not in files:
             raise UserError(f"{packed}: {name!r} is in it but not in its manifest; do not use it")
     for name, (size, _) in files.items():
         plain, compressed = archive.size(name), archive.size(f"{name}.zst")
@@ -143,7 +160,7 @@ def _opened_zip(packed: Path) -> Archive:
             raise UserError(
                 f"{packed}: '{name}' is missing, there twice or not {size} bytes long; do not use it"
             )
-    signature = archive.read(_SIGNATURE, _SIGNATURE_BYTES) if _SIGNATURE in archive.members else None
+    signature = archive.read(SIGNATURE, SIGNATURE_LIMIT) if SIGNATURE in archive.members else None
 
     def restore(name: str, file: Path, size: int, digest: str) -> None:
         place = name if name in archive.members else f"{name}.zst"

@@ -1,0 +1,36 @@
+"""Hundreds of damaged and forged files: each works or is refused in one line, in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+MEMORY = 96 << 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"), [("zip", 200), ("folder", 150), ("hdf5", 150), ("hdf5 source", 100), ("tar", 100)]
+)
+def test_never_a_traceback(kind: str, number: int) -> None:
+    """A process of its own, as a C library reads HDF5; what is undamaged must not be all that was tried."""
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests/fuzz.py", kind, str(number), "0"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["faults"] == []
+    assert found["tried"] == number
+    # A damaged tar is a source of which less is read, and refuses nothing.
+    assert kind == "tar" or found["refused"] > number / 5
+    assert found["grown"] < MEMORY
