@@ -216,7 +216,7 @@ class Experiment(Options):
     extract: Extract
     language: Language
     federate: Federate
-    trust: dict[Name, Path] = {}
+    trust: dict[Name, Path] = Field(default_factory=dict)
     sites: Sites = Sites()
     evaluate: Evaluate = Evaluate()
 
