@@ -225,7 +225,8 @@ def partition(
     with locked(out / ".lock", str(out)):
         state = _write(out, silos, made_from)
     _report(source, out, silos, skipped, state)
-    say(_snippet(reader, source, out, silos, images))
+    for line in _snippet(reader, source, out, silos, images).splitlines():
+        say(line)
 
 
 def _reader(source: str, images: str | None) -> Source:

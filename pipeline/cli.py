@@ -142,6 +142,8 @@ def run() -> None:
         announcements = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
         for category in announcements:
             warnings.simplefilter("ignore", category)
+        # Damaged EXIF data and their kin, once a picture; whatever matters about a picture is counted.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         # Processes that are started from here are this command, too.
         os.environ["PYTHONWARNINGS"] = ",".join(f"ignore::{each.__name__}" for each in announcements)
     main()

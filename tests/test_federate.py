@@ -251,7 +251,8 @@ def test_a_corrupt_cache_is_never_trained_on(extracted: Path, tmp_path: Path) ->
     shard.write_bytes(data)
     result = run(extracted, "run=corrupt", f"features={tmp_path}/features")
     assert result.exit_code == 2
-    assert "lab.zarr/features/patch/c/1/0/0" in result.output
+    assert "lab.zarr" in result.output
+    assert "features/patch/c/1/0/0" in result.output
     assert "checksum" in result.output
     assert not (folder(extracted, "corrupt") / "manifest.json").exists()
 

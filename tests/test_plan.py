@@ -17,7 +17,7 @@ from extract.run import run as extract
 from pipeline.cli import main
 from pipeline.config import Component, load
 from pipeline.language import FrozenLanguageModel
-from pipeline.plan import _language
+from pipeline.plan import language_shape
 from pipeline.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
@@ -35,7 +35,7 @@ def test_flops_of_training_are_those_of_a_real_step(llama_dir: Path) -> None:
     projected = torch.zeros(1, visual, language.d_llm, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         language.token_losses(ids, labels, projected)[0].sum().backward()
-    ours = _language(llama_dir).training_flops(visual, text, checkpointing=False)
+    ours = language_shape(llama_dir).training_flops(visual, text, checkpointing=False)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

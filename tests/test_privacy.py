@@ -140,7 +140,11 @@ def test_clipped_clients_count_alike(private: Callable[..., Experiment]) -> None
         ["federate.strategy.name=local_only"],
         ["federate.strategy.name=centralised"],
         ["federate.strategy.name=fedavg", "federate.privacy.secure=true"],
-        ["federate.strategy.name=fedcmp", "federate.privacy.secure=true"],
+        [
+            "federate.strategy.reliability=none",
+            "federate.strategy.name=fedcmp",
+            "federate.privacy.secure=true",
+        ],
         ["federate.strategy.name=fedavg", "federate.communication.payload=int8"],
         ["federate.strategy.name=fedavg", "federate.together=2", "federate.clients_per_round=2"],
         [
@@ -283,7 +287,8 @@ def test_a_private_site_introduces_itself_by_public_numbers(
     assert cache.content not in hello.text
     said = unpack(hello)
     assert said.keys() == {"silo", "card", "terms", "d_llm"}
-    assert said["card"].keys() == {"content", "key", "patches", "d_vision", "samples", "language"}
+    public = {"content", "key", "patches", "d_vision", "samples", "left_out", "language"}
+    assert said["card"].keys() == public
     assert cache.content in pack(Service(private(), "clinic").handle({"kind": "hello"})).text
 
 

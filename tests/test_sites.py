@@ -489,7 +489,7 @@ def test_after_an_interruption_a_quorum_is_enough(
     [
         ("federate.optimizer.learning_rate=0.5", "federate.optimizer.learning_rate: 0.01 here, 0.5 there"),
         ("seed=7", "seed: 0 here, 7 there"),
-        ("federate.strategy.name=fedcmp", 'federate.strategy.name: "fedavg" here, "fedcmp" there'),
+        ("federate.strategy.name=fedcmp", 'federate.strategy.basis: null here, "exact" there'),
     ],
 )
 def test_a_site_with_another_experiment_is_refused(
