@@ -220,7 +220,7 @@ def _decode(record: Record, encoder: LoadedEncoder) -> _Decoded:
     digest = hashlib.sha256(data).hexdigest()
     try:
         image, notes = read_rgb(data, encoder.reading)
-        pixels = encoder.prepare(image)
+        pixels = encoder.preprocess(image)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         if shortage(error):
             raise
@@ -254,7 +254,7 @@ def _calibrate(
     sample: list[np.ndarray] = []
     for records in chunks(_only_records(source, []), options.batch_size):
         decoded = _decoded(records, pool.map(lambda record: _decode(record, encoder), records), encoder)
-        features = _encode(decoded, encoder).cpu().numpy()
+        features = _encode(decoded, encoder).numpy()
         readable = [item.pixels is not None for item in decoded]
         sample += [each for each in features[readable] if np.isfinite(each).all()]
         if len(sample) >= SAMPLE_IMAGES:
@@ -269,8 +269,6 @@ def _encode_shard(
     pool: ThreadPoolExecutor,
     quantiser: Quantiser | None,
 ) -> tuple[np.ndarray, list[Row], list[float] | None]:
-    import torch
-
     def decode(batch: Sequence[Record]) -> list[Future[_Decoded]]:
         return [pool.submit(_decode, record, encoder) for record in batch]
 
@@ -282,18 +280,15 @@ def _encode_shard(
     for batch, following in zip(batches, [*batches[1:], []], strict=True):
         decoded, ahead = _decoded(batch, (future.result() for future in ahead), encoder), decode(following)
         encoded = _encode(decoded, encoder)
-        if quantiser is None:
-            # Where they are: to copy and look through half as many bytes.
-            encoded = encoded.to(getattr(torch, options.dtype))
-            known, stored = _rows(decoded, encoded), to_storage(encoded, options.dtype)
-        else:
-            exact = encoded.cpu()
-            known, stored = _rows(decoded, exact), quantiser.encode(exact.numpy())
+        known = _rows(decoded, encoded, options.dtype)
+        stored = (
+            to_storage(encoded, options.dtype) if quantiser is None else quantiser.encode(encoded.numpy())
+        )
         unusable = [place for place, row in enumerate(known) if row.status]
         stored[unusable] = 0
         if quantiser is not None and measured is not None:
             usable = [place for place, row in enumerate(known) if not row.status]
-            costs = quantiser.error(exact.numpy()[usable], stored[usable])
+            costs = quantiser.error(encoded.numpy()[usable], stored[usable])
             measured = [old + new for old, new in zip(measured, costs, strict=True)]
         features.append(stored)
         rows += known
@@ -301,27 +296,24 @@ def _encode_shard(
 
 
 def _encode(decoded: Sequence[_Decoded], encoder: LoadedEncoder) -> torch.Tensor:
-    """Features `(images, patches, d_vision)` float32 where they were computed; zero without a picture."""
+    """Features `(images, patches, d_vision)` float32 on the CPU; zero where there is no picture."""
     import torch
 
+    features = torch.zeros(len(decoded), encoder.patches, encoder.d_vision)
     usable = [place for place, item in enumerate(decoded) if item.pixels is not None]
-    if not usable:
-        return torch.zeros(len(decoded), encoder.patches, encoder.d_vision)
-    pixels = torch.from_numpy(np.stack([item.pixels for item in decoded if item.pixels is not None]))
-    encoded = encoder.encode(pixels)
-    if len(usable) == len(decoded):
-        return encoded
-    features = encoded.new_zeros(len(decoded), encoder.patches, encoder.d_vision)
-    features[usable] = encoded
+    if usable:
+        pixels = torch.from_numpy(np.stack([item.pixels for item in decoded if item.pixels is not None]))
+        features[usable] = encoder.encode(pixels).cpu()
     return features
 
 
-def _rows(decoded: Sequence[_Decoded], features: torch.Tensor) -> list[Row]:
+def _rows(decoded: Sequence[_Decoded], features: torch.Tensor, dtype: str) -> list[Row]:
     """What is known of every image, now also whether its features are finite as they are stored."""
     import torch
 
     rows = [item.row for item in decoded]
-    for place in (~torch.isfinite(features).flatten(1).all(1)).nonzero().flatten().tolist():
+    kept = features if dtype == "int8" else features.to(getattr(torch, dtype))
+    for place in (~torch.isfinite(kept).flatten(1).all(1)).nonzero().flatten().tolist():
         rows[place] = replace(rows[place], status=STATUS.index("not finite"), reason="features overflow")
     return rows
 

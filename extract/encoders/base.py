@@ -26,16 +26,9 @@ class LoadedEncoder(ABC):
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """One RGB image to what the model takes, float32; mostly `(3, height, width)`."""
 
-    def prepare(self, image: Image.Image) -> np.ndarray:
-        """One RGB image as `encode` takes it best: as `preprocess` gives it, or in fewer bytes."""
-        return self.preprocess(image)
-
     @abstractmethod
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """A batch of images, preprocessed or prepared, to features `(batch, patches, d_vision)` float32.
-
-        They lie where the encoder computes.
-        """
+        """A batch of preprocessed images to features `(batch, patches, d_vision)` float32."""
 
 
 class Encoder(Options, ABC):

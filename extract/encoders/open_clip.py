@@ -12,7 +12,6 @@ from PIL import Image
 from extract.encoders.base import ENCODERS, LoadedEncoder
 from extract.encoders.crop import CentreCrop
 from extract.encoders.tokens import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
-from pipeline.device import device_type
 from pipeline.errors import UserError, did_you_mean, one_line
 from pipeline.manifest import fingerprint, read_json, sha256_file
 
@@ -119,21 +118,10 @@ class _Loaded(LoadedPatchEncoder):
         tower.prune_intermediate_layers([options.layer])
         self._visual = visual.to(device)
         self._transform = _transform(found.preprocessing, options.resize)
-        steps = self._transform.transforms
-        names = [type(step).__name__.removeprefix("Maybe") for step in steps]
-        self._framing = steps[: names.index("ToTensor")]
-        if device_type(device) == "cuda":
-            self._look_levels_up(size[0])
 
-    def _pixels(self, image: Image.Image, *, cropped: bool = False, bare: bool = False) -> np.ndarray:
+    def _pixels(self, image: Image.Image, *, cropped: bool = False) -> np.ndarray:
         # What has its size already is neither resized nor cropped again.
-        if not bare:
-            return self._transform(image).numpy()
-        import numpy as np
-
-        for step in self._framing:
-            image = step(image)
-        return np.asarray(image).transpose(2, 0, 1)
+        return self._transform(image).numpy()
 
     def _states(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         found = self._visual.forward_intermediates(

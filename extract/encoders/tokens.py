@@ -118,17 +118,13 @@ class LoadedPatchEncoder(LoadedEncoder):
         self.reading = Reading(options.orientation, options.transparency, options.white_level)
         self._crop = crop if options.resize == "crop" else None
         self._fill = tuple(int(value * 255) for value in mean)
-        self._levels: torch.Tensor | None = None
         shuffled = options.pooling == "pixel_shuffle"
         self.d_vision = width * (options.pool**2 if shuffled else 1)
         self.patches = (grid // options.pool) ** 2 + (options.tokens == "cls_patch")
 
     @abstractmethod
-    def _pixels(self, image: Image.Image, *, cropped: bool = False, bare: bool = False) -> np.ndarray:
-        """One RGB image, square already where it is padded or `cropped` to size, to float32 pixels.
-
-        Where `bare`, to the levels from 0 to 255 that they are made of.
-        """
+    def _pixels(self, image: Image.Image, *, cropped: bool = False) -> np.ndarray:
+        """One RGB image, square already where it is padded or `cropped` to size, to float32 pixels."""
 
     @abstractmethod
     def _states(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,30 +136,14 @@ class LoadedPatchEncoder(LoadedEncoder):
         Raises:
             ValueError: The picture is too elongated to be padded or cropped.
         """
-        return self._framed(image, bare=False)
-
-    def prepare(self, image: Image.Image) -> np.ndarray:
-        """The same as bytes where a table on the device says what they become."""
-        return self._framed(image, bare=self._levels is not None)
-
-    def _framed(self, image: Image.Image, *, bare: bool) -> np.ndarray:
         if self._shared.resize == "pad":
-            return self._pixels(expand_to_square(image, self._fill), bare=bare)
+            return self._pixels(expand_to_square(image, self._fill))
         if self._crop is not None and self._crop.is_needed(image.size):
-            return self._pixels(self._crop.centre(image), cropped=True, bare=bare)
-        return self._pixels(image, bare=bare)
-
-    def _look_levels_up(self, side: int) -> None:
-        """Send bytes to the device from now on, where that gives the same pixels."""
-        import torch
-
-        from extract.encoders.levels import levels_of
-
-        found = levels_of(self.preprocess, lambda image: self._framed(image, bare=True), side)
-        self._levels = None if found is None else torch.from_numpy(found).to(self._device)
+            return self._pixels(self._crop.centre(image), cropped=True)
+        return self._pixels(image)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `(batch, ...)` to features `(batch, patches, d_vision)` float32 on the device."""
+        """Pixels `(batch, ...)` to features `(batch, patches, d_vision)` float32."""
         import torch
 
         faster = (
@@ -171,13 +151,8 @@ class LoadedPatchEncoder(LoadedEncoder):
             if self._dtype == "float32"
             else torch.autocast(device_type(self._device), torch.bfloat16)
         )
-        there = pixels.to(self._device)
-        if there.dtype == torch.uint8 and self._levels is not None:
-            from extract.encoders.levels import looked_up
-
-            there = looked_up(there, self._levels)
         with torch.inference_mode(), faster:
-            cls, patches = self._states(there)
+            cls, patches = self._states(pixels.to(self._device))
         if self._shared.tokens == "cls_patch":
             return torch.cat([cls, patches], 1).float()
         return pool_squares(patches.float(), self._shared.pool, self._shared.pooling)

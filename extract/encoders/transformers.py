@@ -12,7 +12,6 @@ from PIL import Image
 from extract.encoders.base import ENCODERS, LoadedEncoder
 from extract.encoders.crop import CentreCrop
 from extract.encoders.tokens import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
-from pipeline.device import device_type
 from pipeline.errors import UserError
 from pipeline.manifest import read_json
 from pipeline.saved_model import model_hashes
@@ -120,30 +119,20 @@ class _Loaded(LoadedPatchEncoder):
         self._seen: list[torch.Tensor] = []
         _cut(tower, family.blocks, options.layer).register_forward_hook(self._see)
         self._tower = tower.to(device).float().eval().requires_grad_(False)
-        if device_type(device) == "cuda":
-            self._look_levels_up(self._side)
 
     def _see(self, block: Any, inputs: Any, output: Any) -> None:
         self._seen.append(output[0] if isinstance(output, tuple) else output)
 
-    def _pixels(self, image: Image.Image, *, cropped: bool = False, bare: bool = False) -> np.ndarray:
-        if bare and not self._naflex:
-            import numpy as np
-
-            levels = {"do_rescale": False, "do_normalize": False}
-            return self._shaped(image, cropped, **levels).astype(np.uint8, copy=False)
-        return self._shaped(image, cropped)
-
-    def _shaped(self, image: Image.Image, cropped: bool, **instead: Any) -> np.ndarray:
+    def _pixels(self, image: Image.Image, *, cropped: bool = False) -> np.ndarray:
         if cropped:
-            return self._processed(image, do_resize=False, **instead)
+            return self._processed(image, do_resize=False)
         if self._shared.resize == "crop":
-            return self._processed(image, **instead)
+            return self._processed(image)
         if self._naflex:
             square = image.resize((self._side, self._side), self._processor.resample)
             return self._processed(square)[: self._grid**2]
         size = {"height": self._side, "width": self._side}
-        return self._processed(image, size=size, do_center_crop=False, **instead)
+        return self._processed(image, size=size, do_center_crop=False)
 
     def _processed(self, image: Image.Image, **instead: Any) -> np.ndarray:
         return self._processor(image, return_tensors="np", **instead)["pixel_values"][0]
