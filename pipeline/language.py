@@ -133,14 +133,14 @@ class FrozenLanguageModel:
         Returns:
             `(n, vocabulary)` in the LLM's dtype.
         """
-        with self._checkpointing():
+        with self._training() as body:
             if not self.ways.whole:
-                hidden = self._trained(inputs_embeds=embeds, use_cache=False).last_hidden_state
+                hidden = body(inputs_embeds=embeds, use_cache=False).last_hidden_state
                 return self.head(hidden[rows.to(hidden.device), places.to(hidden.device)])
             # The same columns of every row: a sample's supervised tokens lie side by side.
             columns, places = places.unique(return_inverse=True)
             keep = {"logits_to_keep": columns} if "logits_to_keep" in arguments(self.model) else {}
-            logits = self._trained(inputs_embeds=embeds, use_cache=False, **keep).logits
+            logits = body(inputs_embeds=embeds, use_cache=False, **keep).logits
             logits = logits if keep else logits[:, columns.to(logits.device)]
             return logits[rows.to(logits.device), places.to(logits.device)]
 
@@ -149,24 +149,37 @@ class FrozenLanguageModel:
         """What takes embeddings: the decoder, or the whole model where it changes what its head says."""
         return self.model if self.ways.whole else self.decoder
 
-    @property
-    def _trained(self) -> Any:
-        return self._compiled if self.compiled else self.body
+    @cached_property
+    def _compiled(self) -> list[Any]:
+        """Every layer, compiled: one by one they share their code, so it takes seconds instead of minutes."""
+        calls = []
+        for layer in self._layers:
+            layer.compile()
+            calls.append(layer._compiled_call_impl)
+            layer._compiled_call_impl = None
+        return calls
 
     @cached_property
-    def _compiled(self) -> Any:
-        return torch.compile(self.body)
+    def _compiled_body(self) -> Any:
+        """What takes embeddings, compiled as a whole where its layers cannot be told."""
+        return self.body if self._layers else torch.compile(self.body)
 
     @contextmanager
-    def _checkpointing(self) -> Iterator[None]:
-        """Layers checkpoint only while they think they train; their dropout stays off all the same."""
+    def _training(self) -> Iterator[Any]:
+        """What takes embeddings, ready to train: answers are neither checkpointed nor compiled.
+
+        Layers checkpoint only while they think they train; their dropout stays off all the same.
+        """
         for layer in self._layers:
             layer.training = self.checkpointing and torch.is_grad_enabled()
+        if self.compiled:
+            for layer, call in zip(self._layers, self._compiled, strict=True):
+                layer._compiled_call_impl = call
         try:
-            yield
+            yield self._compiled_body if self.compiled else self.body
         finally:
             for layer in self._layers:
-                layer.training = False
+                layer.training, layer._compiled_call_impl = False, None
 
     @torch.inference_mode()
     def generate(

@@ -1,0 +1,57 @@
+"""On CUDA sums have one order; what has none there is said, and done all the same."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from federate import local
+from federate.local import LocalEngine
+from pipeline.device import in_one_order
+
+
+@pytest.mark.parametrize(("device", "strict"), [("cpu", False), ("cuda", True), ("cuda:1", True)])
+def test_one_order_is_asked_for_on_cuda_alone(
+    device: str, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with in_one_order(device):
+        assert torch.are_deterministic_algorithms_enabled() == strict
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == strict
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def engine(language: Any) -> LocalEngine:
+    options: Any = None
+    return LocalEngine({}, torch.nn.Identity(), language, options, 1, 1, 1, None, lambda steps: None)
+
+
+def test_what_has_no_order_is_said_and_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    orders = []
+
+    def train(*words: Any, **options: Any) -> list[Any]:
+        orders.append(torch.are_deterministic_algorithms_enabled())
+        if orders[-1]:
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+        return []
+
+    monkeypatch.setattr(local, "train_together", train)
+    language = SimpleNamespace(device=torch.device("cuda"))
+    assert engine(language)._trained([]) == []
+    assert orders == [True, False]
+    assert "equal runs may end in different bytes here: cumsum" in capsys.readouterr().out
+
+
+def test_other_errors_stay_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*words: Any, **options: Any) -> list[Any]:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(local, "train_together", train)
+    with pytest.raises(RuntimeError, match="illegal"):
+        engine(SimpleNamespace(device=torch.device("cuda")))._trained([])
