@@ -76,10 +76,6 @@ def own_projector(experiment: Experiment, manifest: dict[str, Any], name: str) -
 
     path = experiment.run_path / name
     projector, state = load_projector(path)
-    found, wanted = content_hash(state), manifest["projectors"][name]
-    if found != wanted:
-        raise UserError(
-            f"{path}: not the weights that this run ended with ({found[:12]} instead of {wanted[:12]}); "
-            "put its own file back, or remove the run's manifest.json and run 'fedcmp federate' again"
-        )
+    if content_hash(state) != manifest["projectors"][name]:
+        raise UserError(f"{path}: the run was trained again meanwhile; run the same command again")
     return projector

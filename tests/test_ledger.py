@@ -120,19 +120,18 @@ WRITER = (
 
 def test_processes_do_not_overwrite_each_other(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
-    workers = [subprocess.Popen([*command, name, "15"], cwd=ROOT, stdout=subprocess.PIPE) for name in "ab"]
+    workers = [subprocess.Popen([*command, name, "15"], cwd=ROOT, stdout=subprocess.DEVNULL) for name in "ab"]
     assert [worker.wait(timeout=180) for worker in workers] == [0, 0]
     assert len(Ledger(Budget(path=tmp_path)).releases("abc")) == 30
 
 
 def test_whatever_was_answered_before_a_kill_is_counted(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITER, str(tmp_path), "a", "1000000"]
-    worker = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
-    assert worker.stdout is not None
-    said = [int(worker.stdout.readline()) for _ in range(10)]
-    worker.kill()
-    said += [int(line) for line in worker.stdout.read().split()]
-    worker.wait()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as worker:
+        assert worker.stdout is not None
+        said = [int(worker.stdout.readline()) for _ in range(10)]
+        worker.kill()
+        said += [int(line) for line in worker.stdout.read().split()]
     counted = [each.round for each in Ledger(Budget(path=tmp_path)).releases("abc")]
     assert counted[: len(said)] == said
     assert len(counted) - len(said) in (0, 1)

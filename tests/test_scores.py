@@ -160,7 +160,8 @@ def test_a_swapped_projector_is_refused_and_leaves_nothing_behind(place: Path) -
     (place / "build/scores/study/one/pope.json").unlink()
     edit(place / "pope.json", lambda rows: rows[0].update(text="Is there a bird?"))
     message = refused("evaluate", place / "one.toml")
-    assert "one/projector.safetensors: not the weights that this run ended with" in message
+    assert "one/projector.safetensors: holds" in message
+    assert "another file was put in its place" in message
     assert answers(place) == before
     own.write_bytes(kept)
     edit(place / "pope.json", lambda rows: rows[0].update(text="Is there a dog in the image?"))
