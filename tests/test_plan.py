@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from conftest import ROOT
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from extract.estimate import outlines
 from extract.run import run as extract
@@ -24,9 +26,15 @@ from pipeline.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 def counted() -> FlopCounterMode:
     """Torch's own counter; some releases (2.14) know no formula for attention on the CPU."""
     aten = torch.ops.aten
-    attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    attention: dict[Any, Callable[..., int]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *rest, **options: (
+            sdpa_flop_count(query, key, value)
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, query, key, value, *rest, **options: sdpa_backward_flop_count(
+                grad, query, key, value
+            )
+        ),
     }
     return FlopCounterMode(display=False, custom_mapping=attention)
 
