@@ -13,9 +13,11 @@ FULL_RANGE = 65535
 _FAR_BELOW = 1 << 14
 
 NOTES = {
+    "turned": "{} turned as their EXIF orientation says",
     "orientation": "{} with an EXIF orientation, which is not applied; extract.encoder.orientation = 'exif' "
     "turns them",
     "frames": "{} with more frames or pages than one, of which the first is used",
+    "on_white": "{} with transparent parts, put on white",
     "transparent": "{} with transparent parts, which show the colour stored there; "
     "extract.encoder.transparency = 'white' puts them on white",
 }
@@ -23,7 +25,9 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read; the defaults are LLaVA's: `Image.open(file).convert("RGB")`.
+    """How files are read; by default as people see them.
+
+    LLaVA's `Image.open(file).convert("RGB")` is `Reading("as_stored", "ignored")`.
 
     Attributes:
         orientation: Whether to turn pictures as their EXIF data say.
@@ -32,8 +36,8 @@ class Reading:
             pictures that stay far below it are refused.
     """
 
-    orientation: Literal["as_stored", "exif"] = "as_stored"
-    transparency: Literal["ignored", "white"] = "ignored"
+    orientation: Literal["as_stored", "exif"] = "exif"
+    transparency: Literal["ignored", "white"] = "white"
     white_level: int | None = None
 
 
@@ -54,6 +58,7 @@ def read_rgb(data: bytes, reading: Reading) -> tuple[Image.Image, tuple[str, ...
         if _orientation(image) != 1:
             if reading.orientation == "exif":
                 picture = ImageOps.exif_transpose(image)
+                notes.append("turned")
             else:
                 notes.append("orientation")
         if picture.mode.startswith("I"):
@@ -66,6 +71,7 @@ def read_rgb(data: bytes, reading: Reading) -> tuple[Image.Image, tuple[str, ...
                 if reading.transparency == "white":
                     white = Image.new("RGBA", clear.size, "white")
                     picture = Image.alpha_composite(white, clear)
+                    notes.append("on_white")
                 else:
                     notes.append("transparent")
         rgb = picture.convert("RGB")

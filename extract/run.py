@@ -18,7 +18,6 @@ from pipeline.config import Experiment
 from pipeline.console import progress, say, table
 from pipeline.device import pick_device, pick_dtype
 from pipeline.errors import UserError, did_you_mean
-from pipeline.manifest import write_atomic
 from pipeline.mirror import pull, push, remote_manifest, to_be_sent
 from pipeline.store import Remote
 
@@ -92,9 +91,6 @@ def run(
                 raise UserError(f"{path}: {short} and rerun to go on") from None
         if outcomes[-1].cache is not None:
             _send(experiment, path)
-    listing, names = experiment.features / "silos.txt", "".join(f"{name}\n" for name in options.silos)
-    if not only and (not listing.is_file() or listing.read_text() != names):
-        write_atomic(listing, names.encode())
     _summary(experiment, outcomes)
     return outcomes
 

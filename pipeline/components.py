@@ -7,6 +7,8 @@ round. What was built, not what was written, decides a run: a default may be wri
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def check(experiment: Experiment, *stages: str) -> None:
     Raises:
         UserError: A name is unknown, or an option is unknown or wrong.
     """
-    for where, component in _components(experiment):
+    for where, component in components(experiment):
         if not stages or where.split(".")[0] in stages:
             build(where, component)
 
@@ -43,9 +45,18 @@ def build(where: str, component: Component) -> Options:
     Raises:
         UserError: The name is unknown, or an option is unknown or wrong.
     """
-    registry = next(target for place, target in REGISTRIES.items() if f"{where}.".startswith(f"{place}."))
-    built: Options = imported(registry).build(component, where)
+    built: Options = _registry(where).build(component, where)
     return built
+
+
+def written_out(experiment: Experiment) -> dict[str, Any]:
+    """The tables of an experiment's file with every default, those of its components too."""
+    tables = experiment.model_dump(mode="json", exclude_none=True)
+    for where, component in components(experiment):
+        *place, name = where.split(".", 2)
+        table = reduce(getitem, place, tables)
+        table[name] = _registry(where).written_out(component, where)
+    return tables
 
 
 def as_built(where: str, component: Component) -> dict[str, Any]:
@@ -53,7 +64,14 @@ def as_built(where: str, component: Component) -> dict[str, Any]:
     return {"name": component.name, **build(where, component).model_dump(mode="json")}
 
 
-def _components(experiment: Experiment) -> Iterator[tuple[str, Component]]:
+def _registry(where: str) -> Any:
+    return imported(
+        next(target for place, target in REGISTRIES.items() if f"{where}.".startswith(f"{place}."))
+    )
+
+
+def components(experiment: Experiment) -> Iterator[tuple[str, Component]]:
+    """Every component with its place, such as `extract.silos.clinic`."""
     yield "extract.encoder", experiment.extract.encoder
     for name, source in experiment.extract.silos.items():
         yield f"extract.silos.{name}", source

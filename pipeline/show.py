@@ -32,6 +32,7 @@ def show(config: Path, overrides: tuple[str, ...], for_make: bool) -> None:
       fedcmp show configs/demo/fedcmp.toml --set federate.rounds=5 > short.toml
       fedcmp show configs/demo.toml --make
     """
+    from pipeline.components import written_out
     from pipeline.config import load, read_toml
     from pipeline.errors import UserError
 
@@ -49,46 +50,13 @@ def show(config: Path, overrides: tuple[str, ...], for_make: bool) -> None:
         for name, value in _variables(config, overrides):
             click.echo(f"{name} := {value}")
     else:
-        _print(_written_out(load(config, overrides)))
+        _print(written_out(load(config, overrides)))
 
 
 def _print(tables: dict[str, Any]) -> None:
     import tomli_w
 
     click.echo(tomli_w.dumps(tables), nl=False)
-
-
-def _written_out(experiment: Experiment) -> dict[str, Any]:
-    """The experiment's tables with the options of all components."""
-    from pipeline.cli import imported
-
-    tables = experiment.model_dump(mode="json", exclude_none=True)
-    extract, federate, evaluate = experiment.extract, experiment.federate, experiment.evaluate
-    for registry, components, table, where in (
-        ("extract.encoders.base:ENCODERS", {"encoder": extract.encoder}, tables["extract"], "extract"),
-        ("extract.sources.base:SOURCES", extract.silos, tables["extract"]["silos"], "extract.silos"),
-        (
-            "pipeline.projectors.base:PROJECTORS",
-            {"projector": federate.projector},
-            tables["federate"],
-            "federate",
-        ),
-        (
-            "federate.strategies.base:STRATEGIES",
-            {"strategy": federate.strategy},
-            tables["federate"],
-            "federate",
-        ),
-        (
-            "evaluate.benchmarks.base:BENCHMARKS",
-            evaluate.benchmarks,
-            tables["evaluate"]["benchmarks"],
-            "evaluate.benchmarks",
-        ),
-    ):
-        for name, component in components.items():
-            table[name] = imported(registry).written_out(component, f"{where}.{name}")
-    return tables
 
 
 def _variables(config: Path, overrides: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -88,8 +88,6 @@ def test_a_cache_holds_what_the_encoder_gives(extracted: Path, clip_dir: Path) -
         pixels = encoder.preprocess(Image.open(io.BytesIO(picture(seed, form=form))))
         expected = encoder.encode(torch.from_numpy(pixels)[None]).bfloat16()
         torch.testing.assert_close(cache.tensor([row]), expected, rtol=2e-2, atol=2e-2)
-    assert CliRunner().invoke(main, ["extract", str(extracted)]).exit_code == 0
-    assert (extracted.parent / "features" / "silos.txt").read_text().split() == ["clinic", "lab", "heldout"]
 
 
 def test_a_second_run_does_nothing_and_says_so(extracted: Path) -> None:

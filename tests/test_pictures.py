@@ -42,24 +42,26 @@ def turned(orientation: int, form: str) -> bytes:
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_counted_or_applied(form: str, orientation: int) -> None:
+def test_orientation_is_applied_or_not_and_counted(form: str, orientation: int) -> None:
     data = turned(orientation, form)
     plain = Image.open(io.BytesIO(data)).convert("RGB")
-    ignored, notes = read_rgb(data, Reading())
-    if form != "TIFF":  # Pillow itself turns TIFF when it loads them
-        assert ignored.tobytes() == plain.tobytes()
+    stored, notes = read_rgb(data, Reading(orientation="as_stored"))
+    itself = form == "TIFF"  # Pillow turns them when it loads them
+    if not itself:
+        assert stored.tobytes() == plain.tobytes()
         assert notes == (("orientation",) if orientation > 1 else ())
-    applied, notes = read_rgb(data, Reading(orientation="exif"))
+    applied, notes = read_rgb(data, Reading())
     seen = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     assert applied.size == seen.size
     assert applied.tobytes() == seen.tobytes()
-    assert notes == ()
+    if not itself:
+        assert notes == (("turned",) if orientation > 1 else ())
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_harms_no_picture() -> None:
     data = encoded(BASE, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
-    assert read_rgb(data, Reading(orientation="exif"))[0].size == BASE.size
+    assert read_rgb(data, Reading())[0].size == BASE.size
 
 
 def clear(mode: str) -> bytes:
@@ -77,13 +79,13 @@ def clear(mode: str) -> bytes:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
-def test_transparent_parts_are_counted_or_white(mode: str) -> None:
+def test_transparent_parts_are_white_or_not_and_counted(mode: str) -> None:
     data = clear(mode)
-    ignored, notes = read_rgb(data, Reading())
+    ignored, notes = read_rgb(data, Reading(transparency="ignored"))
     assert notes == ("transparent",)
     assert ignored.tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
-    white, notes = read_rgb(data, Reading(transparency="white"))
-    assert notes == ()
+    white, notes = read_rgb(data, Reading())
+    assert notes == ("on_white",)
     assert (np.asarray(white)[:, :20] == 255).all()
     assert (np.asarray(white)[:, 20:] == np.asarray(ignored)[:, 20:]).any(axis=(0, 1)).all()
 
@@ -102,7 +104,7 @@ def test_further_frames_are_counted(form: str, frames: int) -> None:
     assert notes == (("frames",) if frames > 1 else ())
 
 
-@pytest.mark.parametrize("reading", [Reading(), Reading(transparency="white", orientation="exif")])
+@pytest.mark.parametrize("reading", [Reading(), Reading("as_stored", "ignored")])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
 def test_ordinary_pictures_stay_what_they_were(mode: str, reading: Reading) -> None:
     data = encoded(BASE.convert(mode), "TIFF" if mode == "CMYK" else "PNG")
@@ -168,26 +170,35 @@ def test_notes_are_counted_in_manifest_and_summary(tmp_path: Path, clip_dir: Pat
     path = config(tmp_path, clip_dir, llama_dir, f'{{ name = "image_folder", path = "{folder}" }}')
     result = run(path)
     cache = FeatureCache(tmp_path / "features/one.zarr")
-    assert cache.manifest["notes"] == {"orientation": 3, "transparent": 3}
-    assert "one: 3 pictures with an EXIF orientation, which is not applied; extract.encoder.orientation" in (
-        result.output
-    )
-    assert "one: 3 pictures with transparent parts" in result.output
-    changed = run(path, "--set", "extract.encoder.orientation=exif")
+    assert cache.manifest["notes"] == {"on_white": 3, "turned": 3}
+    assert "one: 3 pictures turned as their EXIF orientation says" in result.output
+    assert "one: 3 pictures with transparent parts, put on white" in result.output
+    changed = run(path, "--set", "extract.encoder.orientation=as_stored")
     assert changed.exit_code == 2
-    assert 'encoder.orientation: "exif" here' in changed.output
-    options = ["orientation=exif", "transparency=white"]
+    assert "encoder.orientation: null here" in changed.output
+    options = ["orientation=as_stored", "transparency=ignored"]
     words = [word for option in options for word in ("--set", f"extract.encoder.{option}")]
-    assert run(path, "--overwrite", *words).exit_code == 0
-    assert "notes" not in FeatureCache(tmp_path / "features/one.zarr").manifest
+    again = run(path, "--overwrite", *words)
+    assert again.exit_code == 0
+    assert FeatureCache(cache.path).manifest["notes"] == {"orientation": 3, "transparent": 3}
+    assert "an EXIF orientation, which is not applied; extract.encoder.orientation = 'exif'" in again.output
 
 
 def test_defaults_written_out_are_the_same_key(clip_dir: Path) -> None:
     short = Transformers(path=clip_dir)
-    written = Transformers(path=clip_dir, orientation="as_stored", transparency="ignored", white_level=None)
+    written = Transformers(path=clip_dir, orientation="exif", transparency="white", white_level=None)
     assert short.identity() == written.identity()
-    for option in ({"orientation": "exif"}, {"transparency": "white"}, {"white_level": 4095}):
-        assert Transformers(path=clip_dir, **option).identity() == short.identity() | option
+    assert Transformers(path=clip_dir, white_level=4095).identity() == short.identity() | {
+        "white_level": 4095
+    }
+
+
+def test_key_of_older_caches_means_what_they_were_made_with(clip_dir: Path) -> None:
+    """Pictures were neither turned nor put on white, and the key named no such option."""
+    older = Transformers(path=clip_dir, orientation="as_stored", transparency="ignored").identity()
+    assert not {"orientation", "transparency"} & set(older)
+    newer = Transformers(path=clip_dir).identity()
+    assert newer == older | {"orientation": "exif", "transparency": "white"}
 
 
 Maker = Callable[[Path], LoadedPatchEncoder]

@@ -28,6 +28,15 @@ _TORCHVISION = (
 )
 
 
+_OF_FIRST_CACHES: dict[str, Any] = {
+    "pooling": "mean",
+    "resize": "crop",
+    "orientation": "as_stored",
+    "transparency": "ignored",
+    "white_level": None,
+}
+
+
 class PatchEncoder(Encoder, ABC):
     """Options of every encoder of patches.
 
@@ -41,10 +50,10 @@ class PatchEncoder(Encoder, ABC):
         resize: `crop` prepares pictures as the model's own processor does (CLIP and DINOv2: centre
             crop, SigLIP: squash); `pad` makes them square with the processor's mean colour first;
             `squash` ignores the aspect ratio. `pad` and `squash` show the whole picture.
-        orientation: `as_stored` reads pixels in the order of the file, as LLaVA does; `exif` turns
-            pictures as their EXIF data say.
-        transparency: `ignored` shows the colour that is stored under transparent parts, as LLaVA
-            does; `white` puts pictures on white.
+        orientation: `exif` turns pictures as their EXIF data say; `as_stored` reads pixels in the
+            order of the file, as LLaVA does.
+        transparency: `white` puts pictures on white; `ignored` shows the colour that is stored under
+            transparent parts, as LLaVA does.
         white_level: Value of white in 16-bit grey pictures, such as 4095; by default 65535, and
             pictures that stay far below it are listed as unreadable.
     """
@@ -54,19 +63,15 @@ class PatchEncoder(Encoder, ABC):
     pool: int = Field(1, ge=1)
     pooling: Literal["mean", "pixel_shuffle"] = "mean"
     resize: Literal["crop", "pad", "squash"] = "crop"
-    orientation: Literal["as_stored", "exif"] = "as_stored"
-    transparency: Literal["ignored", "white"] = "ignored"
+    orientation: Literal["as_stored", "exif"] = "exif"
+    transparency: Literal["ignored", "white"] = "white"
     white_level: int | None = Field(None, ge=255, le=FULL_RANGE)
 
     def choices(self) -> dict[str, Any]:
-        """Identity of these options; the newer ones only where set, so that older caches stay valid."""
-        chosen: dict[str, Any] = {"layer": self.layer, "tokens": self.tokens, "pool": self.pool}
-        if self.pooling != "mean":
-            chosen["pooling"] = self.pooling
-        for name in ("resize", "orientation", "transparency", "white_level"):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                chosen[name] = getattr(self, name)
-        return chosen
+        """Identity of these options: what differs from how the first caches were made, which name none."""
+        chosen = {"layer": self.layer, "tokens": self.tokens, "pool": self.pool}
+        later = {name: getattr(self, name) for name in _OF_FIRST_CACHES}
+        return chosen | {name: value for name, value in later.items() if value != _OF_FIRST_CACHES[name]}
 
 
 class LoadedPatchEncoder(LoadedEncoder):
