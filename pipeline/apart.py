@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TypeVar
@@ -49,21 +50,23 @@ def apart(path: Path, function: Callable[..., Iterable[T]], *arguments: Any) -> 
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            with process.stdin as requests:
+            with suppress(BrokenPipeError), process.stdin as requests:
                 pickle.dump(sys.path, requests)
                 pickle.dump((SECONDS, function, arguments), requests)
             while True:
-                kind, item = pickle.load(process.stdout)
+                try:
+                    kind, item = pickle.load(process.stdout)
+                except (EOFError, pickle.UnpicklingError):
+                    # One that is alive after all finds nobody to write to.
+                    process.stdout.close()
+                    code = process.wait()
+                    errors.seek(0)
+                    raise _ended(path, code, errors.read().decode(errors="replace")) from None
                 if kind == "end":
                     return
                 if kind == "raised":
                     raise item
                 yield item
-        except (EOFError, pickle.UnpicklingError, BrokenPipeError):
-            code = process.wait()
-            errors.seek(0)
-            said = errors.read().decode(errors="replace")
-            raise _ended(path, code, said) from None
         finally:
             process.kill()
             process.wait()

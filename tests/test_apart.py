@@ -108,9 +108,7 @@ def test_what_else_ends_the_process_is_no_damage() -> None:
         list(apart(HERE, crashing, "exit"))
 
 
-@pytest.mark.parametrize(
-    "error", [UserError("no, because"), MemoryError(), OSError(28, "full"), ValueError(7)]
-)
+@pytest.mark.parametrize("error", [UserError("no, because"), MemoryError(), OSError(28, "full"), EOFError(7)])
 def test_errors_come_through(error: Exception) -> None:
     items = apart(HERE, raising, error)
     assert next(items) == 1
