@@ -574,5 +574,14 @@ def test_patterns_that_find_something_else_than_patients_are_said(
 ) -> None:
     stream_of("patient", cache, language, patient=pattern, most_texts=99)
     assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_fewer_patients_than_rounds(
+    cache: FeatureCache, language: FrozenLanguageModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match=r"ward: 10 patients do not fill its 11 rounds; lower"):
         stream_of("patient", cache, language, turns=11)
+    assert "patient" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"ward: 1 patients do not fill its 2 rounds; lower"):
+        stream_of("patient", cache, language, patient="png", turns=2)
+    assert "15 pictures are all of one patient" in " ".join(capsys.readouterr().out.split())

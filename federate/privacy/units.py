@@ -116,6 +116,8 @@ class UnitStream(Stream):
         super().__init__(caches, language, seed=seed, turns=turns, **options)
         self._hashes = [cache.array("images/sha256") for cache in self._caches]
         found = [self._bounded(texts, unit.most_texts) for texts in self._grouped(unit).values()]
+        if unit.pattern is not None:
+            self._tell(unit.pattern, len(found))
         if len(found) < turns:
             raise UserError(
                 f"silo {', '.join(caches)}: {len(found)} {unit.plural} do not fill its {turns} rounds; lower "
@@ -123,8 +125,6 @@ class UnitStream(Stream):
             )
         order = np.random.default_rng(self._entropy).permutation(len(found))
         self._units = [self._by_picture(found[place]) for place in order]
-        if unit.pattern is not None:
-            self._tell(unit.pattern)
         self._count(unit.most_texts)
 
     def _grouped(self, unit: Unit) -> dict[Hashable, _Picture]:
@@ -144,12 +144,12 @@ class UnitStream(Stream):
         chosen = np.random.default_rng([*self._entropy, len(texts)]).choice(len(texts), most, replace=False)
         return [texts[place] for place in sorted(chosen)]
 
-    def _tell(self, pattern: str) -> None:
+    def _tell(self, pattern: str, patients: int) -> None:
         """Say what hints at a pattern that finds something else than patients."""
         records = {(silo, self._caches[silo].text_image[text]) for silo, text in self._samples.tolist()}
         where = f"{', '.join(self.counts)}: by federate.privacy.patient = {pattern!r}"
-        if len(records) > 1 and len(self._units) in (1, len(records)):
-            each = "all of one patient" if len(self._units) == 1 else "each of a patient of its own"
+        if len(records) > 1 and patients in (1, len(records)):
+            each = "all of one patient" if patients == 1 else "each of a patient of its own"
             say(f"{where} {len(records):,} pictures are {each}; make sure that they are")
 
     def _count(self, most: int | None) -> None:
