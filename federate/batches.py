@@ -27,16 +27,24 @@ class Batch:
     """Samples of one local step.
 
     Attributes:
-        features: `(batch, patches, d_vision)` float32.
-        ids: `(batch, length)` int64, padded on the right.
-        labels: `(batch, length)` int64.
-        owners: `(batch,)` int64, the row of features that each text is about, where they are not one each.
+        features: `(pictures, patches, d_vision)` float32.
+        ids: `(texts, length)` int64, padded on the right.
+        labels: `(texts, length)` int64.
+        owners: `(texts,)` int64, the row of features that each text is about, where they are not one each.
+        units: `(pictures,)` int64, ascending without gaps: which sample each row of features is of, where
+            they are not one each.
     """
 
     features: Tensor
     ids: Tensor
     labels: Tensor
     owners: Tensor | None = None
+    units: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Samples."""
+        return len(self.features) if self.units is None else int(self.units[-1]) + 1
 
 
 class Stream:

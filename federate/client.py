@@ -110,10 +110,10 @@ class _Learner:
     tokens: int = 0
     gradient: State = field(default_factory=dict)
 
-    def take(self, noisy: NoisySteps, features: Tensor, visual: Tensor) -> None:
+    def take(self, noisy: NoisySteps, features: Tensor, visual: Tensor, units: Tensor) -> None:
         """Take the private gradient of a batch."""
         try:
-            gradient = noisy.gradient(self.projector, features, visual)
+            gradient = noisy.gradient(self.projector, features, visual, units)
         except ValueError as error:
             raise DivergedError(f"client '{self.job.client}', round {self.job.round}: {error}") from None
         for name, parameter in self.projector.named_parameters():
@@ -165,7 +165,7 @@ def train_together(
         micro_batch: Samples a forward pass of the LLM.
         advance: Called with the number of clients after each of their steps.
         noisy: How steps keep samples private, if they do; every sample then counts alike, however many
-            tokens it has, and a batch's samples are its rows of features.
+            texts and tokens it has.
 
     Raises:
         DivergedError: A loss or a gradient is not finite.
@@ -231,15 +231,15 @@ def _backward(
     )
     counts = [int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches]
     for learner, batch, count in zip(learners, batches, counts, strict=True):
-        learner.samples += len(batch.features)
+        learner.samples += batch.size
         learner.tokens += count
     client = torch.arange(len(batches)).repeat_interleave(torch.tensor([len(b.ids) for b in batches]))
     client = client.to(ids.device)
-    owners = _owners(batches)
+    owners, units = _owners(batches), _units(batches)
     if noisy is None:
         weights = 1 / torch.tensor(counts, dtype=torch.float32, device=ids.device)[client]
     else:
-        weights = 1 / (_tokens(labels) * owners.bincount()[owners])
+        weights = 1 / (_tokens(labels) * units[owners].bincount()[units[owners]])
     projected = torch.cat([each.projector(b.features) for each, b in zip(learners, batches, strict=True)])
     visual = projected.detach().requires_grad_()
     sums = torch.zeros(len(learners), dtype=torch.float64, device=ids.device)
@@ -252,9 +252,10 @@ def _backward(
     if noisy is None:
         projected.backward(visual.grad)
         return sums
-    parts = visual.grad.split([len(batch.features) for batch in batches])
-    for learner, batch, part in zip(learners, batches, parts, strict=True):
-        learner.take(noisy, batch.features, part)
+    sizes = [len(batch.features) for batch in batches]
+    parts = zip(visual.grad.split(sizes), units.split(sizes), strict=True)
+    for learner, batch, (part, own) in zip(learners, batches, parts, strict=True):
+        learner.take(noisy, batch.features, part, own)
     return sums
 
 
@@ -266,6 +267,16 @@ def _owners(batches: Sequence[Batch]) -> Tensor:
         owners.append(before + own)
         before += len(batch.features)
     return torch.cat(owners)
+
+
+def _units(batches: Sequence[Batch]) -> Tensor:
+    """`(pictures,)` int64: which of all samples each row of features is of."""
+    units, before = [], 0
+    for batch in batches:
+        own = torch.arange(batch.size, device=batch.ids.device) if batch.units is None else batch.units
+        units.append(before + own)
+        before += batch.size
+    return torch.cat(units)
 
 
 def _tokens(labels: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from federate.memo import Memo
 from federate.plan import Plan
 from federate.poison import poisoned
 from federate.privacy.guard import Guard
-from federate.privacy.images import ImageStream
+from federate.privacy.units import UnitStream, unit_of
 from federate.residuals import RESIDUALS, Residuals
 from federate.secure.contribution import Own
 from federate.secure.ledger import RELEASES, Ledger
@@ -67,9 +68,10 @@ class Site:
         visual_tokens = scratch.tokens(first.patches)
         without = check_texts(experiment, caches, language, visual_tokens)
         self.d_llm = language.d_llm
-        by_image = options.clipped is not None and options.clipped.unit == "image"
+        unit = unit_of(options.clipped)
+        stream = Stream if unit is None else partial(UnitStream, unit=unit)
         self.streams = {
-            client: (ImageStream if by_image else Stream)(
+            client: stream(
                 {silo: caches[silo] for silo in silos},
                 language,
                 template=experiment.language.template,

@@ -26,6 +26,7 @@ import numpy as np
 
 from extract.sources.hdf5 import Hdf5
 from extract.sources.webdataset import WebDataset
+from pipeline import apart
 from pipeline.cache import FeatureCache
 from pipeline.cache.format import rendered, sealed
 from pipeline.cache.writer import file_table
@@ -212,6 +213,10 @@ def cases(kind: str, root: Path, rng: random.Random) -> Iterator[Callable[[Path]
                 packed(flipped(pictures(root).read_bytes(), rng), "p.h5"),
                 lambda path: Hdf5(path=path, ids="ids" if rng.random() < 0.3 else None),
             )
+        elif kind == "hdf5 heap":
+            data = bytearray(heaps(root).read_bytes())
+            data = heap_damaged(data, rng) if rng.random() < 0.5 else bytearray(flipped(bytes(data), rng))
+            yield lambda _: source(packed(bytes(data), "p.h5"), lambda path: Hdf5(path=path))  # noqa: B023
         else:
             squeezed = rng.random() < 0.5
             data = flipped(tar(), rng)
@@ -221,14 +226,11 @@ def cases(kind: str, root: Path, rng: random.Random) -> Iterator[Callable[[Path]
 
 
 def source(path: Path, make: Callable[[Path], Hdf5 | WebDataset]) -> None:
-    allowed(lambda p: (make(p).size(), sum(1 for _ in make(p).records())), path)
+    allowed(lambda p: (sum(1 for _ in make(p).records()), make(p).size()), path)
 
 
 def pictures(root: Path) -> Path:
-    """HDF5 as a source of pictures and captions.
-
-    Of fixed lengths: on damaged heaps, which hold those of variable length, libhdf5 itself may never end.
-    """
+    """HDF5 as a source of pictures and captions of fixed lengths."""
     path = root / "pictures.h5"
     if not path.exists():
         with h5py.File(path, "w") as file:
@@ -236,6 +238,29 @@ def pictures(root: Path) -> Path:
             file.create_dataset("captions", data=np.array([f"Bild {row}" for row in range(40)], "S"))
             file.create_dataset("ids", data=np.array([f"{row}.png" for row in range(40)], "S"), chunks=(8,))
     return path
+
+
+def heaps(root: Path) -> Path:
+    """The same of variable lengths, which lie in heaps: on damaged ones libhdf5 may never end."""
+    path = root / "heaps.h5"
+    if not path.exists():
+        with h5py.File(path, "w") as file:
+            images = file.create_dataset("images", 40, h5py.vlen_dtype(np.uint8))
+            for row in range(40):
+                images[row] = np.arange(50 + row, dtype=np.uint8)
+            file["captions"] = [f"Bild {row} ü" for row in range(40)]
+    return path
+
+
+def heap_damaged(data: bytearray, rng: random.Random) -> bytearray:
+    """Numbers of a heap exchanged for such as lead astray."""
+    starts = [at for at in range(len(data)) if data[at : at + 4] == b"GCOL"]
+    at = rng.choice(starts) + 16 + 8 * rng.randrange(400)
+    for _ in range(rng.choice([1, 1, 3])):
+        number = rng.choice([0, 1, 16, 2**16, 2**31, 2**40, 2**63 - 1, 2**64 - 1, 2**64 - 8, 2**64 - 16])
+        data[at : at + 8] = number.to_bytes(8, "little")
+        at += 8
+    return data
 
 
 def tar() -> bytes:
@@ -254,6 +279,7 @@ def tar() -> bytes:
 
 
 def main(kind: str, number: int, seed: int) -> None:
+    apart.SECONDS = 5.0
     rng = random.Random(f"{kind} {seed}")
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:

@@ -142,10 +142,10 @@ def keys(tmp_path: Path) -> Path:
     return folder
 
 
-def test_private_texts_in_the_simulation(sites_config: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_private_patients_in_the_simulation(sites_config: Path, tmp_path: Path) -> None:  # noqa: F811
     """What private sites answer travels as it should, and every one of them has a ledger."""
     options = [
-        "federate.privacy={unit='text',clip=0.05,epsilon=4,secure=true}",
+        r"federate.privacy={unit='patient',patient='(\d)\.\w+$',clip=0.05,epsilon=4,secure=true}",
         f"ledger.path={tmp_path / 'ledger'}",
         f"build={tmp_path}",
     ]

@@ -1,4 +1,4 @@
-"""Runs in which clients, texts or images are private: what leaves a site, and what it is worth."""
+"""Runs in which clients, texts, images or patients are private: what leaves a site, and what it is worth."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from pipeline.prompts import tokenise_all
 
 TEXTS = ["federate.privacy.unit=text", "federate.privacy.clip=0.05", "federate.privacy.epsilon=4"]
 IMAGES = ["federate.privacy.unit=image", *TEXTS[1:]]
+PATIENTS = ["federate.privacy.unit=patient", r"federate.privacy.patient=(\d)\.\w+$", *TEXTS[1:]]
 CLIENTS = ["federate.privacy.clip=0.1", "federate.privacy.noise_multiplier=2.0"]
 
 
@@ -169,9 +170,9 @@ def test_texts_are_private_under_every_strategy(
     run(experiment)
 
 
-@pytest.mark.parametrize("unit", ["text", "image"])
-def test_private_runs_over_sites(private: Callable[..., Experiment], unit: str) -> None:
-    experiment = private(*TEXTS, f"federate.privacy.unit={unit}", "sites.join_timeout=1")
+@pytest.mark.parametrize("options", [TEXTS, IMAGES, PATIENTS], ids=["text", "image", "patient"])
+def test_private_runs_over_sites(private: Callable[..., Experiment], options: list[str]) -> None:
+    experiment = private(*options, "sites.join_timeout=1")
     run(experiment, over(FakeLink({n: Service(experiment, silo) for n, silo in enumerate(SILOS)})))
     assert [row["epsilon"] for row in whole_rows(experiment)] == pytest.approx([4] * 3)
 
@@ -214,12 +215,24 @@ NOISED = {"state", "gradient", "optimizer", "sent"}
         (CLIENTS, {"state"}),
         (TEXTS, {"state", "gradient"}),
         (IMAGES, {"state", "gradient"}),
+        (PATIENTS, {"state", "gradient"}),
         ([*TEXTS, "federate.optimizer.carry=true"], {"state", "gradient", "optimizer"}),
         ([*TEXTS, "federate.communication.payload=int8"], {"sent", "gradient"}),
         ([*TEXTS, "federate.privacy.secure=true"], set()),
+        ([*PATIENTS, "federate.privacy.secure=true"], set()),
         ([*CLIENTS, "federate.privacy.secure=true"], set()),
     ],
-    ids=["client", "text", "image", "carry", "int8", "text-secure", "client-secure"],
+    ids=[
+        "client",
+        "text",
+        "image",
+        "patient",
+        "carry",
+        "int8",
+        "text-secure",
+        "patient-secure",
+        "client-secure",
+    ],
 )
 def test_all_that_leaves_a_private_site(
     private: Callable[..., Experiment],
@@ -253,7 +266,7 @@ def test_all_that_leaves_a_private_site(
         if wrong:
             monkeypatch.setattr(Stream, "_tokens", lambda self, samples: texts(self, samples[::-1]))
             monkeypatch.setattr(
-                "federate.privacy.images.tokenise_all",
+                "federate.privacy.units.tokenise_all",
                 lambda given, *rest, **more: tokenise_all(given[::-1], *rest, **more),
             )
         described.append(asked(experiment, wants=ALL_WANTED))
@@ -276,7 +289,9 @@ def test_all_that_leaves_a_private_site(
     assert deviations
 
 
-@pytest.mark.parametrize("options", [TEXTS, IMAGES, CLIENTS], ids=["text", "image", "client"])
+@pytest.mark.parametrize(
+    "options", [TEXTS, IMAGES, PATIENTS, CLIENTS], ids=["text", "image", "patient", "client"]
+)
 def test_a_private_site_introduces_itself_by_public_numbers(
     private: Callable[..., Experiment], options: list[str]
 ) -> None:
@@ -313,7 +328,7 @@ def test_a_server_that_asks_for_more_than_the_plan_is_refused(private: Callable[
     assert not Ledger(experiment.ledger).releases(open_cache(experiment, "clinic").content)
 
 
-@pytest.mark.parametrize("options", [TEXTS, CLIENTS], ids=["text", "client"])
+@pytest.mark.parametrize("options", [TEXTS, PATIENTS, CLIENTS], ids=["text", "patient", "client"])
 def test_a_round_that_is_done_again_is_a_further_release(
     private: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
@@ -333,7 +348,7 @@ def test_a_round_that_is_done_again_is_a_further_release(
     run(experiment)
     told = [row["epsilon"] for row in whole_rows(experiment)]
     m = multiplier_of(4.0, 1e-5)
-    expected = [[m], [m] * 2, [m] * 2] if options is TEXTS else [[2.0] * n for n in (1, 3, 4)]
+    expected = [[m], [m] * 2, [m] * 2] if options is not CLIENTS else [[2.0] * n for n in (1, 3, 4)]
     assert told == pytest.approx([spent(each, 1e-5) for each in expected])
 
 
@@ -349,6 +364,37 @@ def test_a_site_keeps_its_budget_over_runs_and_restarts(private: Callable[..., E
     with pytest.raises(UserError, match=r"silo 'clinic': .* more than ledger\.epsilon = 6"):
         run(private(*budget, "run=d", "seed=7"))
     run(private(*TEXTS, "run=e"))
+
+
+def test_a_budget_is_for_one_kind_of_patients(private: Callable[..., Experiment]) -> None:
+    """What two patterns find may lie across each other, so that releases do not add up."""
+    run(private(*PATIENTS, "ledger.epsilon=9", "run=a"))
+    run(private(*PATIENTS, "ledger.epsilon=9", "run=b", "federate.privacy.most_texts=1"))
+    finer = private(*PATIENTS, "ledger.epsilon=9", "run=c", r"federate.privacy.patient=\d+\.\w+$")
+    with pytest.raises(UserError, match=r"releases by patient \(.d\).*and by patient .*which do not add up"):
+        run(finer)
+
+
+@pytest.mark.parametrize("change", [r"federate.privacy.patient=\d\.\w+$", "federate.privacy.most_texts=2"])
+def test_the_patient_is_part_of_what_sites_agree_to(private: Callable[..., Experiment], change: str) -> None:
+    ours, theirs = private(*PATIENTS), private(*PATIENTS, change)
+    services = {n: Service(theirs if n == 1 else ours, silo) for n, silo in enumerate(SILOS)}
+    with pytest.raises(UserError, match=f"{change.partition('=')[0]}: "):
+        run(private(*PATIENTS, "sites.join_timeout=1"), over(FakeLink(services)))
+
+
+def test_texts_that_patients_have_too_many_of_are_counted(
+    private: Callable[..., Experiment],
+) -> None:
+    experiment = private(*PATIENTS, "federate.privacy.most_texts=1")
+    run(experiment)
+    texts = json.loads((experiment.run_path / "manifest.json").read_text())["texts"]
+    for silo in SILOS:
+        cache = open_cache(experiment, silo)
+        rows = [cache.text_image[text] for text in cache.usable_texts("train")]
+        patients = {cache.ids[row][-5] for row in rows}
+        assert len(patients) < len(rows)
+        assert texts[silo] == {"samples": len(patients), "left_out": len(rows) - len(patients)}
 
 
 def test_one_command_refuses_in_one_line(private: Callable[..., Experiment], sites_config: Path) -> None:  # noqa: F811
@@ -402,7 +448,15 @@ def test_reports_draw_no_losses_of_private_runs(private: Callable[..., Experimen
         (["federate.privacy.epsilon=1.0"], "epsilon and unit need clip"),
         (["federate.privacy.unit=text"], "epsilon and unit need clip"),
         ([*TEXTS, "federate.privacy.noise_multiplier=1.0"], "say the same thing"),
-        (["federate.privacy.unit=patient"], "federate.privacy.unit = 'patient'"),
+        (["federate.privacy.unit=person"], "federate.privacy.unit = 'person'"),
+        ([*TEXTS, "federate.privacy.unit=patient"], "unit = 'patient' needs patient, a regular expression"),
+        ([*PATIENTS, "federate.privacy.patient=p("], "'p\\(' is no regular expression"),
+        ([*PATIENTS, r"federate.privacy.patient=(p)(\d)"], "has 2 groups; the patient is one group"),
+        ([*PATIENTS, r"federate.privacy.patient=p\d{8}"], "image 'scans/.*png': .* finds no patient in it"),
+        ([*PATIENTS, "federate.privacy.unit=text"], "patient and most_texts are for unit = 'patient'"),
+        ([*TEXTS, "federate.privacy.most_texts=4"], "patient and most_texts are for unit = 'patient'"),
+        ([*PATIENTS, "federate.strategy.name=pivotmerge"], "alignment of features and texts"),
+        ([*PATIENTS, "federate.rounds=12"], "patients do not fill its 12 rounds; lower federate.rounds"),
         ([*CLIENTS, "federate.strategy.name=fedcmp"], "looks at more than the mean update"),
         ([*CLIENTS, "federate.strategy.name=scaffold"], "looks at more than the mean update"),
         ([*CLIENTS, "federate.optimizer.carry=true"], "moments that clients carry on"),

@@ -186,4 +186,4 @@ def test_a_failing_disk_below_hdf5_stops_the_run(
 
     monkeypatch.setattr(hdf5.Hdf5, "_records", fail)
     with pytest.raises(UserError, match="mend that and rerun to go on"):
-        list(source.records())
+        list(source.records_here())

@@ -1,7 +1,8 @@
 """An HDF5 file: a dataset of pictures, and beside it captions or conversations of the same length.
 
 Only what lies in the file itself is read: links to other files, virtual datasets and external storage
-could name any file of this machine, so they are refused.
+could name any file of this machine, so they are refused. It is read in a process of its own, as damage can
+send libhdf5 into a crash or an endless loop.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from extract.shortage import shortage
 from extract.sources.base import SOURCES, Skipped, Source, stat_files, texts_of
+from pipeline.apart import apart
 from pipeline.errors import UserError, did_you_mean, one_line
 from pipeline.records import Record
 
@@ -49,6 +51,10 @@ class Hdf5(Source):
 
     def records(self) -> Iterator[Record | Skipped]:
         """Yield rows in order, a few of them in memory at a time."""
+        return apart(self.path, Hdf5.records_here, self)
+
+    def records_here(self) -> Iterator[Record | Skipped]:
+        """The same in this process, which a damaged file may crash or keep for ever."""
         with self._open() as file:
             images, others = self._datasets(file)
             seen: set[str] = set()
@@ -124,8 +130,12 @@ class Hdf5(Source):
 
     def size(self) -> int:
         """Number of rows."""
+        (rows,) = apart(self.path, Hdf5._rows, self)
+        return rows
+
+    def _rows(self) -> Iterator[int]:
         with self._open() as file:
-            return len(self._datasets(file)[0])
+            yield len(self._datasets(file)[0])
 
     def _open(self) -> Any:
         try:

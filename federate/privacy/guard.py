@@ -110,7 +110,7 @@ class Guard:
             turns = range(self._plan.turns()[job.client])
             self._partitions[job.client] = fingerprint([stream.content(turn) for turn in turns])
         partition = self._partitions[job.client]
-        return Release(self._run, job.round, options.unit, partition, job.turn, options.noise_multiplier)
+        return Release(self._run, job.round, options.protected, partition, job.turn, options.noise_multiplier)
 
     def _surely(self, job: Job) -> int:
         """Clients whose noise is on whatever the server sees of a client, whoever drops out."""

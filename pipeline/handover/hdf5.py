@@ -4,7 +4,9 @@
     manifest, files/…                   the cache's small files as they are, for `fedcmp cache unpack`
 
 Unpacking reads `manifest`, `files` and `features/patch` only, and refuses whatever could make the
-library read elsewhere: links, external storage, virtual datasets, filters.
+library read elsewhere: links, external storage, virtual datasets, filters. What is left lies in one piece, so
+all that libhdf5 is asked for is where: in a process of its own, as damage can send it into a crash or an
+endless loop. The bytes are then read as those of any file.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pipeline.apart import apart
 from pipeline.cache import FeatureCache
 from pipeline.cache.format import (
     CRC_BYTES,
@@ -80,47 +84,33 @@ def _require_plain_shard(cache: FeatureCache, shard: int) -> None:
         raise UserError(f"{cache.path}: another program wrote its shards in another order; pack it as a zip")
 
 
+class _Part(NamedTuple):
+    """Where a dataset lies in the file."""
+
+    offset: int
+    size: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
 def opened(path: Path) -> tuple[bytes, bytes | None, Callable[[str, Path, int, str], None]]:
     """Manifest, signature and files of a cache in HDF5.
 
     Raises:
         UserError: It is damaged, or takes data from elsewhere.
     """
-    import h5py
-
-    with _whole(path):
-        file = h5py.File(path, "r", locking=False)
-        return _parts(file, path)
-
-
-def _parts(file: Any, path: Path) -> tuple[bytes, bytes | None, Callable[[str, Path, int, str], None]]:
-    data = _bytes(_dataset(file, "manifest", path), MANIFEST_LIMIT, path)
+    (parts,) = apart(path, _parts, path)
+    data = _read(path, parts["manifest"])
     manifest = checked_manifest(data, f"{path}: manifest")
-    signature = (
-        _bytes(_dataset(file, "signature", path), SIGNATURE_LIMIT, path) if "signature" in file else None
-    )
-    features = _dataset(file, PATCHES, path)
-    shape = (manifest["images"], manifest["patches"], manifest["d_vision"])
-    if features.shape != shape or features.dtype != manifest["storage_dtype"]:
-        raise UserError(
-            f"{path}: its features are {features.dtype} {features.shape}, where its manifest says "
-            f"{manifest['storage_dtype']} {shape}; do not use it"
-        )
-
-    def images(shard: int) -> Iterator[np.ndarray]:
-        start = shard * manifest["shard_images"]
-        end = min(start + manifest["shard_images"], manifest["images"])
-        for first in range(start, end, _IMAGES_AT_ONCE):
-            yield from features[first : min(first + _IMAGES_AT_ONCE, end)]
+    signature = _read(path, parts["signature"]) if "signature" in parts else None
 
     def restore(name: str, target: Path, size: int, digest: str) -> None:
         if name.startswith(f"{PATCHES}/c/"):
-            shard = int(name.split("/")[3])
-            with _whole(path):
-                found = stream_shard(target, images(shard), manifest["shard_images"])
+            first = int(name.split("/")[3]) * manifest["shard_images"]
+            images = _images(path, parts[PATCHES], first, manifest["shard_images"])
+            found = stream_shard(target, images, manifest["shard_images"])
         else:
-            with _whole(path):
-                content = _bytes(_dataset(file, f"files/{name}", path), size, path)
+            content = _read(path, parts[f"files/{name}"])
             write_atomic(target, content)
             found = hashlib.sha256(content).hexdigest()
         if found != digest:
@@ -129,9 +119,51 @@ def _parts(file: Any, path: Path) -> tuple[bytes, bytes | None, Callable[[str, P
     return data, signature, restore
 
 
+def _read(path: Path, part: _Part) -> bytes:
+    with path.open("rb") as file:
+        file.seek(part.offset)
+        data = file.read(part.size)
+    if len(data) != part.size:
+        raise UserError(f"{path}: it ends within what it should hold; have it sent again")
+    return data
+
+
+def _images(path: Path, part: _Part, first: int, number: int) -> Iterator[np.ndarray]:
+    """Features of images, `(patches, d_vision)` each."""
+    images, *shape = part.shape
+    end, size = min(first + number, images), prod(shape) * np.dtype(part.dtype).itemsize
+    for start in range(first, end, _IMAGES_AT_ONCE):
+        some = min(_IMAGES_AT_ONCE, end - start)
+        data = _read(path, part._replace(offset=part.offset + start * size, size=some * size))
+        yield from np.frombuffer(data, part.dtype).reshape(some, *shape)
+
+
+def _parts(path: Path) -> Iterator[dict[str, _Part]]:
+    """Where everything lies that a cache is made of, by name."""
+    import h5py
+
+    with _whole(path), h5py.File(path, "r", locking=False) as file:
+        found = {"manifest": _bytes(_dataset(file, "manifest", path), MANIFEST_LIMIT, path)}
+        manifest = checked_manifest(_read(path, found["manifest"]), f"{path}: manifest")
+        if "signature" in file:
+            found["signature"] = _bytes(_dataset(file, "signature", path), SIGNATURE_LIMIT, path)
+        features = _dataset(file, PATCHES, path)
+        shape = (manifest["images"], manifest["patches"], manifest["d_vision"])
+        if features.shape != shape or features.dtype != manifest["storage_dtype"]:
+            raise UserError(
+                f"{path}: its features are {features.dtype} {features.shape}, where its manifest says "
+                f"{manifest['storage_dtype']} {shape}; do not use it"
+            )
+        found[PATCHES] = _part(features, path)
+        for name, (size, _) in manifest["files"].items():
+            if not name.startswith(f"{PATCHES}/c/"):
+                found[f"files/{name}"] = _bytes(_dataset(file, f"files/{name}", path), size, path)
+        yield found
+
+
 @contextmanager
 def _whole(path: Path) -> Iterator[None]:
-    """Damage in one line, whatever h5py makes of it; a disk that is full is none."""
+    """Damage in one line, whatever h5py makes of it; a disk that fails is none."""
     try:
         yield
     except (UserError, MemoryError):
@@ -165,7 +197,14 @@ def _dataset(file: Any, name: str, path: Path) -> Any:
     return found
 
 
-def _bytes(dataset: Any, limit: int, path: Path) -> bytes:
+def _bytes(dataset: Any, limit: int, path: Path) -> _Part:
     if dataset.dtype != np.uint8 or dataset.ndim != 1 or dataset.size > limit:
         raise UserError(f"{path}: '{dataset.name}' is no list of at most {limit} bytes; do not use it")
-    return bytes(dataset[:].tobytes())
+    return _part(dataset, path)
+
+
+def _part(dataset: Any, path: Path) -> _Part:
+    offset, size = dataset.id.get_offset() or 0, dataset.nbytes
+    if offset + size > path.stat().st_size:
+        raise UserError(f"{path}: '{dataset.name}' ends beyond the file; have it sent again")
+    return _Part(offset, size, dataset.shape, dataset.dtype.str)
