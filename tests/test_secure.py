@@ -26,7 +26,7 @@ from federate.secure.ledger import Ledger
 from federate.secure.masks import KeyPair, add_mask, seal, unseal
 from federate.secure.party import Party
 from federate.secure.signing import Signing
-from federate.secure.summation import secure_sum
+from federate.secure.summation import secure_sum, threshold_of
 from federate.strategies.base import STRATEGIES, Memory, State, Strategy, Update
 from pipeline.config import Component
 from pipeline.errors import DroppedOutError, SpoiledError, UserError
@@ -156,6 +156,27 @@ def test_clients_refuse_what_would_reveal_one_of_them() -> None:
     for again in ("share", "mask", "unmask"):
         with pytest.raises(ValueError, match="expects"):
             clients.parties["a"].step({"step": again})
+
+
+@pytest.mark.parametrize(
+    ("component", "clients", "share", "needed"),
+    [
+        ({"name": "fedavg"}, 4, 0.5, 3),
+        ({"name": "fedavg"}, 3, 0.1, 3),
+        ({"name": "fedavg"}, 6, 0.5, 4),
+        ({"name": "fedavg"}, 6, 0.67, 5),
+        ({"name": "fedcmp", "reliability": "none"}, 5, 0.1, 3),
+        ({"name": "fedcmp"}, 5, 0.1, 4),
+        ({"name": "fedcmp"}, 4, 0.1, 4),
+        ({"name": "fedcmp"}, 100, 0.5, 51),
+    ],
+)
+def test_three_stay_to_the_end_and_one_more_for_a_second_sum(
+    component: dict[str, Any], clients: int, share: float, needed: int
+) -> None:
+    """Every further sum of the same updates is an equation in them."""
+    strategy: Strategy = STRATEGIES.build(Component(**component), "strategy")
+    assert threshold_of(clients, share, strategy.releases()) == needed
 
 
 @pytest.mark.parametrize(
