@@ -25,7 +25,7 @@ class DroppedOutError(UserError):
 
 
 class SpoiledError(UserError):
-    """A secure sum is not what its clients added; who spoiled it cannot be seen."""
+    """A secure sum is not what its clients added, and who spoiled it cannot be seen."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

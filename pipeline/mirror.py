@@ -1,4 +1,7 @@
-"""Feature caches behind a URL: sent file by file with the manifest last, fetched and verified."""
+"""Feature caches behind a URL: sent file by file with the manifest last, fetched and verified.
+
+A signature travels with its manifest, and alone where the manifest is there already.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 from pipeline.console import progress, say
 from pipeline.errors import UserError
+from pipeline.handover.signature import SIGNATURE, SIGNATURE_LIMIT, claim_of, misfit
 from pipeline.manifest import locked, read_json, replace_directory, sha256_file, write_atomic, write_json
 from pipeline.store import Remote
 
@@ -40,13 +44,21 @@ def pull(remote: Remote, path: Path) -> bool:
         UserError: A file is not what the manifest says.
     """
     data = _manifest_bytes(remote)
-    if data is None or _is_copy(path, data, manifest := _parsed(remote, data)):
+    if data is None:
         return False
+    signature = _signature(remote, data)
+    if _is_copy(path, data, manifest := _parsed(remote, data)):
+        if signature is None or not _is_newer(signature, _signature(path, data)):
+            return False
+        with locked(_lock(path), str(path), wait=True):
+            write_atomic(path / SIGNATURE, signature)
+        say(f"{path.stem}: fetched its signature from {remote}")
+        return True
     if _sent(path).exists() and (path / "manifest.json").is_file():
         raise UserError(
             f"{path}: not yet sent to {remote}, where another cache is; run 'fedcmp extract' again"
         )
-    with locked(path.with_name(f".{path.name}.mirror.lock"), str(path), wait=True):
+    with locked(_lock(path), str(path), wait=True):
         if _is_copy(path, data, manifest):
             return False
         incoming = path.with_name(path.name + ".incoming")
@@ -60,6 +72,8 @@ def pull(remote: Remote, path: Path) -> bool:
                     raise UserError(f"{remote / name}: missing or not {size} bytes long; have it sent again")
                 _fetch(remote / name, incoming / name, size, digest)
                 task.advance()
+        if signature is not None:
+            write_atomic(incoming / SIGNATURE, signature)
         write_atomic(incoming / "manifest.json", data)
         replace_directory(incoming, path)
     say(f"{path.stem}: fetched {len(files)} files from {remote}, every checksum right")
@@ -76,14 +90,16 @@ def push(path: Path, remote: Remote) -> bool:
     """
     to_be_sent(path)
     data, progress_file = (path / "manifest.json").read_bytes(), _sent(path)
-    if _manifest_bytes(remote) == data:
-        progress_file.unlink(missing_ok=True)
-        return False
+    signature = _signature(path, data)
     files = _parsed(path, data)["files"]
-    with locked(path.with_name(f".{path.name}.mirror.lock"), str(path), wait=True):
+    with locked(_lock(path), str(path), wait=True):
         if _manifest_bytes(remote) == data:
             progress_file.unlink(missing_ok=True)
-            return False
+            if signature is None or not _is_newer(signature, _signature(remote, data)):
+                return False
+            (remote / SIGNATURE).send(path / SIGNATURE)
+            say(f"{path.stem}: sent its signature to {remote}")
+            return True
         (remote / "manifest.json").delete()
         there = remote.listing()
         sent = read_json(progress_file) or {}
@@ -97,6 +113,8 @@ def push(path: Path, remote: Remote) -> bool:
                 task.advance()
         for name in there.keys() - files.keys():
             (remote / name).delete()
+        if signature is not None:
+            (remote / SIGNATURE).send(path / SIGNATURE)
         (remote / "manifest.json").send(path / "manifest.json")
         progress_file.unlink(missing_ok=True)
     say(f"{path.stem}: sent {len(files)} files to {remote}")
@@ -112,6 +130,30 @@ def to_be_sent(path: Path) -> None:
 def _sent(path: Path) -> Path:
     """What has been sent so far."""
     return path.with_name(f".{path.name}.sent.json")
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.mirror.lock")
+
+
+def _signature(place: Remote | Path, manifest: bytes) -> bytes | None:
+    """The signature that lies there and fits a manifest; one that does not is said, and goes nowhere."""
+    file = place / SIGNATURE
+    try:
+        with file.open() if isinstance(file, Remote) else file.open("rb") as stream:
+            signature = stream.read(SIGNATURE_LIMIT + 1)
+    except FileNotFoundError:
+        return None
+    why = misfit(manifest, signature)
+    if why is None:
+        return signature
+    say(f"{place}: {why}, and is not taken along; have the cache signed again, or remove {SIGNATURE} there")
+    return None
+
+
+def _is_newer(one: bytes, other: bytes | None) -> bool:
+    first, second = claim_of(one), claim_of(other)
+    return first is not None and (second is None or first.time > second.time)
 
 
 def _manifest_bytes(remote: Remote) -> bytes | None:

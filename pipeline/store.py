@@ -126,9 +126,11 @@ class Remote:
     def _reached(self) -> Iterator[tuple[Any, str]]:
         from fsspec.core import url_to_fs
 
+        # Elsewhere folders need not be made.
+        local = {"auto_mkdir": True} if self.url.startswith(("file://", "local://")) else {}
         try:
             # Listings are read afresh: a rerun in the same process must see what changed.
-            yield url_to_fs(self.url, use_listings_cache=False)
+            yield url_to_fs(self.url, use_listings_cache=False, **local)
         except (FileNotFoundError, UserError):
             raise
         except ImportError as error:

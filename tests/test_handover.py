@@ -22,6 +22,7 @@ from pipeline.cli import main
 from pipeline.errors import UserError
 from pipeline.handover.change import merge, replace_texts, subset
 from pipeline.handover.pack import pack
+from pipeline.handover.signature import sign
 from pipeline.handover.unpack import unpack
 from pipeline.handover.verify import verify
 
@@ -115,6 +116,73 @@ def test_signatures(tmp_path: Path, path: Path, key: Path, form: dict[str, bool]
     with pytest.raises(UserError, match=r"not signed by the owner of .*me\.pub; do not use it"):
         unpack(tmp_path / "forged", tmp_path / "b.zarr", trust=trusted)
     assert not (tmp_path / "b.zarr").exists()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_signature_goes_on_with_the_cache(
+    tmp_path: Path, path: Path, key: Path, form: dict[str, bool]
+) -> None:
+    """Who packs again what another signed has not to sign it, and need not have the key."""
+    trusted = key.with_suffix(".pub")
+    first = unpack(pack(path, tmp_path / "signed", key=key).path, tmp_path / "in" / "s.zarr", trust=trusted)
+    again = pack(first.path, tmp_path / "again", **form)
+    assert (again.signed, again.left_out) == (True, None)
+    there = unpack(tmp_path / "again", tmp_path / "there" / "s.zarr", trust=trusted).path
+    assert digest(there) == digest(first.path)
+    said = CliRunner().invoke(main, ["cache", "pack", str(there), "--out", str(tmp_path / "third.zip")])
+    assert "MB, signed as it came" in said.output
+
+
+def spoiled_signatures(path: Path, key: Path) -> dict[str, bytes]:
+    """Signatures that do not fit, by what is said of them."""
+    made = json.loads(sign((path / "manifest.json").read_bytes(), key, "s"))
+    other = json.loads(sign(b"another manifest", key, "s"))
+
+    def written(value: object) -> bytes:
+        return json.dumps(value).encode()
+
+    return {
+        "its signature does not fit its manifest": written(other),
+        "its signature does not fit its manifest#key": written(made | {"key": "00" * 32}),
+        "its signature does not fit its manifest#length": written(made | {"key": "00"}),
+        "its signature does not fit its manifest#silo": written(made | {"silo": "t"}),
+        "its signature cannot be read": b"nonsense",
+        "its signature cannot be read#long": written(made | {"more": "x" * 1024}),
+        "its signature is of an earlier version": written({k: v for k, v in made.items() if k != "key"}),
+        "its signature is of an earlier version#key": written(made | {"key": 1}),
+    }
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_signature_that_does_not_fit_goes_nowhere_and_that_is_said(
+    tmp_path: Path, path: Path, key: Path, number: int
+) -> None:
+    why, signature = list(spoiled_signatures(path, key).items())[number]
+    (path / "manifest.sig").write_bytes(signature)
+    words = ["cache", "pack", str(path), "--out", str(tmp_path / "p.zip")]
+    said = CliRunner().invoke(main, words)
+    if why.endswith("#long"):
+        assert (said.exit_code, "longer than 1024 bytes; do not use" in said.output) == (2, True)
+        return
+    assert said.exit_code == 0, said.output
+    assert "MB, not signed" in said.output
+    told = " ".join(said.output.split())
+    assert f"The cache came signed, and goes without: {why.partition('#')[0]}" in told
+    assert not unpack(tmp_path / "p.zip", tmp_path / "in" / "s.zarr").signed
+    as_json = CliRunner().invoke(main, [*words, "--json", "--overwrite"])
+    assert json.loads(as_json.output)["signature_left_out"].startswith(why.partition("#")[0])
+    signed = pack(path, tmp_path / "signed.zip", key=key)
+    assert (signed.signed, signed.left_out) == (True, None)
+    assert unpack(signed.path, tmp_path / "in2" / "s.zarr", trust=key.with_suffix(".pub")).signed
+
+
+def test_without_its_texts_a_cache_has_another_manifest_and_no_signature(
+    tmp_path: Path, path: Path, key: Path
+) -> None:
+    first = unpack(pack(path, tmp_path / "signed", key=key).path, tmp_path / "in" / "s.zarr")
+    packed = pack(first.path, tmp_path / "bare", texts=False)
+    assert (packed.signed, packed.left_out) == (False, "its signature is of it with its texts")
+    assert not unpack(packed.path, tmp_path / "there" / "s.zarr").signed
 
 
 @pytest.mark.parametrize(

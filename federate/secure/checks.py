@@ -1,7 +1,7 @@
 """Whether a sum is what its clients added: numbers at its end that hold for every vector, and so for sums.
 
-Masks that do not cancel, as between clients that were told different things, or a bit that fell over on the
-way, leave numbers of any size that look like an update.
+Masks that do not cancel leave numbers of any size that look like an update. Who was told something else, or
+whose numbers changed on the way, is found before (`replies.unspoiled`); who miscalculates or lies is not.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ def opened(total: np.ndarray, what: bytes, clients: int) -> np.ndarray:
     numbers, count, sums = total[:-_MORE], int(total[-_MORE]), total[1 - _MORE :]
     if count != clients or not np.array_equal(sums, _sums(numbers, what)):
         raise SpoiledError(
-            f"the secure sum over {clients} clients does not add up: masks that do not cancel, or numbers "
-            "that were changed on the way; nothing of it is used, run this again"
+            f"the secure sum over {clients} clients does not add up, though all were told the same and "
+            "nothing changed on the way: one of them miscalculated or lies, and a sum does not say which; "
+            "nothing of it is used, run this again"
         )
     return numbers
 

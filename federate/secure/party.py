@@ -17,11 +17,17 @@ from federate.plan import LEAST
 from federate.secure.checks import sealed_up
 from federate.secure.masks import KeyPair, add_mask, add_pair_masks, derive, seal, unseal
 from federate.secure.numbers import SECRET_BYTES, encode, split
+from federate.secure.replies import digest_of
 from federate.secure.signing import Signing
 from pipeline.manifest import fingerprint
 
 Contribute = Callable[[dict[str, Any]], np.ndarray]
 Release = Callable[[dict[str, Any], list[str]], None]
+
+
+def invited(roster: dict[str, Any], threshold: int) -> str:
+    """Hash of who takes part, with which keys, and how many have to stay."""
+    return fingerprint([roster, threshold])
 
 
 def context(roster: dict[str, Any], sharers: list[str], threshold: int, request: dict[str, Any]) -> bytes:
@@ -103,11 +109,13 @@ class Party:
         seeds = split(self._seed, len(names), self._threshold)
         keys = split(self._mask.private, len(names), self._threshold)
         self._inbox[self._name] = [seeds[names.index(self._name)], keys[names.index(self._name)]]
-        return {
+        sealed = {
             other: seal(self._sealing(other), json.dumps([seed, key]).encode(), self._way(other)).hex()
             for other, seed, key in zip(names, seeds, keys, strict=True)
             if other != self._name
         }
+        told = invited(self._roster, self._threshold)
+        return {"sealed": sealed, "sha256": fingerprint(sealed), "told": told}
 
     def _way(self, to: str, sender: str | None = None) -> bytes:
         """From whom to whom among whom: a share that is sent back, or into another sum, does not open."""
@@ -120,8 +128,11 @@ class Party:
     def _masked(self, request: dict[str, Any]) -> dict[str, Any]:
         """The contribution under the own mask and one with everybody who shared."""
         for other, sealed in request["inbox"].items():
-            way = self._way(self._name, other)
-            self._inbox[other] = json.loads(unseal(self._sealing(other), bytes.fromhex(sealed), way))
+            try:
+                opened = unseal(self._sealing(other), bytes.fromhex(sealed), self._way(self._name, other))
+            except ValueError as error:
+                raise ValueError(f"client '{self._name}': of client '{other}' {error}") from None
+            self._inbox[other] = json.loads(opened)
         sharers = sorted(self._inbox)
         if len(sharers) < max(self._threshold, LEAST):
             raise ValueError(f"client '{self._name}' refuses a sum of {len(sharers)} clients")
@@ -136,7 +147,8 @@ class Party:
             other: bytes.fromhex(self._roster[other]["mask"]) for other in sharers if other != self._name
         }
         add_pair_masks(total, self._mask, self._name, others, what)
-        return {"masked": torch.from_numpy(total.view(np.int64))}
+        masked = torch.from_numpy(total.view(np.int64))
+        return {"masked": masked, "sha256": digest_of(masked), "told": what.decode()}
 
     def _agree_on(self, request: dict[str, Any]) -> dict[str, Any]:
         """A signature that these are in the sum, and nobody else."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -40,9 +41,13 @@ def sound(
         elif step == "agree on":
             good = answer.keys() == {"signature"} and _signature(answer, True)
         elif step == "share":
-            good = _texts(answer, set(request["roster"]) - {client}, _SEALED)
+            rest = {name: each for name, each in answer.items() if name != "sealed"}
+            sealed = answer.get("sealed")
+            good = isinstance(sealed, dict) and _texts(sealed, set(request["roster"]) - {client}, _SEALED)
+            good = good and _texts(rest, {"sha256", "told"}, _KEY)
         elif step == "mask":
-            good = answer.keys() == {"masked"} and _length(answer["masked"]) == lengths > 0
+            rest = {name: each for name, each in answer.items() if name != "masked"}
+            good = _length(answer.get("masked")) == lengths > 0 and _texts(rest, {"sha256", "told"}, _KEY)
         else:
             good = answer.keys() == {"seeds", "keys"} and all(
                 isinstance(answer[part], dict) and _texts(answer[part], set(request[who]), _SHARE)
@@ -53,6 +58,41 @@ def sound(
         else:
             say(f"{client} dropped out of the secure sum: its answer to '{step}' is none")
     return kept
+
+
+def unspoiled(answers: Answers, told: str, part: str, digest: Callable[[Any], str]) -> Answers:
+    """The answers that came as they were sent, of clients that were told what the server has.
+
+    Whoever else is named and left out, as nothing of the sum could be used with it. The hashes say nothing
+    new: the server knows what it told and what came.
+
+    Args:
+        answers: By client, with two hashes: `told`, of what it was told, and `sha256`, of what it sent.
+        told: Hash of what all were told.
+        part: What of an answer was hashed.
+        digest: Its hash.
+    """
+    kept: Answers = {}
+    for client, answer in answers.items():
+        came = digest(answer[part])
+        if (answer["told"], answer["sha256"]) == (told, came):
+            kept[client] = answer
+            continue
+        wrong, there, here = (
+            ("it was told something else than the server has", answer["told"], told)
+            if answer["told"] != told
+            else ("what it sent did not come as it was", answer["sha256"], came)
+        )
+        say(
+            f"{client} dropped out of the secure sum: {wrong} (SHA-256 {there[:16]} there, {here[:16]} "
+            "here); a bit fell over at one of the two machines or between them"
+        )
+    return kept
+
+
+def digest_of(masked: Tensor) -> str:
+    """SHA-256 (hex) of numbers."""
+    return sha256(masked.contiguous().numpy().data).hexdigest()
 
 
 def _texts(answer: Mapping[str, Any], names: Collection[str], form: re.Pattern[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from federate.plan import LEAST
 from federate.secure.checks import opened
 from federate.secure.masks import KeyPair, add_mask, add_pair_masks, derive
 from federate.secure.numbers import decode, recover
-from federate.secure.party import context
-from federate.secure.replies import sound
+from federate.secure.party import context, invited
+from federate.secure.replies import Answers, digest_of, sound, unspoiled
+from pipeline.console import say
 from pipeline.errors import DroppedOutError, SpoiledError
+from pipeline.manifest import fingerprint
 
 Exchange = Callable[[Mapping[str, dict[str, Any]]], dict[str, dict[str, Any]]]
 
@@ -48,26 +51,37 @@ def secure_sum(
         SpoiledError: What came is not the sum of what they contributed.
     """
 
-    def ask(step: str, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        answers = sound(step, exchange({c: {"step": step} | each for c, each in requests.items()}), requests)
+    def ask(
+        step: str,
+        requests: Mapping[str, dict[str, Any]],
+        whole: Callable[[Answers], Answers] = lambda answers: answers,
+    ) -> Answers:
+        answers = exchange({client: {"step": step} | each for client, each in requests.items()})
+        answers = whole(sound(step, answers, requests))
         if len(answers) < threshold:
             raise DroppedOutError(
                 f"a secure sum needs {threshold} of {len(clients)} clients, and {len(answers)} answered "
-                f"'{step}' ({', '.join(sorted(answers)) or 'none'}); run this again when the others are back"
+                f"'{step}' ({', '.join(sorted(answers)) or 'none'}); see above what stopped the others, then "
+                "run this again"
             )
         return answers
 
     roster = ask("advertise", {client: {} for client in clients})
-    sealed = ask("share", {client: {"roster": roster, "threshold": threshold} for client in roster})
+    sealed = ask(
+        "share",
+        {client: {"roster": roster, "threshold": threshold} for client in roster},
+        lambda answers: unspoiled(answers, invited(roster, threshold), "sealed", fingerprint),
+    )
     sharers = sorted(sealed)
     inboxes = {
         client: {
-            "inbox": {other: sealed[other][client] for other in sharers if other != client},
+            "inbox": {other: sealed[other]["sealed"][client] for other in sharers if other != client},
             "request": request,
         }
         for client in sharers
     }
-    masked = ask("mask", inboxes)
+    what = context(roster, sharers, threshold, request)
+    masked = ask("mask", inboxes, lambda answers: unspoiled(answers, what.decode(), "masked", digest_of))
     survivors = sorted(masked)
     dropped = sorted(set(sharers) - set(survivors))
     ending: dict[str, Any] = {"survivors": survivors, "dropped": dropped}
@@ -80,33 +94,52 @@ def secure_sum(
     total = np.zeros(len(masked[survivors[0]]["masked"]), np.uint64)
     for client in survivors:
         total += masked[client]["masked"].numpy().view(np.uint64)
-    what = context(roster, sharers, threshold, request)
     # Places are those of the roster, which is what clients split their secrets by.
     place = {client: number for number, client in enumerate(sorted(roster))}
+
+    def secret(client: str, part: str, advertised: Callable[[bytes], str]) -> bytes:
+        """A client's seed or mask key, which is what it advertised."""
+
+        def fits(found: bytes) -> bool:
+            return advertised(found) == roster[client][part]
+
+        kind = "seeds" if part == "seed" else "keys"
+        return _recovered(
+            client, {h: each[kind][client] for h, each in shares.items()}, place, threshold, fits
+        )
+
     for client in survivors:
-        seed = _recovered(client, {place[holder]: each["seeds"][client] for holder, each in shares.items()})
-        if derive(seed, b"commitment").hex() != roster[client]["seed"]:
-            raise _unfitting(client)
+        seed = secret(client, "seed", lambda found: derive(found, b"commitment").hex())
         add_mask(total, derive(seed, b"self\0" + what), -1)
     mask_keys = {client: bytes.fromhex(roster[client]["mask"]) for client in survivors}
     for client in dropped:
-        key = _recovered(client, {place[holder]: each["keys"][client] for holder, each in shares.items()})
-        if KeyPair(key).public.hex() != roster[client]["mask"]:
-            raise _unfitting(client)
+        key = secret(client, "mask", lambda found: KeyPair(found).public.hex())
         # What the survivors' masks with this client add up to is the opposite of what its own would be.
         add_pair_masks(total, KeyPair(key), client, mask_keys, what)
     return decode(opened(total, what, len(survivors))), survivors
 
 
-def _recovered(client: str, shares: Mapping[int, str]) -> bytes:
-    try:
-        return recover({place: int(share) for place, share in shares.items()})
-    except ValueError:
-        raise _unfitting(client) from None
-
-
-def _unfitting(client: str) -> SpoiledError:
-    return SpoiledError(
-        f"the shares of the secret of client '{client}' do not give what it advertised: it dealt out "
-        "wrong ones, or one of the others changed its own; nothing of the sum is used, run this again"
+def _recovered(
+    client: str,
+    shares: Mapping[str, str],
+    place: Mapping[str, int],
+    threshold: int,
+    fits: Callable[[bytes], bool],
+) -> bytes:
+    """A client's secret out of its shares, one of which may be wrong where there are more than it takes."""
+    for without in (None, *shares):
+        left = {place[holder]: int(share) for holder, share in shares.items() if holder != without}
+        if len(left) < threshold:
+            break
+        with suppress(ValueError):
+            if fits(secret := recover(left)):
+                if without is not None:
+                    say(
+                        f"the share of the secret of {client} that {without} gave is wrong: {client} dealt "
+                        f"out a wrong one, or {without} changed it; the others give what {client} advertised"
+                    )
+                return secret
+    raise SpoiledError(
+        f"the shares of the secret of client '{client}' do not give what it advertised: it dealt out wrong "
+        f"ones, or {', '.join(shares)} changed theirs; nothing of the sum is used, run this again"
     )

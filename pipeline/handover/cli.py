@@ -219,10 +219,14 @@ def pack(
                 "bytes": packed.size,
                 "manifest_sha256": packed.manifest,
                 "signed": packed.signed,
+                "signature_left_out": packed.left_out,
             }
         )
         return
-    say(f"{out}: {packed.size / 1e6:,.1f} MB, {'signed' if packed.signed else 'not signed'}")
+    signed = "not signed" if not packed.signed else "signed" if key else "signed as it came"
+    say(f"{out}: {packed.size / 1e6:,.1f} MB, {signed}")
+    if packed.left_out is not None:
+        say(f"The cache came signed, and goes without: {packed.left_out}; sign it with --sign.")
     say(f"Manifest's SHA-256, to compare on the phone: {_spoken(packed.manifest)}")
     texts = f", {packed.texts:,} texts" if packed.texts else ""
     say(

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.cache import CorruptCacheError, FeatureCache
+from pipeline.cache.files import Folder
 from pipeline.cache.format import rendered
 from pipeline.cache.turns import try_lock
 from pipeline.console import Task, progress
 from pipeline.errors import UserError
 from pipeline.handover.change import with_texts
-from pipeline.handover.signature import SIGNATURE, sign
+from pipeline.handover.signature import SIGNATURE, SIGNATURE_LIMIT, misfit, sign
 from pipeline.manifest import sync_directory
 
 BLOCK = 1 << 20
@@ -28,12 +29,19 @@ _TIME = (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Packed:
-    """What was written; `manifest` is the SHA-256 to read out on the phone."""
+    """What was written.
+
+    Attributes:
+        manifest: The SHA-256 to read out on the phone.
+        signed: With the key that was given, or the one that the cache came with.
+        left_out: Why the signature that the cache came with is not in it, None where it is or there was none.
+    """
 
     path: Path
     size: int
     manifest: str
     signed: bool
+    left_out: str | None
     texts: int
 
 
@@ -61,7 +69,9 @@ def pack(
     silo: str | None = None,
     overwrite: bool = False,
 ) -> Packed:
-    """Pack a cache; equal caches and options give equal bytes, but for a signature, which has a time.
+    """Pack a cache; equal caches and options give equal bytes, but for a new signature, which has a time.
+
+    The signature that a cache came with goes with it, where it fits what is packed.
 
     Args:
         path: The cache's folder.
@@ -69,7 +79,7 @@ def pack(
         hdf5: Write HDF5 instead of a zip.
         zstd: Compress every file in the zip; it must be unpacked to be read.
         texts: Put the texts in, too.
-        key: Sign the manifest with this private key.
+        key: Sign the manifest with this private key, whoever signed it before.
         silo: As this silo's; by default the folder's name.
         overwrite: Replace what is at `out`.
 
@@ -94,9 +104,12 @@ def pack(
             manifest = with_texts(cache, Path(folder), [()] * cache.images, {"texts_left_out": True})
             changed = {name for name in manifest["files"] if name.startswith("texts/")}
         data = (path / "manifest.json").read_bytes() if texts else rendered(manifest)
-        signature = None
+        signature, left_out = _came_with(path, data)
+        if left_out is not None and not texts:
+            left_out = "its signature is of it with its texts"
         if key is not None:
             signature = sign(data, key, silo or path.resolve().name.removesuffix(".zarr"))
+            left_out = None
         files = {
             name: (Path(folder) / name if name in changed else path / name, size, digest)
             for name, (size, digest) in manifest["files"].items()
@@ -111,8 +124,23 @@ def pack(
             else:
                 _write_zip(temporary, content, task, zstd=zstd)
     return Packed(
-        out, out.stat().st_size, hashlib.sha256(data).hexdigest(), signature is not None, manifest["texts"]
+        out,
+        out.stat().st_size,
+        hashlib.sha256(data).hexdigest(),
+        signature is not None,
+        left_out,
+        manifest["texts"],
     )
+
+
+def _came_with(path: Path, manifest: bytes) -> tuple[bytes | None, str | None]:
+    """The signature that lies in a cache's folder, or why it cannot go with it."""
+    files = Folder(path)
+    if files.size(SIGNATURE) is None:
+        return None, None
+    signature = files.read(SIGNATURE, SIGNATURE_LIMIT)
+    left_out = misfit(manifest, signature)
+    return (signature if left_out is None else None), left_out
 
 
 @contextmanager

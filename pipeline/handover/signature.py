@@ -67,13 +67,41 @@ def sign(manifest: bytes, key: Path, silo: str) -> bytes:
     if not _SILO.fullmatch(silo):
         raise UserError(f"--silo {silo}: expected a plain name such as berlin")
     claim = Claim(silo, datetime.now(UTC).strftime(_TIME))
-    signature = _private(key).sign(_message(manifest, claim))
-    return canonical({"format": _FORMAT, **claim.plain(), "ed25519": signature.hex()}) + b"\n"
+    private = _private(key)
+    made = {
+        "key": private.public_key().public_bytes_raw(),
+        "ed25519": private.sign(_message(manifest, claim)),
+    }
+    written = {name: each.hex() for name, each in made.items()}
+    return canonical({"format": _FORMAT, **claim.plain(), **written}) + b"\n"
 
 
 def claim_of(signature: bytes | None) -> Claim | None:
     """What a signature says, which nobody has checked; None where there is none, or of an earlier version."""
     return _parsed(signature)[0] if signature is not None else None
+
+
+def misfit(manifest: bytes, signature: bytes) -> str | None:
+    """Why a signature cannot be passed on with a manifest, None where it can.
+
+    It is checked with the key that it names itself. Whose key that is only `require_trusted` says.
+    """
+    claim, data = _parsed(signature) if len(signature) <= SIGNATURE_LIMIT else (None, b"")
+    if claim is None:
+        return "its signature cannot be read"
+    key = _named_key(signature)
+    if key is None:
+        return "its signature is of an earlier version, which names no key to check it with"
+    try:
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    except ImportError:
+        return "its signature cannot be checked without cryptography (pip install 'fedcmp[handover]')"
+    try:
+        Ed25519PublicKey.from_public_bytes(key).verify(data, _message(manifest, claim))
+    except (InvalidSignature, ValueError):
+        return "its signature does not fit its manifest"
+    return None
 
 
 def require_trusted(manifest: bytes, signature: bytes | None, key: Path, silo: str, what: str) -> Claim:
@@ -139,6 +167,13 @@ def _parsed(signature: bytes) -> tuple[Claim | None, bytes]:
         return (Claim.of(found) if known else None), bytes.fromhex(found["ed25519"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return None, b""
+
+
+def _named_key(signature: bytes) -> bytes | None:
+    try:
+        return bytes.fromhex(json.loads(signature)["key"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _private(path: Path) -> Ed25519PrivateKey:
