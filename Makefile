@@ -18,7 +18,7 @@ PYTHON := .venv/bin/python
 READY := .venv/.installed
 TOOLS := .venv/.tools
 endif
-FEDCMP := $(PYTHON) -m pipeline.cli
+FEDCMP := $(PYTHON) -m fedcmp
 # The experiment has the name of its file, also where that extends another experiment's.
 NAMED := --set 'experiment="$(EXPERIMENT)"'
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evaluate.benchmarks.base import Answer, Mode
-from pipeline.errors import UserError
-from pipeline.manifest import canonical, fingerprint, write_atomic
+from fedcmp.evaluate.benchmarks.base import Answer, Mode
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import canonical, fingerprint, write_atomic
 
 
 def answers_path(folder: Path, projector: str, model: dict[str, Any]) -> Path:

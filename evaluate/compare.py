@@ -1,185 +1,222 @@
-"""Intervals and tests: bootstrap over images, McNemar, paired t over seeds, Holm over comparisons.
-
-Questions about one image are not independent, so images are resampled, not questions.
-"""
+"""One run against another on the same questions, and two methods over several seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 
-from evaluate.benchmarks.base import Metric
+from fedcmp.evaluate.benchmarks.base import Answers, AskedItem, Benchmark, Item, Metric
+from fedcmp.evaluate.scoring import given, rules_of
+from fedcmp.evaluate.statistics import Gap, gap, holm, mcnemar, pooled, value_of
+from fedcmp.evaluate.trained import read_manifest
+from fedcmp.evaluate.work import benchmarks_of, recall
+from fedcmp.pipeline.cache import differences
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.console import say, table
+from fedcmp.pipeline.errors import UserError
 
-_DRAWS_IN_MEMORY = 4_000_000
+# With fewer draws p wanders, and its floor survives no correction over many rows.
+DRAWS = 20_000
+_COLUMNS = ("difference", "95 % over images", "p", "p (Holm)", "McNemar", "sd over seeds", "n")
 
 
 @dataclass(frozen=True)
-class Score:
-    """A score with its 95 % bootstrap interval; `n` counts items."""
+class Row:
+    """One metric of two methods.
 
-    value: float
-    low: float
-    high: float
+    Attributes:
+        metric: `benchmark: metric`.
+        ours: Value of the first method, the mean over its seeds.
+        theirs: Value of the second.
+        gap: Their difference, its interval over images alone.
+        spread: Standard deviation of the difference over seeds, where there are several.
+        mcnemar: P value of the exact test, where the metric is the share of right answers of one seed.
+        n: Questions both answered.
+    """
+
+    metric: str
+    ours: float
+    theirs: float
+    gap: Gap
+    spread: float | None
+    mcnemar: float | None
     n: int
 
 
-def pooled(metrics: Sequence[Metric]) -> Metric:
-    """One metric over several projectors' answers to the same items: their statistics summed."""
-    first, *_ = metrics
-    summed = np.sum([metric.statistics for metric in metrics], axis=0)
-    return Metric(first.images, summed, first.value, first.strata)
-
-
-def interval(metric: Metric, generator: np.random.Generator, resamples: int) -> Score:
-    """Score a metric and bootstrap it over images (percentile method).
+def compare_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> list[Row]:
+    """Print and return the differences of two methods.
 
     Args:
-        metric: Statistics by item.
-        generator: Source of the resamples.
-        resamples: Number of bootstrap resamples.
+        experiments: A run of the first method, one of the second, and so on, a pair a seed.
+        only: Benchmarks to look at; all where it is empty.
+
+    Raises:
+        UserError: There are no pairs, pairs differ in more than the seed, or answers are missing.
     """
-    low, high = np.quantile(bootstrap([metric], generator, resamples)[0], [0.025, 0.975])
-    return Score(value_of(metric), float(low), float(high), len(metric.images))
+    if len(experiments) < 2 or len(experiments) % 2:
+        raise UserError(f"{len(experiments)} runs are no pairs; give a run and the run it is compared with")
+    pairs = list(zip(experiments[::2], experiments[1::2], strict=True))
+    manifests = [read_manifest(experiment, asking=False) for experiment in experiments]
+    _require_seeds(pairs, manifests)
+    rows = [row for name in benchmarks_of(experiments[0], only) for row in _benchmark(name, pairs, manifests)]
+    if not rows:
+        raise UserError("no benchmark has references to score by; see the submission files")
+    adjusted = holm([row.gap.p for row in rows])
+    first, second = pairs[0]
+    table(
+        f"{first.run} minus {second.run}, {len(pairs)} seed{'s' if len(pairs) > 1 else ''}",
+        ["metric", first.run, second.run, *_COLUMNS],
+        [
+            [
+                row.metric,
+                f"{row.ours:.3f}",
+                f"{row.theirs:.3f}",
+                f"{row.gap.value:+.3f}",
+                f"{row.gap.low:+.3f} to {row.gap.high:+.3f}",
+                f"{row.gap.p:.4f}",
+                f"{p:.4f}",
+                "-" if row.mcnemar is None else f"{row.mcnemar:.4f}",
+                "-" if row.spread is None else f"{row.spread:.3f}",
+                str(row.n),
+            ]
+            for row, p in zip(rows, adjusted, strict=True)
+        ],
+    )
+    say(
+        f"p: paired bootstrap over images, {_draws(experiments):,} draws; Holm: adjusted for all rows; "
+        "McNemar: exact, takes questions about one image as independent. The interval says nothing about "
+        "other seeds."
+    )
+    return rows
 
 
-def value_of(metric: Metric) -> float:
-    """The score itself."""
-    return float(metric.value(metric.statistics.sum(0)))
+def _draws(experiments: Sequence[Experiment]) -> int:
+    return max(DRAWS, experiments[0].evaluate.bootstrap)
 
 
-def bootstrap(
-    metrics: Sequence[Metric], generator: np.random.Generator, resamples: int, *, merge: bool = False
-) -> np.ndarray:
-    """Scores of resampled images, the same resample for all metrics: `(metrics, resamples)` float64.
+def _require_seeds(
+    pairs: Sequence[tuple[Experiment, Experiment]], manifests: Sequence[dict[str, Any]]
+) -> None:
+    """Several pairs are seeds of one comparison, and of nothing else.
 
-    Args:
-        metrics: Of the same items in the same order; where the first has strata, images are resampled
-            within each of them.
-        generator: Source of the resamples.
-        resamples: Number of resamples.
-        merge: Draw how often each kind of image comes, images with the same statistics in all metrics
-            being of one kind. It is the same distribution, from other draws and mostly far fewer.
+    Raises:
+        UserError: A side has another configuration than before, or a seed twice or unpaired.
     """
-    first = metrics[0]
-    strata = first.strata or [""] * len(first.images)
-    places = list(zip(strata, first.images, strict=True))
-    groups = {place: number for number, place in enumerate(dict.fromkeys(places))}
-    index = np.array([groups[place] for place in places], int)
-    parts: dict[str, list[int]] = {}
-    for (stratum, _), number in groups.items():
-        parts.setdefault(stratum, []).append(number)
-    widths = [metric.statistics.shape[1] for metric in metrics]
-    sums = np.zeros((len(groups), sum(widths)))
-    np.add.at(sums, index, np.concatenate([metric.statistics for metric in metrics], 1))
-    kinds = [_kinds(sums[inside], merge=merge) for inside in parts.values()]
-    table = np.concatenate([rows for rows, _ in kinds])
-    ends = np.cumsum(widths)[:-1]
-    values: list[list[np.ndarray]] = [[] for _ in metrics]
-    at_a_time = max(_DRAWS_IN_MEMORY // max(len(table), 1), 1)
-    for start in range(0, resamples, at_a_time):
-        number = min(at_a_time, resamples - start)
-        draws = [_draws(len(rows), sizes, generator, number) for rows, sizes in kinds]
-        drawn = np.concatenate(draws, 1).astype(float) @ table
-        for place, each in enumerate(np.split(drawn, ends, 1)):
-            values[place].append(metrics[place].value(each))
-    return np.array([np.concatenate(each) for each in values])
+    if len(pairs) == 1:
+        return
+    for side in (0, 1):
+        runs, theirs = [pair[side] for pair in pairs], manifests[side::2]
+        for run, manifest in zip(runs[1:], theirs[1:], strict=True):
+            found = differences(_method(theirs[0]), _method(manifest))
+            if found:
+                raise UserError(
+                    f"'{runs[0].run}' and '{run.run}' are no seeds of one method ({'; '.join(found)}); "
+                    "compare them pair by pair"
+                )
+        seeds = [run.seed for run in runs]
+        if len({*seeds}) < len(seeds):
+            raise UserError(f"seeds {', '.join(map(str, seeds))} of '{runs[0].run}': each may come once")
+    for ours, other in pairs:
+        if ours.seed != other.seed:
+            raise UserError(
+                f"'{ours.run}' has seed {ours.seed} and '{other.run}' seed {other.seed}; of several pairs "
+                "each must have one seed"
+            )
 
 
-def _kinds(rows: np.ndarray, *, merge: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Rows, and how many images each stands for; None where nearly all differ and are left as they are."""
-    if not merge:
-        return rows, np.ones(len(rows), int)
-    unique, sizes = np.unique(rows, axis=0, return_counts=True)
-    return (unique, sizes) if 4 * len(unique) < len(rows) else (rows, None)
+def _method(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a run is besides its seed."""
+    identity = {name: value for name, value in manifest["identity"].items() if name != "seed"}
+    return {**identity, "encoding": manifest["features"]["key"]}
 
 
-def _draws(rows: int, sizes: np.ndarray | None, generator: np.random.Generator, number: int) -> np.ndarray:
-    """How often each row comes among as many images as there are: `(number, rows)` int64."""
-    if sizes is not None:
-        return generator.multinomial(sizes.sum(), sizes / sizes.sum(), number)
-    # Several times faster than a multinomial.
-    places = generator.integers(0, rows, (number, rows)) + rows * np.arange(number)[:, None]
-    return np.bincount(places.ravel(), minlength=number * rows).reshape(number, rows)
+def _require_rules(name: str, benchmarks: Sequence[Benchmark], runs: Sequence[Experiment]) -> None:
+    """All runs answered under the same conditions.
 
-
-@dataclass(frozen=True)
-class Gap:
-    """Ours minus theirs on the same items: the 95 % interval and p of a paired bootstrap over images."""
-
-    value: float
-    low: float
-    high: float
-    p: float
-
-
-def gap(
-    ours: Sequence[Metric], theirs: Sequence[Metric], generator: np.random.Generator, resamples: int
-) -> Gap:
-    """Compare two methods on the same items, each by the mean over its seeds.
-
-    P is twice the smaller share of resampled differences on one side of 0, never less than
-    2 / (resamples + 1).
-
-    Args:
-        ours: A metric a seed.
-        theirs: The same metric.
-        generator: Source of the resamples.
-        resamples: Number of resamples of the images, the same ones for all metrics.
+    Raises:
+        UserError: Benchmarks of one name have other options.
     """
-    values = bootstrap([*ours, *theirs], generator, resamples, merge=True)
-    differences = values[: len(ours)].mean(0) - values[len(ours) :].mean(0)
-    low, high = np.quantile(differences, [0.025, 0.975])
-    side = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
-    p = min(1.0, 2 * (side + 1) / (resamples + 1))
-    value = float(np.mean([value_of(m) for m in ours]) - np.mean([value_of(m) for m in theirs]))
-    return Gap(value, float(low), float(high), p)
+    conditions = [
+        {**rules_of(each, [])["options"], "max_new_tokens": each.max_new_tokens} for each in benchmarks
+    ]
+    for run, options in zip(runs[1:], conditions[1:], strict=True):
+        found = differences(conditions[0], options)
+        if found:
+            raise UserError(
+                f"benchmark '{name}' of '{runs[0].run}' and '{run.run}' is not the same "
+                f"({'; '.join(found)}); evaluate both with one configuration"
+            )
 
 
-def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """P value of the exact McNemar test (two-sided binomial over the items where one alone is right).
+def _benchmark(
+    name: str, pairs: Sequence[tuple[Experiment, Experiment]], manifests: Sequence[dict[str, Any]]
+) -> list[Row]:
+    """A row for each headline of one benchmark, on the questions that all runs answered."""
+    runs = [experiment for pair in pairs for experiment in pair]
+    works = [recall(run, name, benchmarks_of(run, (name,))[name]) for run in runs]
+    _require_rules(name, [work.benchmark for work in works], runs)
+    found = [given(run, manifest, work) for run, manifest, work in zip(runs, manifests, works, strict=True)]
+    common: dict[str, Item] = {item.id: item for item in found[0].items}
+    for run, each in zip(runs[1:], found[1:], strict=True):
+        theirs = {item.id: item for item in each.items}
+        other = [key for key, item in common.items() if key in theirs and not _same(theirs[key], item)]
+        if other:
+            raise UserError(
+                f"benchmark '{name}': {len(other)} questions or labels of '{runs[0].run}' and '{run.run}' "
+                f"differ under one id (first: '{other[0]}'); evaluate both with the same files"
+            )
+        common = {key: item for key, item in common.items() if key in theirs}
+    if not common:
+        raise UserError(f"benchmark '{name}': the runs have no question in common")
+    dropped = max(len(work.items) for work in works) - len(common)
+    if dropped:
+        say(f"{name}: {dropped} questions that not all runs answered are left out")
+    items = list(common.values())
+    benchmark = works[0].benchmark
+    by_run: list[list[dict[str, Metric]]] = [
+        [benchmark.score(items, answers) for answers in each.answers] for each in found
+    ]
+    rows = []
+    for metric in (each for each in by_run[0][0] if each in benchmark.headlines):
+        by_seed = [pooled([scores[metric] for scores in run]) for run in by_run]
+        values = [value_of(each) for each in by_seed]
+        generator = np.random.default_rng(runs[0].seed)
+        difference = gap(by_seed[::2], by_seed[1::2], generator, _draws(runs))
+        differences = np.subtract(values[::2], values[1::2]).tolist()
+        rows.append(
+            Row(
+                f"{name}: {metric}",
+                fmean(values[::2]),
+                fmean(values[1::2]),
+                difference,
+                stdev(differences) if len(differences) > 1 else None,
+                _exact(benchmark, items, [answers for each in found for answers in each.answers], values),
+                len(items),
+            )
+        )
+    return rows
 
-    Args:
-        ours: 0 or 1 an item.
-        theirs: The same items.
-    """
-    from scipy.stats import binomtest
 
-    only_ours = sum(a > b for a, b in zip(ours, theirs, strict=True))
-    only_theirs = sum(a < b for a, b in zip(ours, theirs, strict=True))
-    if only_ours + only_theirs == 0:
-        return 1.0
-    return float(binomtest(only_ours, only_ours + only_theirs).pvalue)
+def _same(one: Item, other: Item) -> bool:
+    """Whether two questions of one id are the same, with the same label."""
+    recalled = isinstance(one, AskedItem) or isinstance(other, AskedItem)
+    labels = recalled or (one.reference, one.options) == (other.reference, other.options)
+    return labels and (one.image, one.digest) == (other.image, other.digest)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Mean of paired differences with its 95 % t interval and two-sided p value."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-
-
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """Paired t test of `ours - theirs`, one pair a seed; at least two pairs."""
-    from scipy import stats
-
-    differences = np.subtract(ours, theirs)
-    mean = float(differences.mean())
-    if np.ptp(differences) == 0:
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
-    result = stats.ttest_1samp(differences, 0.0)
-    low, high = result.confidence_interval(0.95)
-    return Difference(mean, float(low), float(high), float(result.pvalue))
-
-
-def holm(values: Sequence[float]) -> list[float]:
-    """P values adjusted for their number (Holm, 1979), in the order given."""
-    adjusted, largest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(np.argsort(values, kind="stable")):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = largest
-    return adjusted
+def _exact(
+    benchmark: Benchmark, items: Sequence[Item], answers: Sequence[Answers], values: Sequence[float]
+) -> float | None:
+    """McNemar's p of two projectors if the metric is the share of right answers."""
+    if len(answers) != 2:
+        return None
+    points = [benchmark.points(items, each) for each in answers]
+    for worth, value in zip(points, values, strict=True):
+        if worth is None or not {*worth} <= {0.0, 1.0} or not np.isclose(fmean(worth), value):
+            return None
+    ours, theirs = (worth or [] for worth in points)
+    return mcnemar(ours, theirs)

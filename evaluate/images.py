@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from evaluate.benchmarks.base import Item
-from evaluate.work import benchmarks_of
-from pipeline.config import Experiment
-from pipeline.console import say
-from pipeline.errors import UserError
+from fedcmp.evaluate.benchmarks.base import Item
+from fedcmp.evaluate.work import benchmarks_of
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.console import say
+from fedcmp.pipeline.errors import UserError
 
 
 def benchmark_images(experiment: Experiment, name: str, folder: Path | None) -> tuple[Path, list[str]]:

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import numpy as np
 
-from pipeline.cache import FeatureCache, open_cache
-from pipeline.config import Experiment
+from fedcmp.pipeline.cache import FeatureCache, open_cache
+from fedcmp.pipeline.config import Experiment
 
 
 def trained_on(experiment: Experiment, judged: FeatureCache, images: Collection[str]) -> int:

@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from evaluate.answers import answers_path, begin_answers, read_answers
-from evaluate.benchmarks.base import Item
-from evaluate.scoring import Scored, model_of, score, write_scores
-from evaluate.trained import judged, own_projector, read_manifest, require_encoding
-from evaluate.work import Work, benchmarks_of, cache_of, prepare, recall
-from pipeline.cache import FeatureCache
-from pipeline.config import Experiment
-from pipeline.console import progress, say, table
-from pipeline.errors import UserError
-from pipeline.manifest import locked
+from fedcmp.evaluate.answers import answers_path, begin_answers, read_answers
+from fedcmp.evaluate.benchmarks.base import Item
+from fedcmp.evaluate.scoring import Scored, model_of, score, write_scores
+from fedcmp.evaluate.trained import judged, own_projector, read_manifest, require_encoding
+from fedcmp.evaluate.work import Work, benchmarks_of, cache_of, prepare, recall
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.console import progress, say, table
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import locked
 
 T = TypeVar("T")
 
@@ -123,7 +123,7 @@ def _answer(
     if not pending:
         say(f"{experiment.run}: nothing to answer, every answer is saved")
         return
-    from evaluate.reader import answer, load_reader
+    from fedcmp.evaluate.answering import answer, load_reader
 
     total = sum(len(items) for _, _, left in pending for _, _, items in left)
     with (

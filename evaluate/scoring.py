@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.answers import answers_path, read_answers
-from evaluate.benchmarks.base import Answers, Benchmark, Item
-from evaluate.compare import interval, pooled
-from evaluate.trained import judged
-from evaluate.work import Work
-from pipeline.cache import differences
-from pipeline.config import Experiment
-from pipeline.errors import UserError
-from pipeline.manifest import fingerprint, read_json, write_atomic, write_json
+from fedcmp.evaluate.answers import answers_path, read_answers
+from fedcmp.evaluate.benchmarks.base import Answers, Benchmark, Item
+from fedcmp.evaluate.statistics import interval, pooled
+from fedcmp.evaluate.trained import judged
+from fedcmp.evaluate.work import Work
+from fedcmp.pipeline.cache import differences
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import fingerprint, read_json, write_atomic, write_json
 
 FORMAT = {"name": "fedcmp-scores", "version": 3}
 _ELSEWHERE = {"silo", "images", "max_new_tokens"}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.cache import FeatureCache
-from pipeline.config import Experiment
-from pipeline.errors import UserError
-from pipeline.identity import language_identity, run_differences, run_identity
-from pipeline.manifest import read_json
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.identity import language_identity, run_differences, run_identity
+from fedcmp.pipeline.manifest import read_json
 
 if TYPE_CHECKING:
-    from pipeline.projectors.base import Projector
+    from fedcmp.pipeline.models.projectors.base import Projector
 
 
 def read_manifest(experiment: Experiment, *, asking: bool = True) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def own_projector(experiment: Experiment, manifest: dict[str, Any], name: str) -
     Raises:
         UserError: The file is missing, damaged, or holds other weights than the run ended with.
     """
-    from pipeline.projector import content_hash, load_projector
+    from fedcmp.pipeline.models.projector import content_hash, load_projector
 
     path = experiment.run_path / name
     projector, state = load_projector(path)

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluate.benchmarks.base import BENCHMARKS, AskedItem, Benchmark, Item, Problem
-from evaluate.overlap import trained_on
-from pipeline.cache import FeatureCache, open_cache
-from pipeline.cache.format import QUANT_ARRAYS, shard_name
-from pipeline.config import Experiment
-from pipeline.errors import UserError, did_you_mean
-from pipeline.manifest import fingerprint, read_json, write_json
+from fedcmp.evaluate.benchmarks.base import BENCHMARKS, AskedItem, Benchmark, Item, Problem
+from fedcmp.evaluate.overlap import trained_on
+from fedcmp.pipeline.cache import FeatureCache, open_cache
+from fedcmp.pipeline.cache.format import QUANT_ARRAYS, shard_name
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.errors import UserError, did_you_mean
+from fedcmp.pipeline.manifest import fingerprint, read_json, write_json
 
 FORMAT = {"name": "fedcmp-asked", "version": 2}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config import Component
-from pipeline.errors import UserError
+from fedcmp.pipeline.config import Component
+from fedcmp.pipeline.errors import UserError
 
 _POOLS = (1, 2, 3, 4)
 
@@ -51,7 +51,7 @@ def _outline(encoder: Component) -> Outline:
     from PIL import Image
     from torch.utils.flop_counter import FlopCounterMode
 
-    from extract.encoders.base import ENCODERS
+    from fedcmp.extract.encoders.base import ENCODERS
 
     loaded = ENCODERS.build(encoder, "extract.encoder").load("meta", "float32")
     pixels = torch.from_numpy(loaded.preprocess(Image.new("RGB", (512, 512))))[None]

@@ -19,14 +19,14 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from extract.sources.base import SOURCES, Pair, Skipped, Source
-from extract.sources.llava_json import LlavaJson
-from pipeline.config import Component, Name, Options, validate
-from pipeline.console import say, table
-from pipeline.errors import UserError
-from pipeline.manifest import fingerprint, locked, read_json, write_atomic, write_json
-from pipeline.records import Text
-from pipeline.store import is_url
+from fedcmp.extract.sources.base import SOURCES, Pair, Skipped, Source
+from fedcmp.extract.sources.llava_json import LlavaJson
+from fedcmp.pipeline.config import Component, Name, Options, validate
+from fedcmp.pipeline.console import say, table
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import fingerprint, locked, read_json, write_atomic, write_json
+from fedcmp.pipeline.records import Text
+from fedcmp.pipeline.remote import is_url
 
 _DRAWS = 1000
 _PROBLEMS_SHOWN = 5

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from extract.encoders.base import ENCODERS, LoadedEncoder
-from extract.pictures import NOTES
-from extract.runner import Outcome, current, extract_silo
-from extract.shortage import shortage
-from extract.sources.base import SOURCES
-from extract.workers import Worker
-from pipeline.cache import FORMAT, FeatureCache, Identity, differences
-from pipeline.components import check
-from pipeline.config import Experiment
-from pipeline.console import progress, say, table
-from pipeline.device import pick_device, pick_dtype
-from pipeline.errors import UserError, did_you_mean
-from pipeline.mirror import pull, push, remote_manifest, to_be_sent
-from pipeline.store import Remote
+from fedcmp.components import check
+from fedcmp.extract.encoders.base import ENCODERS, LoadedEncoder
+from fedcmp.extract.pictures import NOTES
+from fedcmp.extract.shortage import shortage
+from fedcmp.extract.silo import Outcome, current, extract_silo
+from fedcmp.extract.sources.base import SOURCES
+from fedcmp.extract.workers import Worker
+from fedcmp.pipeline.cache import FORMAT, FeatureCache, Identity, differences
+from fedcmp.pipeline.cache.mirror import pull, push, remote_manifest, to_be_sent
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.console import progress, say, table
+from fedcmp.pipeline.errors import UserError, did_you_mean
+from fedcmp.pipeline.models.device import pick_device, pick_dtype
+from fedcmp.pipeline.remote import Remote
 
 _PROBLEMS_SHOWN = 5
 

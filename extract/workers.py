@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.errors import UserError
+from fedcmp.pipeline.errors import UserError
 
 _SLURM = "SLURM_ARRAY_TASK_"
 

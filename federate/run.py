@@ -7,21 +7,21 @@ from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
-from federate import history
-from federate.engines.base import Card, Engine
-from federate.plan import Plan, plan
-from federate.texts import Counts
-from pipeline.config import Experiment
-from pipeline.console import say, table
-from pipeline.device import pick_device
-from pipeline.errors import UserError
-from pipeline.identity import run_differences, run_identity
-from pipeline.manifest import fingerprint, locked, provenance, read_json, write_json
+from fedcmp.federate.client.texts import Counts
+from fedcmp.federate.engines.base import Card, Engine
+from fedcmp.federate.schedule import Plan, plan
+from fedcmp.pipeline import history
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.console import say, table
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.identity import run_differences, run_identity
+from fedcmp.pipeline.manifest import fingerprint, locked, provenance, read_json, write_json
+from fedcmp.pipeline.models.device import pick_device
 
 if TYPE_CHECKING:
-    from federate.server import Progress
-    from federate.strategies.base import Strategy
-    from pipeline.projectors.base import Projector
+    from fedcmp.federate.server.rounds import Progress
+    from fedcmp.federate.strategies.base import Strategy
+    from fedcmp.pipeline.models.projectors.base import Projector
 
 
 def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | None = None) -> Path:
@@ -37,8 +37,8 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
     Raises:
         UserError: A cache is missing or of another encoder, or an option is wrong.
     """
-    from federate.engines.here import Here
-    from federate.strategies.base import STRATEGIES
+    from fedcmp.federate.engines.local import Here
+    from fedcmp.federate.strategies.base import STRATEGIES
 
     strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
     clients = (engine or Here)(experiment, plan(experiment, strategy))
@@ -65,7 +65,7 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
 
 def _damaged(out: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Why the projectors of a finished run are not those that it ended with."""
-    from pipeline import projector as projectors
+    from fedcmp.pipeline.models import projector as projectors
 
     for name in manifest["projectors"]:
         try:
@@ -82,10 +82,10 @@ def _train(
     cards: Mapping[str, Card],
     wanted: dict[str, Any],
 ) -> None:
-    from federate.privacy.accounting import resolved
-    from federate.residuals import RESIDUALS
-    from federate.server import Progress, Secure, run_rounds
-    from pipeline import projector as projectors
+    from fedcmp.federate.outgoing.residuals import RESIDUALS
+    from fedcmp.federate.privacy.accounting import resolved
+    from fedcmp.federate.server.rounds import Progress, Secure, run_rounds
+    from fedcmp.pipeline.models import projector as projectors
 
     options, out = experiment.federate, experiment.run_path
     outline = plan(experiment, strategy)
@@ -150,9 +150,9 @@ def _beginning(
     """What a run starts from: initial weights, and the strategy's memory."""
     import torch
 
-    from federate.server import Progress
-    from pipeline import projector as projectors
-    from pipeline.pretrained import start_from
+    from fedcmp.federate.server.rounds import Progress
+    from fedcmp.pipeline.models import projector as projectors
+    from fedcmp.pipeline.models.pretrained import start_from
 
     if experiment.federate.initial is None:
         projectors.initialise(projector, torch.Generator().manual_seed(experiment.seed))

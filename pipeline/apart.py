@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
-from pipeline.errors import UserError
+from fedcmp.pipeline.errors import UserError
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ SECONDS = 60.0
 _CHILD = """
 import pickle, sys
 sys.path[:] = pickle.load(sys.stdin.buffer)
-from pipeline.apart import serve
+from fedcmp.pipeline.apart import serve
 serve()
 """
 

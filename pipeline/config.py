@@ -18,12 +18,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from pipeline.errors import UserError, did_you_mean
-from pipeline.options import Component as Component
-from pipeline.options import Options as Options
-from pipeline.privacy import Ledger as Ledger
-from pipeline.privacy import Privacy as Privacy
-from pipeline.store import is_url
+from fedcmp.pipeline.errors import UserError, did_you_mean
+from fedcmp.pipeline.options import Component as Component
+from fedcmp.pipeline.options import Options as Options
+from fedcmp.pipeline.privacy import Ledger as Ledger
+from fedcmp.pipeline.privacy import Privacy as Privacy
+from fedcmp.pipeline.remote import is_url
 
 Model = TypeVar("Model", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

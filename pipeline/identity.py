@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import differences
-from pipeline.components import as_built
-from pipeline.config import Experiment
-from pipeline.device import pick_device, pick_dtype
-from pipeline.gguf import refuse_gguf
-from pipeline.manifest import fingerprint
-from pipeline.saved_model import LANGUAGE_FILES, model_hashes
+from fedcmp.components import as_built
+from fedcmp.pipeline.cache import differences
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.models.device import pick_device, pick_dtype
+from fedcmp.pipeline.models.gguf import refuse_gguf
+from fedcmp.pipeline.models.saved_model import LANGUAGE_FILES, model_hashes
 
 # 2: of the files that are loaded, and of components as they are built.
 FORMAT = {"name": "fedcmp-run", "version": 2}
@@ -86,7 +86,7 @@ def run_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 def _initial_content(path: Path) -> str:
     """What the initial weights are, wherever they lie."""
-    from pipeline.pretrained import read_weights
-    from pipeline.projector import content_hash
+    from fedcmp.pipeline.models.pretrained import read_weights
+    from fedcmp.pipeline.models.projector import content_hash
 
     return content_hash(read_weights(path)[1])

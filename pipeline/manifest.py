@@ -15,8 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.device import device_type
-from pipeline.errors import UserError
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.device import device_type
 
 _PACKAGES = ("fedcmp", "torch", "transformers", "open_clip_torch", "zarr", "numpy", "webdataset")
 

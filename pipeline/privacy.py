@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.options import Options
+from fedcmp.pipeline.options import Options
 
 _MOST_TEXTS = 16
 

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from pipeline.config import Component, Options, validate
-from pipeline.errors import UserError, did_you_mean, one_line
+from fedcmp.pipeline.config import Component, Options, validate
+from fedcmp.pipeline.errors import UserError, did_you_mean, one_line
 
 T = TypeVar("T", bound=Options)
 

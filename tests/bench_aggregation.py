@@ -19,9 +19,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from federate.strategies.base import State, Strategy, Update, data_weights
-from federate.strategies.fedavg import FedAvg
-from federate.strategies.fedcmp import FedCmp
+from fedcmp.federate.strategies.base import State, Strategy, Update, data_weights
+from fedcmp.federate.strategies.fedavg import FedAvg
+from fedcmp.federate.strategies.fedcmp import FedCmp
 
 CLIENTS = 8
 METHODS: dict[str, Strategy | None] = {

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import caches
 
-from pipeline.cache.stream import stream_shard
-from pipeline.handover.pack import pack
-from pipeline.handover.unpack import unpack
-from pipeline.handover.verify import verify
+from fedcmp.pipeline.cache.stream import stream_shard
+from fedcmp.pipeline.cache.verify import verify
+from fedcmp.pipeline.handover.pack import pack
+from fedcmp.pipeline.handover.unpack import unpack
 
 PATCHES, WIDTH = 576, 1024
 BATCH = 32
@@ -41,7 +41,7 @@ def bench_read(root: Path, images: int, rounds: int) -> dict[str, list[float]]:
     import torch
     import zarr
 
-    from pipeline.cache.loader import stored_batches
+    from fedcmp.pipeline.cache.loader import stored_batches
 
     stored = np.random.default_rng(0).integers(0, 1 << 15, (images, PATCHES, WIDTH), np.uint16)
     cache = caches.write(root / "s.zarr", stored, shard=256)
@@ -163,8 +163,8 @@ def measure(
 
 def use(root: Path, images: int) -> None:
     """Write, verify, pack, unpack and read a cache in this process; prints its peak memory."""
-    from pipeline.cache import CacheWriter
-    from pipeline.cache.loader import stored_batches
+    from fedcmp.pipeline.cache import CacheWriter
+    from fedcmp.pipeline.cache.loader import stored_batches
 
     step, patches = 64, 144
     rng, rows = np.random.default_rng(0), caches.rows(images)

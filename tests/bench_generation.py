@@ -27,20 +27,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import picture
 
-from evaluate.answers import answers_path, begin_answers, read_answers
-from evaluate.benchmarks.base import SHORT_ANSWER
-from evaluate.reader import Reader, answer
-from evaluate.run import evaluate_run
-from evaluate.scoring import model_of
-from evaluate.trained import judged, read_manifest
-from evaluate.work import benchmarks_of, cache_of, prepare
-from extract.run import run as extract
-from federate.run import run as train
-from pipeline.config import Experiment, load
-from pipeline.export.run import export
-from pipeline.language import FrozenLanguageModel
-from pipeline.manifest import canonical
-from pipeline.projector import load_projector
+from fedcmp.evaluate.answering import Reader, answer
+from fedcmp.evaluate.answers import answers_path, begin_answers, read_answers
+from fedcmp.evaluate.benchmarks.base import SHORT_ANSWER
+from fedcmp.evaluate.run import evaluate_run
+from fedcmp.evaluate.scoring import model_of
+from fedcmp.evaluate.trained import judged, read_manifest
+from fedcmp.evaluate.work import benchmarks_of, cache_of, prepare
+from fedcmp.extract.run import run as extract
+from fedcmp.federate.run import run as train
+from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.export.run import export
+from fedcmp.pipeline.manifest import canonical
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.projector import load_projector
 
 HERE = Path(__file__).parent
 WORDS = ("dog", "red square", "large star", "blue ring", "small green heart", "cat")
@@ -57,7 +57,7 @@ def models(root: Path, small: bool) -> tuple[Path, Path]:
         LlamaForCausalLM,
     )
 
-    from pipeline.world.models import tokenizer
+    from fedcmp.pipeline.world.models import tokenizer
 
     torch.manual_seed(0)
     width, layers, size = (48, 2, 56) if small else (384, 6, 336)
@@ -234,7 +234,7 @@ def rescoring(root: Path, small: bool) -> float:
             said = ("Yes", "No, there is none.", "yes")[n % 3]
             file.write(canonical({"key": key, "answer": said}) + b"\n")
     evaluate_run(setup, ())
-    command = [sys.executable, "-m", "pipeline.cli", "score", str(root / "bench.toml")]
+    command = [sys.executable, "-m", "fedcmp", "score", str(root / "bench.toml")]
     seconds = []
     for _ in range(1 if small else 5):
         start = time.perf_counter()

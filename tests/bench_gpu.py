@@ -39,18 +39,18 @@ from bench_aggregation import make_round
 from bench_training import CAPTION, stream, trained
 from conftest import picture
 
-from extract.encoders.base import ENCODERS
-from extract.run import run as extract
-from federate.client import LocalResult
-from federate.strategies.fedavg import FedAvg
-from federate.strategies.fedcmp import FedCmp
-from pipeline import projector as projectors
-from pipeline.cache import open_cache
-from pipeline.cache.loader import float_batches
-from pipeline.config import Experiment, load
-from pipeline.language import FrozenLanguageModel
-from pipeline.plan import GPUS, language_shape
-from pipeline.prompts import question, tokenise_all
+from fedcmp.commands.plan import GPUS, language_shape
+from fedcmp.extract.encoders.base import ENCODERS
+from fedcmp.extract.run import run as extract
+from fedcmp.federate.client.step import LocalResult
+from fedcmp.federate.strategies.fedavg import FedAvg
+from fedcmp.federate.strategies.fedcmp import FedCmp
+from fedcmp.pipeline.cache import open_cache
+from fedcmp.pipeline.cache.loader import float_batches
+from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.prompts import question, tokenise_all
 
 CONFIGS = Path(__file__).parent.parent / "configs/models"
 PARTS = ("correct", "extraction", "training", "generation", "aggregation")
@@ -164,7 +164,7 @@ def write_language(setting: Setting, name: str, dtype: torch.dtype = torch.bfloa
     """A random LLM of a real configuration with a small tokenizer, saved."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from pipeline.world.models import tokenizer
+    from fedcmp.pipeline.world.models import tokenizer
 
     out, words = setting.root / f"llm-{name}", tokenizer()
     config = AutoConfig.from_pretrained(CONFIGS / LANGUAGES.get(name, LANGUAGES["7B"]))

@@ -17,12 +17,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import extract.run
-from evaluate.run import evaluate_run
-from federate.run import run
-from pipeline.config import Experiment, load
-from pipeline.manifest import fingerprint, read_json
-from pipeline.world.write import Amounts, write
+from fedcmp.evaluate.run import evaluate_run
+from fedcmp.federate.run import run
+from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.manifest import fingerprint, read_json
+from fedcmp.pipeline.world.write import Amounts, write
 
 BUILD = Path("build")
 TUNING, SEEDS = (100, 101), (0, 1, 2)

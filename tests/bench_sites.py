@@ -26,7 +26,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
-from federate.engines import flower
+from fedcmp.federate.engines.flower import link as flower
 
 client_app = ClientApp()
 
@@ -44,7 +44,7 @@ server_app = ServerApp()
 @server_app.main()
 def main(grid, context):
     import torch
-    from federate.wire import pack, unpack
+    from fedcmp.federate.engines.wire import pack, unpack
     link, out = flower.FlowerLink(grid), {}
     while len(link.nodes()) < SITES:
         time.sleep(0.2)
@@ -82,16 +82,16 @@ class Echo:
 
 
 def site(name: str, address: str) -> None:
-    from federate.engines import launch
-    from federate.engines.keys import Keys
+    from fedcmp.federate.engines.flower import launch
+    from fedcmp.federate.engines.flower.keys import Keys
 
     launch._SUPERNODE = ("flower-supernode",)  # ours would refuse the benchmark's app
     launch.site(Echo(), name, address, Keys(insecure=True), 300)  # type: ignore[arg-type]
 
 
 def main() -> None:
-    from federate.engines.processes import Child, environment, free_port, wait_for_port
-    from pipeline.console import table
+    from fedcmp.federate.engines.flower.processes import Child, environment, free_port, wait_for_port
+    from fedcmp.pipeline.console import table
 
     address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as folder:
@@ -100,7 +100,7 @@ def main() -> None:
         code = APP.replace("SIZES_", repr(SIZES)).replace("ROUNDS", str(ROUNDS)).replace("SITES", str(SITES))
         (app / "bench.py").write_text(code)
         toml = (ROOT / "federate/engines/app/pyproject.toml").read_text()
-        toml = toml.replace("federate.engines.flower", "bench").replace('config = ""', 'out = ""')
+        toml = toml.replace("fedcmp.federate.engines.flower.link", "bench").replace('config = ""', 'out = ""')
         (app / "pyproject.toml").write_text(toml)
         (home / "config.toml").write_text(f'[superlink.run]\naddress = "{address}"\ninsecure = true\n')
         variables = environment(home)

@@ -36,15 +36,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import picture
 from PIL import Image
 
-from extract.encoders.base import ENCODERS
-from extract.run import run as extract
-from federate.batches import Batch, Stream
-from federate.client import Job, LocalResult, train_together
-from pipeline import projector as projectors
-from pipeline.cache import open_cache
-from pipeline.config import Experiment, Optimizer, load
-from pipeline.language import FrozenLanguageModel
-from pipeline.prompts import IMAGE_TOKEN_INDEX
+from fedcmp.extract.encoders.base import ENCODERS
+from fedcmp.extract.run import run as extract
+from fedcmp.federate.client.step import Job, LocalResult, train_together
+from fedcmp.federate.client.stream import Batch, Stream
+from fedcmp.pipeline.cache import open_cache
+from fedcmp.pipeline.config import Experiment, Optimizer, load
+from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.prompts import IMAGE_TOKEN_INDEX
 
 CAPTION = (
     "a small red circle left of a large blue square above a green star and a yellow ring below a purple cross"
@@ -80,7 +80,7 @@ def prepare(root: Path, small: bool) -> None:
         LlamaForCausalLM,
     )
 
-    from pipeline.world.models import tokenizer
+    from fedcmp.pipeline.world.models import tokenizer
 
     torch.manual_seed(0)
     width, layers, size = (48, 2, 56) if small else (384, 6, 336)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache import CacheWriter, FeatureCache, Identity, Quantiser, Row
+from fedcmp.pipeline.cache import CacheWriter, FeatureCache, Identity, Quantiser, Row
 
 KEY = {"encoder": {"name": "none", "layer": -2}, "dtype": "bfloat16"}
 DTYPES = {"uint16": "bfloat16", "float16": "float16", "float32": "float32", "int8": "int8"}

@@ -123,7 +123,7 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with the world's tokenizer, which knows few of the words used here."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from pipeline.world import models
+    from fedcmp.pipeline.world import models
 
     torch.manual_seed(1)
     out = tmp_path_factory.mktemp("llama")
@@ -235,7 +235,7 @@ def extracted(workplace: Path) -> Path:
     """The experiment file, stage one done."""
     from click.testing import CliRunner
 
-    from pipeline.cli import main
+    from fedcmp.cli import main
 
     result = CliRunner().invoke(main, ["extract", str(workplace / "experiment.toml")])
     assert result.exit_code == 0, result.output

@@ -24,17 +24,17 @@ import caches
 import h5py
 import numpy as np
 
-from extract.sources.hdf5 import Hdf5
-from extract.sources.webdataset import WebDataset
-from pipeline import apart
-from pipeline.cache import FeatureCache
-from pipeline.cache.format import rendered, sealed
-from pipeline.cache.writer import file_table
-from pipeline.errors import UserError
-from pipeline.handover.look import difference, inspection, summary
-from pipeline.handover.pack import pack
-from pipeline.handover.receive import received
-from pipeline.handover.unpack import unpack
+from fedcmp.extract.sources.hdf5 import Hdf5
+from fedcmp.extract.sources.webdataset import WebDataset
+from fedcmp.pipeline import apart
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.cache.format import rendered, sealed
+from fedcmp.pipeline.cache.inspect import difference, inspection, summary
+from fedcmp.pipeline.cache.writer import file_table
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.handover.pack import pack
+from fedcmp.pipeline.handover.receive import received
+from fedcmp.pipeline.handover.unpack import unpack
 
 DEEP = "[" * 50_000
 VALUES = [None, True, -1, 0, 1.5, 10**6, 10**18, 2**63, "", "x", "\x1b[2J", [], [[]], {}, {"a": {}}, DEEP]
@@ -96,7 +96,7 @@ def forge(folder: Path, rng: random.Random) -> None:
         else:
             file.write_bytes(flipped(file.read_bytes(), rng))
             if rng.random() < 0.7 and file.stat().st_size > 4:
-                from pipeline.cache.format import crc, crc_bytes
+                from fedcmp.pipeline.cache.format import crc, crc_bytes
 
                 body = file.read_bytes()[:-4]
                 file.write_bytes(body + crc_bytes(crc(body)))

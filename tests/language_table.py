@@ -13,9 +13,9 @@ from typing import Any
 
 from architectures import ARCHITECTURES, save
 
-from pipeline.arithmetic import Ways
-from pipeline.errors import UserError
-from pipeline.language import FrozenLanguageModel
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.proof import Ways
 
 PAGE = Path(__file__).parent.parent / "docs" / "language.md"
 _BEGIN, _END = "<!-- tests/language_table.py -->", "<!-- end -->"
@@ -75,7 +75,7 @@ def written() -> tuple[str, str, str]:
 
 
 def main() -> None:
-    from pipeline.world import models
+    from fedcmp.pipeline.world import models
 
     tokenizer = models.tokenizer()
     found: dict[str, Ways | str] = {}

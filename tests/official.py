@@ -14,7 +14,7 @@ from typing import Any
 
 from conftest import picture
 
-from evaluate.benchmarks.mme import COGNITION, PERCEPTION
+from fedcmp.evaluate.benchmarks.mme import COGNITION, PERCEPTION
 
 IMAGES = 6
 Options = dict[str, Any]

@@ -32,18 +32,18 @@ import zarr.codecs  # noqa: F401
 import zstandard  # noqa: F401
 from PIL import Image
 
-from extract.encoders.base import LoadedEncoder
-from extract.runner import extract_silo
-from extract.sources.base import Source
-from pipeline.cache import FeatureCache
-from pipeline.config import Component, Extract
-from pipeline.console import Task
-from pipeline.handover import hdf5, signature  # noqa: F401
-from pipeline.handover.change import merge, subset
-from pipeline.handover.pack import pack
-from pipeline.handover.unpack import unpack
-from pipeline.handover.verify import verify
-from pipeline.records import Record, caption
+from fedcmp.extract.encoders.base import LoadedEncoder
+from fedcmp.extract.silo import extract_silo
+from fedcmp.extract.sources.base import Source
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.cache.derive import merge, subset
+from fedcmp.pipeline.cache.verify import verify
+from fedcmp.pipeline.config import Component, Extract
+from fedcmp.pipeline.console import Task
+from fedcmp.pipeline.handover import hdf5, signature  # noqa: F401
+from fedcmp.pipeline.handover.pack import pack
+from fedcmp.pipeline.handover.unpack import unpack
+from fedcmp.pipeline.records import Record, caption
 
 IMAGES = 48
 

@@ -14,10 +14,10 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import ROOT
 
-from evaluate.charts import dots
-from evaluate.compare import holm, paired
-from pipeline.cli import main
-from pipeline.grid import grid, read_ablation, trial
+from fedcmp.ablation.file import grid, read_ablation, trial
+from fedcmp.cli import main
+from fedcmp.evaluate.report.charts import dots
+from fedcmp.evaluate.statistics import holm, paired
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -125,7 +125,7 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_bytes(
     folder, _ = done
     path = write(tmp_path, extracted)
     out = str(tmp_path / "report.md")
-    command = [sys.executable, "-m", "pipeline.cli", "ablate", str(path), "--jobs", "2", "--out", out]
+    command = [sys.executable, "-m", "fedcmp", "ablate", str(path), "--jobs", "2", "--out", out]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None and not list(tmp_path.rglob("runs/**/history.jsonl")):
         time.sleep(0.05)

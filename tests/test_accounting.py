@@ -8,15 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federate.privacy.accounting import (
-    composed,
-    delta_of,
-    epsilon_of,
-    multiplier_of,
-    resolved,
-    spent,
-)
-from pipeline.config import Privacy
+from fedcmp.federate.privacy.accounting import composed, delta_of, epsilon_of, multiplier_of, resolved, spent
+from fedcmp.pipeline.config import Privacy
 
 
 def exact(epsilon: float, multiplier: float) -> float:

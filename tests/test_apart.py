@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from extract.sources.base import Skipped
-from extract.sources.hdf5 import Hdf5
-from pipeline import apart as module
-from pipeline.apart import apart
-from pipeline.cli import main
-from pipeline.errors import UserError
+from fedcmp.cli import main
+from fedcmp.extract.sources.base import Skipped
+from fedcmp.extract.sources.hdf5 import Hdf5
+from fedcmp.pipeline import apart as module
+from fedcmp.pipeline.apart import apart
+from fedcmp.pipeline.errors import UserError
 
 HERE = Path("a.h5")
 

@@ -11,11 +11,11 @@ from architectures import ARCHITECTURES
 from language_table import known, load, table, version, written
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from pipeline.arithmetic import Ways
-from pipeline.errors import UserError
-from pipeline.language import FrozenLanguageModel, load_language
-from pipeline.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens
-from pipeline.world import models
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.language import FrozenLanguageModel, load_language
+from fedcmp.pipeline.models.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens
+from fedcmp.pipeline.models.proof import Ways
+from fedcmp.pipeline.world import models
 
 # Optional kernels of state-space models are missed aloud.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -23,15 +23,15 @@ import pytest
 import zstandard
 from conftest import ROOT, digest, picture
 
-from pipeline.cache import CorruptCacheError, FeatureCache
-from pipeline.cache.format import crc, crc_bytes, rendered, sealed
-from pipeline.cache.stream import stream_shard
-from pipeline.cache.writer import file_table
-from pipeline.errors import UserError
-from pipeline.handover.pack import pack
-from pipeline.handover.unpack import unpack
-from pipeline.handover.verify import verify
-from pipeline.records import Record
+from fedcmp.pipeline.cache import CorruptCacheError, FeatureCache
+from fedcmp.pipeline.cache.format import crc, crc_bytes, rendered, sealed
+from fedcmp.pipeline.cache.stream import stream_shard
+from fedcmp.pipeline.cache.verify import verify
+from fedcmp.pipeline.cache.writer import file_table
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.handover.pack import pack
+from fedcmp.pipeline.handover.unpack import unpack
+from fedcmp.pipeline.records import Record
 
 SHARD = "features/patch/c/0/0/0"
 MEMORY = 160 << 20
@@ -184,8 +184,8 @@ def bombs(path: Path, root: Path) -> dict[str, tuple[Path, str]]:
 PROBE = """
 import sys
 from pathlib import Path
-from pipeline.errors import UserError
-from pipeline.handover.unpack import unpack
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.handover.unpack import unpack
 try:
     unpack(Path(sys.argv[1]), Path(sys.argv[2]))
 except UserError as error:
@@ -279,7 +279,7 @@ class Evil:
 
 
 def test_pickles_in_webdataset_are_not_read(tmp_path: Path) -> None:
-    from extract.sources.webdataset import WebDataset
+    from fedcmp.extract.sources.webdataset import WebDataset
 
     trace = tmp_path / "trace"
     evil = pickle.dumps(Evil(trace))
@@ -309,7 +309,7 @@ def test_pickles_in_webdataset_are_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("url", ["pipe:touch {trace}", "pipe:touch {trace}|", "file:pipe:touch {trace}"])
 def test_pipes_are_not_run(tmp_path: Path, url: str) -> None:
-    from extract.sources.webdataset import WebDataset
+    from fedcmp.extract.sources.webdataset import WebDataset
 
     with pytest.raises(UserError, match="no such shard"):
         list(WebDataset(path=url.format(trace=tmp_path / "trace")).records())
@@ -470,7 +470,7 @@ def test_an_index_that_points_elsewhere(tmp_path: Path, path: Path) -> None:
 
 
 def test_a_deep_text(tmp_path: Path) -> None:
-    from pipeline.cache import CacheWriter, Row
+    from fedcmp.pipeline.cache import CacheWriter, Row
 
     texts = (("conversation", "train", "[" * 100_000),)
     path = tmp_path / "s.zarr"

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from official import WRITERS
 
-from evaluate.benchmarks.base import BENCHMARKS, LETTER, SHORT_ANSWER, Benchmark, Item, Problem
-from evaluate.compare import interval, value_of
-from pipeline.config import Component
-from pipeline.errors import UserError
+from fedcmp.evaluate.benchmarks.base import BENCHMARKS, LETTER, SHORT_ANSWER, Benchmark, Item, Problem
+from fedcmp.evaluate.statistics import interval, value_of
+from fedcmp.pipeline.config import Component
+from fedcmp.pipeline.errors import UserError
 
 FILES = sorted(WRITERS)
 LONG = "word " * 1000

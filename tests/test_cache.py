@@ -11,7 +11,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import (
+from fedcmp.pipeline.cache import (
     CacheWriter,
     CorruptCacheError,
     FeatureCache,
@@ -24,8 +24,8 @@ from pipeline.cache import (
     to_storage,
     writing,
 )
-from pipeline.errors import UserError
-from pipeline.manifest import write_atomic
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import write_atomic
 
 IDENTITY = Identity({"encoder": {"layer": -2}, "dtype": "bfloat16"}, {"files": "abc"})
 
@@ -191,9 +191,9 @@ def test_a_commit_killed_anywhere_is_made_good(
 ) -> None:
     whole = write(tmp_path / "whole" / "s.zarr", some(10))
     target = {
-        "after the arrays": "pipeline.cache.writer.sha256_file",
-        "before the manifest": "pipeline.cache.writer.write_atomic",
-        "after the manifest": "pipeline.cache.writer.finish_commit",
+        "after the arrays": "fedcmp.pipeline.cache.writer.sha256_file",
+        "before the manifest": "fedcmp.pipeline.cache.writer.write_atomic",
+        "after the manifest": "fedcmp.pipeline.cache.writer.finish_commit",
     }[moment]
     path = tmp_path / "s.zarr"
 

@@ -10,8 +10,8 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate.captioning import bleu, bleu_score, cider_d, rouge_l
-from evaluate.ptb import caption_tokens
+from fedcmp.evaluate.official.captions import bleu, bleu_score, cider_d, rouge_l
+from fedcmp.evaluate.official.ptb import caption_tokens
 
 GOLDEN = json.loads((ROOT / "tests/data/captions.json").read_text(encoding="utf-8"))
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT
 
-from pipeline.cli import COMMANDS, main
+from fedcmp.cli import COMMANDS, main
 
 
 def commands() -> list[list[str]]:
@@ -47,7 +47,7 @@ def test_what_other_packages_announce_is_not_for_users(
         "    subprocess.run([sys.executable, '-c', child], check=True)\n"
         "    warnings.warn('your disk smokes')\n"
     )
-    code = "import pipeline.cli as cli; cli.COMMANDS['report'] = ('theirs:command', ''); cli.run()"
+    code = "import fedcmp.cli as cli; cli.COMMANDS['report'] = ('theirs:command', ''); cli.run()"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     result = subprocess.run(
         [sys.executable, *options, "-c", code, "report"],
@@ -65,7 +65,7 @@ def test_what_other_packages_announce_is_not_for_users(
 ENDLESS = """
 import time
 import click
-from pipeline import cli
+from fedcmp import cli
 
 def callback():
     try:
@@ -100,9 +100,7 @@ def test_signals_end_a_command_in_order(number: signal.Signals, code: int) -> No
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *words], capture_output=True, text=True, cwd=ROOT
-    )
+    return subprocess.run([sys.executable, "-m", "fedcmp", *words], capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +128,7 @@ def test_a_full_disk_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "shard"))
 
-    monkeypatch.setattr("pipeline.world.write.write", full)
+    monkeypatch.setattr("fedcmp.pipeline.world.write.write", full)
     result = CliRunner().invoke(main, ["world", "write", str(tmp_path)])
     assert result.exit_code == 2
     assert "No space left on device" in result.output

@@ -15,16 +15,16 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federate.batches import Batch, Stream
-from federate.client import Job, LocalResult, learning_rate, train_together
-from federate.local import LocalEngine
-from federate.memo import Memo, job_key
-from federate.participation import participants
-from federate.strategies.base import Objective, State
-from pipeline import projector as projectors
-from pipeline.cache import FeatureCache
-from pipeline.config import Component, Optimizer, load
-from pipeline.language import FrozenLanguageModel
+from fedcmp.federate.client.memo import Memo, job_key
+from fedcmp.federate.client.step import Job, LocalResult, learning_rate, train_together
+from fedcmp.federate.client.stream import Batch, Stream
+from fedcmp.federate.client.trainer import LocalEngine
+from fedcmp.federate.participation import participants
+from fedcmp.federate.strategies.base import Objective, State
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import Component, Optimizer, load
+from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.models.language import FrozenLanguageModel
 
 PLAIN_SGD = Optimizer(name="sgd", learning_rate=0.5, warmup=0, max_grad_norm=1e9)
 
@@ -262,7 +262,7 @@ def test_processes_may_share_a_full_memo(tmp_path: Path) -> None:
     """Each writes, recalls and makes room while the others do; nobody stumbles or reads half a file."""
     code = (
         "import sys, torch\nfrom pathlib import Path\n"
-        "from federate.client import LocalResult\nfrom federate.memo import Memo\n"
+        "from fedcmp.federate.client.step import LocalResult\nfrom federate.memo import Memo\n"
         "memo, me = Memo(Path(sys.argv[1]), 1_000_000, {}), int(sys.argv[2])\n"
         "for number in range(60):\n"
         "    state = {'w': torch.full((20_000,), float(number))}\n"

@@ -13,17 +13,17 @@ from safetensors.torch import load_file
 from test_sites import QUICK, SILOS, FakeLink, over, projector, rows, sites_config  # noqa: F401
 from test_strategies import SHAPES, draw
 
-from federate.communication import compressed, received, restored
-from federate.engines.service import Service
-from federate.residuals import RESIDUALS, Residuals
-from federate.run import run
-from federate.server import Progress
-from federate.strategies.base import State
-from federate.wire import pack, unpack
-from pipeline.cache import differences
-from pipeline.config import Communication, Experiment, load
-from pipeline.errors import DivergedError, UserError
-from pipeline.identity import run_identity
+from fedcmp.federate.engines.service import Service
+from fedcmp.federate.engines.wire import pack, unpack
+from fedcmp.federate.outgoing.compression import compressed, received, restored
+from fedcmp.federate.outgoing.residuals import RESIDUALS, Residuals
+from fedcmp.federate.run import run
+from fedcmp.federate.server.rounds import Progress
+from fedcmp.federate.strategies.base import State
+from fedcmp.pipeline.cache import differences
+from fedcmp.pipeline.config import Communication, Experiment, load
+from fedcmp.pipeline.errors import DivergedError, UserError
+from fedcmp.pipeline.identity import run_identity
 
 PAYLOADS = {"bfloat16": {}, "int8": {}, "low_rank": {"rank": 1}}
 

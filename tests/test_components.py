@@ -11,17 +11,17 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import ROOT
 
-from extract.encoders.base import ENCODERS
-from federate.strategies.base import STRATEGIES
-from pipeline import projector as projectors
-from pipeline.cli import main
-from pipeline.components import as_built, check, load
-from pipeline.config import Component
-from pipeline.errors import UserError
-from pipeline.identity import run_identity
-from pipeline.manifest import read_json, write_json
-from pipeline.projectors.base import PROJECTORS
-from pipeline.registry import Registry
+from fedcmp.cli import main
+from fedcmp.components import as_built, check, load
+from fedcmp.extract.encoders.base import ENCODERS
+from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.pipeline.config import Component
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.identity import run_identity
+from fedcmp.pipeline.manifest import read_json, write_json
+from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.models.projectors.base import PROJECTORS
+from fedcmp.pipeline.registry import Registry
 
 TYPOS = {
     "federate.strategy={name='fedavg', proxmal=0.5}": "'federate.strategy.proxmal'; did you mean 'proximal'",
@@ -64,7 +64,7 @@ def test_nothing_to_extract_imports_no_torch(extracted: Path) -> None:
     # Other tests may have left caches that are looked through once more.
     assert CliRunner().invoke(main, ["extract", str(extracted)]).exit_code == 0
     code = (
-        "import sys; from click.testing import CliRunner; from pipeline.cli import main\n"
+        "import sys; from click.testing import CliRunner; from fedcmp.cli import main\n"
         f"result = CliRunner().invoke(main, ['extract', {str(extracted)!r}])\n"
         "assert 'Nothing to do' in result.output, result.output\n"
         "assert 'torch' not in sys.modules"

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from federate.strategies.base import STRATEGIES
-from pipeline.config import Component, Options, load
-from pipeline.errors import UserError
-from pipeline.grid import grid, read_ablation, trial
-from pipeline.manifest import fingerprint
-from pipeline.registry import Registry
-from pipeline.world.scenarios import SCENARIOS
+from fedcmp.ablation.file import grid, read_ablation, trial
+from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.pipeline.config import Component, Options, load
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.registry import Registry
+from fedcmp.pipeline.world.scenarios import SCENARIOS
 
 
 def test_every_shipped_config_is_valid() -> None:
@@ -98,7 +98,7 @@ def test_fingerprint_ignores_order_and_sees_values() -> None:
 
 
 def test_registry_refuses_a_second_of_the_same_name() -> None:
-    registry: Registry[Options] = Registry("thing", "federate.strategies")
+    registry: Registry[Options] = Registry("thing", "fedcmp.federate.strategies")
 
     @registry.register("one")
     class One(Options):

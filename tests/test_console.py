@@ -14,7 +14,7 @@ import termios
 import pytest
 from conftest import ROOT
 
-from pipeline.console import cleaned, complain, say, table
+from fedcmp.pipeline.console import cleaned, complain, say, table
 
 SILOS = (
     "Feature caches in build/features",
@@ -92,7 +92,7 @@ def on_terminal(code: str, columns: int) -> str:
 
 
 def printed(columns: int) -> dict[str, str]:
-    code = f"from pipeline.console import table\nfor name, each in {TABLES!r}.items():\n"
+    code = f"from fedcmp.pipeline.console import table\nfor name, each in {TABLES!r}.items():\n"
     code += "    table(*each)\n    print(f'end of {name}')"
     parts = re.split(r"end of (\w+)\n", on_terminal(code, columns))
     return dict(zip(parts[1::2], parts[::2], strict=False))
@@ -156,7 +156,7 @@ def test_ordinary_text_stays(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_errors_of_a_command_are_one_line(capfd: pytest.CaptureFixture[str], tmp_path: object) -> None:
     name = "no\x1b[31mwhere\nfedcmp: fine.toml"
-    command = [sys.executable, "-m", "pipeline.cli", "score", name]
+    command = [sys.executable, "-m", "fedcmp", "score", name]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("fedcmp: no\\x1b[31mwhere\\nfedcmp: fine.toml: no such file")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from test_secure import VECTOR, Clients, Signers, constant, meddling, spoiling
 
-from federate.secure.replies import digest_of
-from federate.secure.summation import secure_sum
-from pipeline.errors import DroppedOutError, SpoiledError
-from pipeline.manifest import fingerprint
+from fedcmp.federate.secure.replies import digest_of
+from fedcmp.federate.secure.summation import secure_sum
+from fedcmp.pipeline.errors import DroppedOutError, SpoiledError
+from fedcmp.pipeline.manifest import fingerprint
 
 Requests = dict[str, dict[str, Any]]
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from federate import local
-from federate.local import LocalEngine
-from pipeline.device import in_one_order
+from fedcmp.federate.client import trainer as local
+from fedcmp.federate.client.trainer import LocalEngine
+from fedcmp.pipeline.models.device import in_one_order
 
 
 @pytest.mark.parametrize(("device", "strict"), [("cpu", False), ("cuda", True), ("cuda:1", True)])

@@ -16,14 +16,14 @@ from conftest import picture, write_llava
 from PIL import Image
 from pydantic import ValidationError
 
-from extract.encoders.base import ENCODERS, LoadedEncoder
-from extract.encoders.open_clip import OpenClip
-from extract.encoders.tokens import expand_to_square, pool_squares
-from extract.encoders.transformers import _FAMILIES, Transformers
-from pipeline.cache import FeatureCache
-from pipeline.cli import main
-from pipeline.config import Component
-from pipeline.errors import UserError
+from fedcmp.cli import main
+from fedcmp.extract.encoders.base import ENCODERS, LoadedEncoder
+from fedcmp.extract.encoders.open_clip import OpenClip
+from fedcmp.extract.encoders.patches import expand_to_square, pool_squares
+from fedcmp.extract.encoders.transformers import _FAMILIES, Transformers
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import Component
+from fedcmp.pipeline.errors import UserError
 
 SIZE = {"height": 32, "width": 32}
 SHAPE: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}
@@ -748,7 +748,7 @@ def test_extraction_into_a_cache(
 
 def test_caches_from_before_these_options_stay_valid(clip_dir: Path) -> None:
     """The identity that version 0.1.0 wrote."""
-    from pipeline.saved_model import model_hashes
+    from fedcmp.pipeline.models.saved_model import model_hashes
 
     assert Transformers(path=clip_dir, pool=2).identity() == {
         "name": "transformers",

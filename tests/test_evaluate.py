@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from evaluate.answers import begin_answers, read_answers
-from pipeline.cli import main
-from pipeline.config import load
-from pipeline.errors import UserError
+from fedcmp.cli import main
+from fedcmp.evaluate.answers import begin_answers, read_answers
+from fedcmp.pipeline.config import load
+from fedcmp.pipeline.errors import UserError
 
 
 def call(command: str, config: Path, *overrides: str, more: tuple[str, ...] = ()) -> Result:
@@ -65,10 +65,10 @@ def test_scores_carry_intervals_and_counts(evaluated: Path) -> None:
 def test_the_loss_is_that_of_the_llm(evaluated: Path, llama_dir: Path) -> None:
     import torch
 
-    from pipeline.cache import FeatureCache
-    from pipeline.language import FrozenLanguageModel
-    from pipeline.projector import load_projector
-    from pipeline.prompts import tokenise
+    from fedcmp.pipeline.cache import FeatureCache
+    from fedcmp.pipeline.models.language import FrozenLanguageModel
+    from fedcmp.pipeline.models.projector import load_projector
+    from fedcmp.pipeline.models.prompts import tokenise
 
     language = FrozenLanguageModel(llama_dir, dtype="float32", device="cpu")
     projector, _ = load_projector(evaluated.parent / "build/runs/study/judged/projector.safetensors")
@@ -141,7 +141,7 @@ def test_answers_of_another_projector_or_length_are_not_scored(evaluated: Path) 
 
 
 def test_score_needs_no_model(evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.language.FrozenLanguageModel.__init__", None)
+    monkeypatch.setattr("fedcmp.pipeline.models.language.FrozenLanguageModel.__init__", None)
     path = evaluated.parent / "build/scores/study/judged/pope.json"
     before = path.read_bytes()
     path.unlink()
@@ -227,7 +227,7 @@ def test_what_has_no_finite_likelihood_stops_nothing(
     evaluated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "evaluate.reader._likelihoods",
+        "fedcmp.evaluate.answering._likelihoods",
         lambda language, tokens, projected: [[1.0 if n else float("nan"), 2.0] for n in range(len(tokens))],
     )
     result = call("evaluate", evaluated, "run=other", "seed=5", more=("--benchmark", "loss"))

@@ -15,17 +15,17 @@ from conftest import picture
 from PIL import Image
 from safetensors import safe_open
 
-from extract.encoders.transformers import Transformers
-from pipeline import projector as projectors
-from pipeline.cli import main
-from pipeline.config import Component
-from pipeline.errors import UserError
-from pipeline.export import hf, llava
-from pipeline.export.subject import Subject
-from pipeline.language import FrozenLanguageModel
-from pipeline.pretrained import read_weights
-from pipeline.prompts import question, tokenise
-from pipeline.records import caption
+from fedcmp.cli import main
+from fedcmp.extract.encoders.transformers import Transformers
+from fedcmp.pipeline.config import Component
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.export import hf, llava
+from fedcmp.pipeline.export.subject import Subject
+from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.pretrained import read_weights
+from fedcmp.pipeline.models.prompts import question, tokenise
+from fedcmp.pipeline.records import caption
 
 PICTURES = [picture(seed) for seed in range(2)]
 TEXTS = (caption("a small red circle"), caption("in the dark there is a zebra"))
@@ -36,7 +36,7 @@ def llm(out: Path, family: str) -> Path:
     """A tiny random LLM of a family, with the world's tokenizer."""
     import transformers
 
-    from pipeline.world import models
+    from fedcmp.pipeline.world import models
 
     tokenizer = models.tokenizer()
     common: dict[str, Any] = {

@@ -17,11 +17,11 @@ from click.testing import CliRunner, Result
 from conftest import ROOT, digest, picture, write_llava, write_shard
 from PIL import Image
 
-from extract.encoders.transformers import Transformers
-from pipeline.cache import FeatureCache, partial_path
-from pipeline.cli import main
-from pipeline.errors import UserError
-from pipeline.records import Record
+from fedcmp.cli import main
+from fedcmp.extract.encoders.transformers import Transformers
+from fedcmp.pipeline.cache import FeatureCache, partial_path
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.records import Record
 
 
 def config(root: Path, clip_dir: Path, llama_dir: Path, source: str, more: str = "") -> Path:
@@ -272,7 +272,7 @@ def test_killed_and_rerun_gives_the_same_bytes(tmp_path: Path, clip_dir: Path, l
     assert run(whole).exit_code == 0
     path = config(tmp_path / "b", clip_dir, llama_dir, source)
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "extract", str(path)], cwd=ROOT, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "fedcmp", "extract", str(path)], cwd=ROOT, stdout=subprocess.DEVNULL
     )
     done = partial_path(tmp_path / "b/features/one.zarr") / "_done"
     deadline = time.monotonic() + 60

@@ -15,10 +15,10 @@ import pytest
 import torch
 from conftest import ROOT, digest
 
-from pipeline.cache import FeatureCache, Quantiser
-from pipeline.errors import UserError
-from pipeline.handover.pack import pack
-from pipeline.handover.verify import verify
+from fedcmp.pipeline.cache import FeatureCache, Quantiser
+from fedcmp.pipeline.cache.verify import verify
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.handover.pack import pack
 
 
 def test_kills_at_any_moment() -> None:
@@ -111,7 +111,7 @@ def test_a_full_disk(tmp_path: Path, small: tuple[list[str], Path], operation: s
         "merge": ["merge", cache.path, "--out", disk / "in/m.zarr"],
         "pack": ["pack", cache.path, "--out", disk / "in/p.zip"],
     }[operation]
-    command = [*prefix, sys.executable, "-m", "pipeline.cli", "cache", *map(str, words)]
+    command = [*prefix, sys.executable, "-m", "fedcmp", "cache", *map(str, words)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2, result.stderr
     assert "free some space and rerun to go on" in result.stderr
@@ -131,7 +131,7 @@ def test_a_file_that_cannot_grow_then_can(tmp_path: Path, operation: str) -> Non
         "subset": ["subset", cache.path, "--out", out / "p.zarr", "--number", 40],
         "pack": ["pack", cache.path, "--out", out / "p.zarr"],
     }[operation]
-    command = [sys.executable, "-m", "pipeline.cli", "cache", *map(str, words)]
+    command = [sys.executable, "-m", "fedcmp", "cache", *map(str, words)]
     limit = 50_000
 
     def limited() -> None:

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_strategies import SHAPES, assert_same, clients, draw, rounds
 
-from federate.strategies.base import Aggregate, State, Update, data_weights
-from federate.strategies.canonical import (
+from fedcmp.federate.arithmetic.matrices import (
     Matrices,
     agreement,
     agreement_by_direction,
@@ -22,9 +21,10 @@ from federate.strategies.canonical import (
     polar,
     randomised_basis,
 )
-from federate.strategies.clipping import factors, norm, usual
-from federate.strategies.fedavg import FedAvg
-from federate.strategies.fedcmp import FedCmp
+from fedcmp.federate.arithmetic.norms import factors, norm, usual
+from fedcmp.federate.strategies.base import Aggregate, State, Update, data_weights
+from fedcmp.federate.strategies.fedavg import FedAvg
+from fedcmp.federate.strategies.fedcmp import FedCmp
 
 PLAIN = {
     "clip": 0.0,

@@ -15,13 +15,13 @@ import torch
 from click.testing import CliRunner, Result
 from conftest import ROOT
 
-from federate.batches import Stream
-from federate.strategies.base import STRATEGIES
-from pipeline import projector as projectors
-from pipeline.cache import FeatureCache
-from pipeline.cli import main
-from pipeline.config import Component, load
-from pipeline.language import FrozenLanguageModel
+from fedcmp.cli import main
+from fedcmp.federate.client.stream import Stream
+from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import Component, load
+from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.models.language import FrozenLanguageModel
 
 
 def run(config: Path, *overrides: str) -> Result:
@@ -196,7 +196,7 @@ def test_killed_and_rerun_ends_in_the_same_bytes(extracted: Path, options: list[
     """`kill -9` after a round's checkpoint; the rerun continues there."""
     options = [*options, "federate.rounds=9", "federate.batch_size=1", f"build={tmp_path}"]
     words = [word for option in options for word in ("--set", option)]
-    command = [sys.executable, "-m", "pipeline.cli", "federate", str(extracted), *words]
+    command = [sys.executable, "-m", "fedcmp", "federate", str(extracted), *words]
     process = subprocess.Popen([*command, "--set", "run=killed"], cwd=ROOT, stdout=subprocess.DEVNULL)
     out = tmp_path / "runs/study/killed"
     deadline = time.monotonic() + 60
@@ -288,7 +288,7 @@ def test_a_killed_run_goes_on_whatever_the_strategy_remembers(extracted: Path, n
     class Killed(BaseException):
         pass
 
-    from federate import server
+    from fedcmp.federate.server import rounds as server
 
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:

@@ -19,14 +19,14 @@ import torch
 from conftest import ROOT
 from test_sites import SILOS, Echo, projector, sites_config  # noqa: F401
 
-from federate.client import Job, LocalResult
-from federate.engines import launch
-from federate.engines.here import Here
-from federate.engines.keys import Keys
-from federate.engines.processes import free_port
-from federate.run import run
-from pipeline.config import Experiment, load
-from pipeline.errors import UserError
+from fedcmp.federate.client.step import Job, LocalResult
+from fedcmp.federate.engines.flower import launch
+from fedcmp.federate.engines.flower.keys import Keys
+from fedcmp.federate.engines.flower.processes import free_port
+from fedcmp.federate.engines.local import Here
+from fedcmp.federate.run import run
+from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.errors import UserError
 
 pytest.importorskip("flwr", reason="needs the extra [flower]")
 
@@ -40,7 +40,7 @@ def start() -> Iterator[object]:
     running: list[subprocess.Popen] = []
 
     def popen(log: Path, *words: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "pipeline.cli", *words]
+        command = [sys.executable, "-m", "fedcmp", *words]
         with log.open("ab") as file:
             process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=file, stderr=file)
         running.append(process)
@@ -109,7 +109,7 @@ def test_the_simulation_ends_in_the_bytes_of_the_local_engine(
         "federate.communication={payload='low_rank',rank=2}",
         f"build={tmp_path}",
     ]
-    command = [sys.executable, "-m", "pipeline.cli", "federate", str(sites_config), "--engine", "simulation"]
+    command = [sys.executable, "-m", "fedcmp", "federate", str(sites_config), "--engine", "simulation"]
     done = subprocess.run(
         [*command, *words(*options, "run=simulated")],
         env=ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
@@ -149,7 +149,7 @@ def test_private_patients_in_the_simulation(sites_config: Path, tmp_path: Path) 
         f"ledger.path={tmp_path / 'ledger'}",
         f"build={tmp_path}",
     ]
-    command = [sys.executable, "-m", "pipeline.cli", "federate", str(sites_config), "--engine", "simulation"]
+    command = [sys.executable, "-m", "fedcmp", "federate", str(sites_config), "--engine", "simulation"]
     result = subprocess.run(
         [*command, *words(*options)],
         env=ENVIRONMENT,

@@ -29,15 +29,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from federate.engines import gate as gates
-from federate.engines.gate import Gate
-from federate.engines.keys import Keys, check_place, public_key, signing, site_keys
-from federate.engines.processes import environment, free_port
-from federate.engines.service import Service
-from federate.engines.superlink import superlink
-from federate.run import run
-from pipeline.config import load
-from pipeline.errors import UserError
+from fedcmp.federate.engines.flower import gate as gates
+from fedcmp.federate.engines.flower.gate import Gate
+from fedcmp.federate.engines.flower.keys import Keys, check_place, public_key, signing, site_keys
+from fedcmp.federate.engines.flower.processes import environment, free_port
+from fedcmp.federate.engines.flower.superlink import superlink
+from fedcmp.federate.engines.service import Service
+from fedcmp.federate.run import run
+from fedcmp.pipeline.config import load
+from fedcmp.pipeline.errors import UserError
 
 HEARTBEAT = b"/v1/fleet/send-node-heartbeat"
 
@@ -447,8 +447,8 @@ def test_holding_the_authoritys_certificate_alone(keys: Path, tmp_path: Path) ->
 
 NODE = """
     import sys
-    from federate.engines import launch
-    from federate.engines.keys import Keys
+    from fedcmp.federate.engines.flower import launch
+    from fedcmp.federate.engines.flower.keys import Keys
     from pathlib import Path
 
     class Echo:
@@ -520,8 +520,8 @@ def test_sites_come_back_after_an_outage(keys: Path, tmp_path: Path, node, secon
 SERVER = """
     import sys, time
     from pathlib import Path
-    from federate.engines.keys import Keys
-    from federate.engines.superlink import superlink
+    from fedcmp.federate.engines.flower.keys import Keys
+    from fedcmp.federate.engines.flower.superlink import superlink
 
     port, keys, home = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     home.mkdir()

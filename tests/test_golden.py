@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from evaluate.benchmarks.base import Answers, Item, Metric, averaged
-from evaluate.benchmarks.captions import Captions
-from evaluate.benchmarks.gqa import Gqa
-from evaluate.benchmarks.mm_vet import MmVet
-from evaluate.benchmarks.mmbench import MmBench
-from evaluate.benchmarks.mme import Mme
-from evaluate.benchmarks.pope import Pope
-from evaluate.benchmarks.retrieval import Retrieval, ranks_of
-from evaluate.benchmarks.scienceqa import ScienceQa
-from evaluate.benchmarks.seed_bench import SeedBench
-from evaluate.captioning import bleu, bleu_score, cider_d, rouge_l
-from evaluate.compare import bootstrap, mcnemar, value_of
-from evaluate.metrics import (
+from fedcmp.evaluate.benchmarks.base import Answers, Item, Metric, averaged
+from fedcmp.evaluate.benchmarks.captions import Captions
+from fedcmp.evaluate.benchmarks.gqa import Gqa
+from fedcmp.evaluate.benchmarks.mm_vet import MmVet
+from fedcmp.evaluate.benchmarks.mmbench import MmBench
+from fedcmp.evaluate.benchmarks.mme import Mme
+from fedcmp.evaluate.benchmarks.pope import Pope
+from fedcmp.evaluate.benchmarks.retrieval import Retrieval, ranks_of
+from fedcmp.evaluate.benchmarks.scienceqa import ScienceQa
+from fedcmp.evaluate.benchmarks.seed_bench import SeedBench
+from fedcmp.evaluate.official.captions import bleu, bleu_score, cider_d, rouge_l
+from fedcmp.evaluate.official.ptb import caption_tokens
+from fedcmp.evaluate.official.short_answers import (
     evalai_normalise,
     gqa_answer,
     mmbench_option,
@@ -35,8 +35,8 @@ from evaluate.metrics import (
     vqa_accuracy,
     vqa_normalise,
 )
-from evaluate.ptb import caption_tokens
-from pipeline.prompts import question
+from fedcmp.evaluate.statistics import bootstrap, mcnemar, value_of
+from fedcmp.pipeline.models.prompts import question
 
 CASES = json.loads((ROOT / "tests/golden.json").read_text())["cases"]
 NOWHERE = Path("unused")

@@ -17,14 +17,14 @@ from conftest import digest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import CorruptCacheError, FeatureCache, Quantiser, partial_path
-from pipeline.cli import main
-from pipeline.errors import UserError
-from pipeline.handover.change import merge, replace_texts, subset
-from pipeline.handover.pack import pack
-from pipeline.handover.signature import sign
-from pipeline.handover.unpack import unpack
-from pipeline.handover.verify import verify
+from fedcmp.cli import main
+from fedcmp.pipeline.cache import CorruptCacheError, FeatureCache, Quantiser, partial_path
+from fedcmp.pipeline.cache.derive import merge, replace_texts, subset
+from fedcmp.pipeline.cache.verify import verify
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.handover.pack import pack
+from fedcmp.pipeline.handover.signature import sign
+from fedcmp.pipeline.handover.unpack import unpack
 
 
 def run(*words: object) -> Result:
@@ -105,7 +105,7 @@ def test_signatures(tmp_path: Path, path: Path, key: Path, form: dict[str, bool]
     with pytest.raises(UserError, match="not signed; have it packed with --sign"):
         unpack(tmp_path / "bare", tmp_path / "b.zarr", trust=trusted)
     other = caches.write(tmp_path / "other.zarr", caches.features(10, seed=1)).path
-    from pipeline.handover import pack as packing
+    from fedcmp.pipeline.handover import pack as packing
 
     real = packing.sign
     try:

@@ -66,11 +66,11 @@ def test_only_its_home_imports(package: str, homes: list[str]) -> None:
 def test_the_world_is_special_nowhere_else() -> None:
     for file in FILES:
         if "world" not in file.parts:
-            assert not {name for name in imports(file) if name.startswith("pipeline.world")}
+            assert not {name for name in imports(file) if name.startswith("fedcmp.pipeline.world")}
 
 
 def test_strategies_do_no_io() -> None:
-    forbidden = {"logging", "os", "pathlib", "io", "random", "rich", "click", "pipeline.console"}
+    forbidden = {"logging", "os", "pathlib", "io", "random", "rich", "click", "fedcmp.pipeline.console"}
     for file in (ROOT / "federate" / "strategies").glob("*.py"):
         assert not imports(file) & forbidden
 
@@ -84,7 +84,7 @@ def test_nothing_seeds_globally() -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from click.testing import CliRunner; from pipeline.cli import main\n"
+        "import sys; from click.testing import CliRunner; from fedcmp.cli import main\n"
         "assert CliRunner().invoke(main, ['--help']).exit_code == 0\n"
         "heavy = {'torch', 'transformers', 'zarr', 'numpy', 'pydantic'} & set(sys.modules)\n"
         "assert not heavy, heavy"

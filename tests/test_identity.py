@@ -20,13 +20,13 @@ from click.testing import CliRunner
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from extract.encoders.open_clip import OpenClip
-from extract.encoders.transformers import Transformers
-from pipeline.cli import main
-from pipeline.errors import UserError
-from pipeline.language import FrozenLanguageModel
-from pipeline.pretrained import read_weights
-from pipeline.saved_model import LANGUAGE_FILES, TOKENIZER_FILES, model_hashes, weight_files
+from fedcmp.cli import main
+from fedcmp.extract.encoders.open_clip import OpenClip
+from fedcmp.extract.encoders.transformers import Transformers
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.pretrained import read_weights
+from fedcmp.pipeline.models.saved_model import LANGUAGE_FILES, TOKENIZER_FILES, model_hashes, weight_files
 
 MARKER = "model.norm.weight"
 SOURCES = (
@@ -248,8 +248,8 @@ def test_no_file_is_opened_that_is_not_in_the_identity(llama_dir: Path, tmp_path
     code = f"""
 import sys
 from pathlib import Path
-from pipeline.language import FrozenLanguageModel
-from pipeline.pretrained import read_weights
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.pretrained import read_weights
 folder, seen = Path({str(folder)!r}), set()
 def hook(event, arguments):
     if event == "open" and str(arguments[0]).startswith(str(folder)):

@@ -16,12 +16,12 @@ from conftest import picture
 from PIL import Image
 from transformers import AutoTokenizer
 
-from extract.encoders.transformers import Transformers
-from pipeline import projector as projectors
-from pipeline.config import Component
-from pipeline.errors import UserError
-from pipeline.language import FrozenLanguageModel, load_language
-from pipeline.prompts import (
+from fedcmp.extract.encoders.transformers import Transformers
+from fedcmp.pipeline.config import Component
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.models.language import FrozenLanguageModel, load_language
+from fedcmp.pipeline.models.prompts import (
     CAPTION_PROMPT,
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
@@ -32,7 +32,7 @@ from pipeline.prompts import (
     question,
     tokenise,
 )
-from pipeline.records import Text, Turn, caption
+from fedcmp.pipeline.records import Text, Turn, caption
 
 CPU = "cpu"
 
@@ -400,6 +400,6 @@ def test_one_llm_is_kept_for_training_and_evaluation(llama_dir: Path) -> None:
 def test_a_missing_package_is_named(
     llama_dir: Path, key: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("fedcmp.pipeline.models.loading.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"language\.{key} = '{value}'.*fedcmp\[large\]"):
         FrozenLanguageModel(llama_dir, dtype="float32", device=CPU, **{key: value})

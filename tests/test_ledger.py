@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from federate.privacy.accounting import spent
-from federate.privacy.ledger import Ledger, Release, total
-from pipeline.config import Ledger as Budget
-from pipeline.errors import UserError
+from fedcmp.federate.privacy.accounting import spent
+from fedcmp.federate.privacy.ledger import Ledger, Release, total
+from fedcmp.pipeline.config import Ledger as Budget
+from fedcmp.pipeline.errors import UserError
 
 SILO = {"clinic": "abc"}
 
@@ -110,7 +110,7 @@ def test_a_ledger_that_cannot_be_written_ends_all_releases(tmp_path: Path) -> No
 
 WRITER = (
     "import sys\nfrom pathlib import Path\nfrom federate.privacy.ledger import Ledger, Release\n"
-    "from pipeline.config import Ledger as Budget\n"
+    "from fedcmp.pipeline.config import Ledger as Budget\n"
     "ledger = Ledger(Budget(path=Path(sys.argv[1])))\n"
     "for number in range(int(sys.argv[3])):\n"
     "    ledger.enter({'clinic': 'abc'}, Release(sys.argv[2], number, 'text', 'p', 0, 2.0))\n"

@@ -12,11 +12,11 @@ import pytest
 from conftest import ROOT, picture
 from PIL import Image
 
-from extract.sources.base import Skipped, image_name
-from extract.sources.image_folder import ImageFolder
-from extract.sources.llava_json import LlavaJson
-from extract.sources.webdataset import WebDataset
-from pipeline.records import Record
+from fedcmp.extract.sources.base import Skipped, image_name
+from fedcmp.extract.sources.image_folder import ImageFolder
+from fedcmp.extract.sources.llava_json import LlavaJson
+from fedcmp.extract.sources.webdataset import WebDataset
+from fedcmp.pipeline.records import Record
 
 PNG = picture(0, (8, 6))
 
@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_entered_is_listed(tmp_path: Path) -> None:
     put(tmp_path / "locked" / "b.png", text="there")
     (tmp_path / "locked").chmod(0)
     code = (
-        "from extract.sources.image_folder import ImageFolder as F; "
+        "from fedcmp.extract.sources.image_folder import ImageFolder as F; "
         "print([getattr(i, 'id', None) or (i.place, i.reason) for i in F(path='pictures').records()])"
     )
     # As nobody, in a folder of its own: those above are this user's alone.
@@ -261,7 +261,7 @@ def test_a_list_keeps_its_names_and_tells_what_it_cannot_use(tmp_path: Path) -> 
 
 
 def test_names_behind_urls_are_relative_too() -> None:
-    from pipeline.store import Remote
+    from fedcmp.pipeline.remote import Remote
 
     folder = Remote("s3://bucket/images/")
     assert image_name("s3://bucket/images/x/a.png", "images", folder) == "x/a.png"

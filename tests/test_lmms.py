@@ -15,10 +15,10 @@ import torch
 from conftest import ROOT
 from test_evaluate import answers_file, call, lines_of
 
-from evaluate.lookup import Lookup
-from pipeline.cache import FeatureCache
-from pipeline.errors import UserError
-from pipeline.projector import save_projector
+from fedcmp.evaluate.lmms.lookup import Lookup
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.projector import save_projector
 
 needs_lmms = pytest.mark.skipif(find_spec("lmms_eval") is None, reason="needs the extra [lmms]")
 
@@ -122,7 +122,7 @@ def ask(run: Path, documents: list[dict[str, Any]], options: dict[str, Any], **m
     """Ask as lmms-eval does, in this process."""
     from lmms_eval.api.instance import Instance
 
-    from evaluate.lmms import CachedRun
+    from fedcmp.evaluate.lmms.model import CachedRun
 
     cached = CachedRun(str(run), silo="heldout", **model)
     cached.task_dict = {"tiny": {"test": dataset(documents)}}

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import CorruptCacheError, FeatureCache, Quantiser
-from pipeline.cache.loader import float_batches, stored_batches
-from pipeline.handover.pack import pack
+from fedcmp.pipeline.cache import CorruptCacheError, FeatureCache, Quantiser
+from fedcmp.pipeline.cache.loader import float_batches, stored_batches
+from fedcmp.pipeline.handover.pack import pack
 
 CPU = torch.device("cpu")
 

@@ -86,7 +86,7 @@ def test_the_whole_road(house: House) -> None:
 def test_a_second_run_does_nothing(house: House) -> None:
     before = house.products()
     output = house.make()
-    assert "pipeline.cli" not in output
+    assert "fedcmp.cli" not in output
     assert house.products() == before
 
 
@@ -99,7 +99,7 @@ def test_touching_a_config_costs_a_check_and_changes_nothing(house: House) -> No
     assert output.count("nothing to answer") == 2
     kept = {name for name in before if not name.startswith("report/")}
     assert not changed(before, house.products()) & kept
-    assert "pipeline.cli" not in house.make()
+    assert "fedcmp.cli" not in house.make()
 
 
 def test_a_new_variant_builds_itself_and_the_report(house: House) -> None:
@@ -129,7 +129,7 @@ def test_what_is_lost_is_made_again(house: House, lost: str) -> None:
     path.unlink()
     house.make()
     assert path.is_file()
-    assert "pipeline.cli" not in house.make()
+    assert "fedcmp.cli" not in house.make()
 
 
 def test_an_experiment_may_extend_another(house: House) -> None:
@@ -158,7 +158,7 @@ def test_a_file_that_is_extended_counts_as_changed(house: House) -> None:
     below.write_text('extends = "demo.toml"\n[federate]\nrounds = 1\n')
     mine.write_text('extends = "below.toml"\n')
     house.make("EXPERIMENT=mine")
-    assert "pipeline.cli federate" not in house.make("EXPERIMENT=mine")
+    assert "fedcmp federate" not in house.make("EXPERIMENT=mine")
     below.write_text('extends = "demo.toml"\n[federate]\nrounds = 2\n')
     assert "because" in house.make("EXPERIMENT=mine")
     for file in (mine, below, mine.with_suffix(".mk")):
@@ -242,8 +242,8 @@ def test_the_first_make_installs_and_goes_on(tmp_path: Path, uv: bool) -> None:
     path = f"{tools}:{os.environ['PATH']}"
     result = make(tmp_path, "--dry-run", "extract", "federate", PATH=path)
     assert result.returncode == 0, result.stderr
-    assert "pipeline.cli extract configs/demo.toml" in result.stdout
-    assert "pipeline.cli federate configs/demo/fedavg.toml" in result.stdout
+    assert "fedcmp extract configs/demo.toml" in result.stdout
+    assert "fedcmp federate configs/demo/fedavg.toml" in result.stdout
     asked = (tmp_path / "asked").read_text().splitlines()
     assert "uv" in asked[0].split()
     assert all("-c constraints.txt" in line for line in asked)

@@ -16,17 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from federate.alignment import alignment_contributions, linear_cka
-from federate.batches import Batch, Stream
-from federate.strategies.base import STRATEGIES, State, Update
-from federate.strategies.fedavg import FedAvg
-from federate.strategies.pivotmerge import PivotMerge, layer_weights
-from pipeline import projector as projectors
-from pipeline.cache import FeatureCache
-from pipeline.cli import main
-from pipeline.config import Component
-from pipeline.language import FrozenLanguageModel
-from pipeline.prompts import IGNORE_INDEX
+from fedcmp.cli import main
+from fedcmp.federate.client.alignment import alignment_contributions, linear_cka
+from fedcmp.federate.client.stream import Batch, Stream
+from fedcmp.federate.strategies.base import STRATEGIES, State, Update
+from fedcmp.federate.strategies.fedavg import FedAvg
+from fedcmp.federate.strategies.pivotmerge import PivotMerge, layer_weights
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import Component
+from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.prompts import IGNORE_INDEX
 
 D_VISION, D_LLM = 24, 32
 SHAPES = {"linear_1.weight": (6, 4), "linear_1.bias": (6,), "linear_2.weight": (6, 6), "linear_2.bias": (6,)}
@@ -529,14 +529,14 @@ def test_a_damaged_manifest_never_vouches_for_new_bytes(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pipeline.projector.save_projector", full)
+    monkeypatch.setattr("fedcmp.pipeline.models.projector.save_projector", full)
     assert merge(*words, "--weights", "1,2,3").exit_code == 2
     assert not (tmp_path / "m.json").exists()
 
 
 def test_help_does_not_import_torch() -> None:
     code = (
-        "import sys; from click.testing import CliRunner; from pipeline.cli import main\n"
+        "import sys; from click.testing import CliRunner; from fedcmp.cli import main\n"
         "assert CliRunner().invoke(main, ['merge', '--help']).exit_code == 0\n"
         "assert not {'torch', 'transformers', 'zarr'} & set(sys.modules)"
     )

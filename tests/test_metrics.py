@@ -9,18 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluate.benchmarks.base import Item, Metric, averaged, mean
-from evaluate.benchmarks.pope import Pope
-from evaluate.captioning import object_matches
-from evaluate.compare import bootstrap, gap, holm, interval, pooled
-from evaluate.metrics import (
-    pope_label,
-    vqa_accuracy,
-    vqa_normalise,
-)
-from evaluate.ptb import caption_tokens
-from evaluate.versus import DRAWS
-from pipeline.prompts import question
+from fedcmp.evaluate.benchmarks.base import Item, Metric, averaged, mean
+from fedcmp.evaluate.benchmarks.pope import Pope
+from fedcmp.evaluate.compare import DRAWS
+from fedcmp.evaluate.official.captions import object_matches
+from fedcmp.evaluate.official.ptb import caption_tokens
+from fedcmp.evaluate.official.short_answers import pope_label, vqa_accuracy, vqa_normalise
+from fedcmp.evaluate.statistics import bootstrap, gap, holm, interval, pooled
+from fedcmp.pipeline.models.prompts import question
 
 
 @pytest.mark.parametrize(
@@ -188,7 +184,7 @@ def test_images_are_resampled_within_their_stratum() -> None:
     st.dictionaries(st.sampled_from("ABCD"), st.text(min_size=1, max_size=9), min_size=1),
 )
 def test_letters_are_found_or_not_but_never_made_up(text: str, choices: dict[str, str]) -> None:
-    from evaluate.metrics import mmbench_option, scienceqa_letter
+    from fedcmp.evaluate.official.short_answers import mmbench_option, scienceqa_letter
 
     letter = mmbench_option(text, choices)
     assert letter is None or letter == "Z" or letter in choices
@@ -204,7 +200,13 @@ def test_letters_are_found_or_not_but_never_made_up(text: str, choices: dict[str
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60), st.lists(st.text(max_size=12), min_size=10, max_size=10))
 def test_yes_no_and_vqa_rules_take_any_text(text: str, truths: list[str]) -> None:
-    from evaluate.metrics import gqa_answer, mme_label, textvqa_accuracy, vizwiz_accuracy, vqa_normalise
+    from fedcmp.evaluate.official.short_answers import (
+        gqa_answer,
+        mme_label,
+        textvqa_accuracy,
+        vizwiz_accuracy,
+        vqa_normalise,
+    )
 
     label = mme_label(text)
     assert label == "other" or label in text.lower()[:4]
@@ -221,7 +223,7 @@ def test_yes_no_and_vqa_rules_take_any_text(text: str, truths: list[str]) -> Non
     st.lists(st.sampled_from("a b c".split()), max_size=7),
 )
 def test_caption_scores_are_bounded_and_full_for_the_reference(said: list[str], reference: list[str]) -> None:
-    from evaluate.captioning import bleu, bleu_score, rouge_l
+    from fedcmp.evaluate.official.captions import bleu, bleu_score, rouge_l
 
     assert 0 <= rouge_l(said, [reference]) <= 1.0000001
     assert rouge_l(reference, [reference]) == pytest.approx(1)

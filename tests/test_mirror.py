@@ -12,13 +12,13 @@ from conftest import digest
 from test_handover import key, spoiled_signatures  # noqa: F401
 from test_received import signed_at
 
-from pipeline.errors import UserError
-from pipeline.handover.pack import pack
-from pipeline.handover.receive import received
-from pipeline.handover.signature import SIGNATURE, sign
-from pipeline.handover.unpack import unpack
-from pipeline.mirror import pull, push
-from pipeline.store import Remote
+from fedcmp.pipeline.cache.mirror import pull, push
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.handover.pack import pack
+from fedcmp.pipeline.handover.receive import received
+from fedcmp.pipeline.handover.signature import SIGNATURE, sign
+from fedcmp.pipeline.handover.unpack import unpack
+from fedcmp.pipeline.remote import Remote
 
 
 @pytest.fixture

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from conftest import ROOT, picture
 
-from extract.runner import _only_records
-from extract.sources.base import Skipped, Source
-from extract.sources.hdf5 import Hdf5
-from extract.sources.webdataset import WebDataset
-from pipeline.cache import CacheWriter, CorruptCacheError, FeatureCache, Row
-from pipeline.errors import UserError
-from pipeline.handover.pack import pack
-from pipeline.handover.receive import received
-from pipeline.handover.unpack import unpack
-from pipeline.handover.verify import verify
-from pipeline.records import Record, improper
+from fedcmp.extract.silo import _only_records
+from fedcmp.extract.sources.base import Skipped, Source
+from fedcmp.extract.sources.hdf5 import Hdf5
+from fedcmp.extract.sources.webdataset import WebDataset
+from fedcmp.pipeline.cache import CacheWriter, CorruptCacheError, FeatureCache, Row
+from fedcmp.pipeline.cache.verify import verify
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.handover.pack import pack
+from fedcmp.pipeline.handover.receive import received
+from fedcmp.pipeline.handover.unpack import unpack
+from fedcmp.pipeline.records import Record, improper
 
 BAD = [
     "../../x",
@@ -140,8 +140,8 @@ def sparse(size: int) -> bytes:
 
 PROBE = """
 import sys
-from extract.sources.base import Skipped
-from extract.sources.webdataset import WebDataset
+from fedcmp.extract.sources.base import Skipped
+from fedcmp.extract.sources.webdataset import WebDataset
 def peak():
     return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before = peak()

@@ -17,13 +17,13 @@ import pytest
 import torch
 from test_sites import SILOS, FakeLink, over, projector, sites_config  # noqa: F401
 
-from federate.communication import compressed
-from federate.engines.base import Card, terms
-from federate.engines.service import Service
-from federate.engines.sites import Sites
-from federate.run import run
-from pipeline.config import Experiment, load
-from pipeline.errors import UserError
+from fedcmp.federate.engines.base import Card, terms
+from fedcmp.federate.engines.service import Service
+from fedcmp.federate.engines.sites import Sites
+from fedcmp.federate.outgoing.compression import compressed
+from fedcmp.federate.run import run
+from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.errors import UserError
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -214,7 +214,7 @@ def silent(answer: dict[str, Any]) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("federate.engines.sites._POLL", 0.005)
+    monkeypatch.setattr("fedcmp.federate.engines.sites._POLL", 0.005)
 
 
 @pytest.mark.usefixtures("quick")
@@ -315,7 +315,7 @@ def test_a_wrong_site_that_comes_first_does_not_turn_away_the_others(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What only sites know is what most of them say, when all have spoken; later the run's is."""
-    monkeypatch.setattr("federate.engines.sites._NODES_EVERY", 0.01)
+    monkeypatch.setattr("fedcmp.federate.engines.sites._NODES_EVERY", 0.01)
     begun = time.monotonic()
 
     class OneByOne(FakeLink):

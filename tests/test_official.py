@@ -11,9 +11,9 @@ from click.testing import CliRunner, Result
 from official import WRITERS
 from test_benchmarks import FILES, items_of
 
-from evaluate.benchmarks.base import BENCHMARKS
-from pipeline.cli import main
-from pipeline.config import load
+from fedcmp.cli import main
+from fedcmp.evaluate.benchmarks.base import BENCHMARKS
+from fedcmp.pipeline.config import load
 
 
 def call(*words: object) -> Result:
@@ -59,7 +59,7 @@ def answered(household: Path) -> Path:
 
 
 def test_images_of_benchmarks_are_cached_once_and_without_texts(household: Path) -> None:
-    from pipeline.cache import FeatureCache
+    from fedcmp.pipeline.cache import FeatureCache
 
     for name in FILES:
         cache = FeatureCache(household / f"features/{name}.zarr")
@@ -112,11 +112,11 @@ def test_ranking_answers_with_an_option_and_says_so(answered: Path) -> None:
 def test_the_likeliest_option_is_that_of_the_llms_own_losses(answered: Path, llama_dir: Path) -> None:
     import torch
 
-    from pipeline.cache import FeatureCache
-    from pipeline.language import FrozenLanguageModel
-    from pipeline.projector import load_projector
-    from pipeline.prompts import tokenise
-    from pipeline.records import Text, Turn
+    from fedcmp.pipeline.cache import FeatureCache
+    from fedcmp.pipeline.models.language import FrozenLanguageModel
+    from fedcmp.pipeline.models.projector import load_projector
+    from fedcmp.pipeline.models.prompts import tokenise
+    from fedcmp.pipeline.records import Text, Turn
 
     option = "evaluate.benchmarks.seed_bench.rank=true"
     before = len(answers_of(answered, "seed_bench"))
@@ -143,7 +143,7 @@ def test_the_likeliest_option_is_that_of_the_llms_own_losses(answered: Path, lla
 
 
 def test_compare_prints_differences_with_their_tests(answered: Path) -> None:
-    from evaluate.versus import compare_runs
+    from fedcmp.evaluate.compare import compare_runs
 
     one, other = load(answered / "one.toml"), load(answered / "other.toml")
     names = ("pope", "mme", "vqav2", "captions", "mm_vet")

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from conftest import picture
 
-from evaluate.page import RunResult, Said, Sample, page
-from evaluate.report import _thumbnail
+from fedcmp.evaluate.report.collect import _thumbnail
+from fedcmp.evaluate.report.page import RunResult, Said, Sample, page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

@@ -14,14 +14,14 @@ from test_encoders import MAKERS, PREFIX, clip, experiment, save, siglip2, to_op
 from test_export import TEXTS, WIDTH, llms  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from extract.encoders.tokens import expand_to_square
-from pipeline import projector as projectors
-from pipeline.cache import FeatureCache
-from pipeline.cli import main
-from pipeline.config import Component
-from pipeline.export.hf import LANGUAGES
-from pipeline.language import FrozenLanguageModel
-from pipeline.prompts import question, tokenise
+from fedcmp.cli import main
+from fedcmp.extract.encoders.patches import expand_to_square
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import Component
+from fedcmp.pipeline.export.hf import LANGUAGES
+from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.prompts import question, tokenise
 
 SHOWN = (2, 6)
 

@@ -13,11 +13,11 @@ from conftest import digest, write_llava, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extract.partition import Partition, by_hash, deal, dirichlet, portions
-from extract.sources.base import SOURCES, Skipped
-from pipeline.cli import main
-from pipeline.config import Component
-from pipeline.errors import UserError
+from fedcmp.cli import main
+from fedcmp.extract.partition import Partition, by_hash, deal, dirichlet, portions
+from fedcmp.extract.sources.base import SOURCES, Skipped
+from fedcmp.pipeline.config import Component
+from fedcmp.pipeline.errors import UserError
 
 words = st.text(min_size=1, max_size=5).filter(str.isprintable)
 labels = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=80)
@@ -208,7 +208,7 @@ def test_a_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("extract.partition.write_atomic", full)
+    monkeypatch.setattr("fedcmp.extract.partition.write_atomic", full)
     assert run(*words).exit_code == 2
     assert not (out / "manifest.json").exists()
     monkeypatch.undo()

@@ -17,12 +17,12 @@ from PIL import Image, ImageOps
 from test_encoders import clip, dinov2, save, to_open_clip
 from test_extract import config, run
 
-from extract.encoders import crop
-from extract.encoders.open_clip import OpenClip
-from extract.encoders.tokens import LoadedPatchEncoder
-from extract.encoders.transformers import Transformers
-from extract.pictures import Reading, read_rgb
-from pipeline.cache import FeatureCache
+from fedcmp.extract.encoders import crop
+from fedcmp.extract.encoders.open_clip import OpenClip
+from fedcmp.extract.encoders.patches import LoadedPatchEncoder
+from fedcmp.extract.encoders.transformers import Transformers
+from fedcmp.extract.pictures import Reading, read_rgb
+from fedcmp.pipeline.cache import FeatureCache
 
 BASE = Image.open(io.BytesIO(picture(3, (40, 30)))).convert("RGB")
 
@@ -251,7 +251,7 @@ def test_thin_strips_take_little_memory(size: tuple[int, int], clip_dir: Path) -
 import resource
 from PIL import Image
 from transformers import CLIPImageProcessorPil
-from extract.encoders.transformers import _crop
+from fedcmp.extract.encoders.transformers import _crop
 crop = _crop(CLIPImageProcessorPil(size={{"shortest_edge": 336}}, crop_size={{"height": 336, "width": 336}}))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 image = Image.new("RGB", {size}, (9, 99, 199))

@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from extract.estimate import outlines
-from extract.run import run as extract
-from pipeline.cli import main
-from pipeline.config import Component, load
-from pipeline.language import FrozenLanguageModel
-from pipeline.plan import language_shape
-from pipeline.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from fedcmp.cli import main
+from fedcmp.commands.plan import language_shape
+from fedcmp.extract.estimate import outlines
+from fedcmp.extract.run import run as extract
+from fedcmp.pipeline.config import Component, load
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 def counted() -> FlopCounterMode:
@@ -59,7 +59,7 @@ def test_flops_of_training_are_those_of_a_real_step(llama_dir: Path) -> None:
 
 
 def test_flops_of_the_encoder_are_those_of_the_loaded_one(clip_dir: Path) -> None:
-    from extract.encoders.base import ENCODERS
+    from fedcmp.extract.encoders.base import ENCODERS
 
     component = Component.model_validate({"name": "transformers", "path": str(clip_dir)})
     loaded = ENCODERS.build(component, "extract.encoder").load("cpu", "float32")
@@ -103,7 +103,7 @@ def test_architectures_of_open_clip_need_nothing_at_all() -> None:
 
 def test_a_full_disk_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=200 * 10**9)
-    monkeypatch.setattr("pipeline.plan.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("fedcmp.commands.plan.shutil.disk_usage", lambda path: usage)
     shown = plan(str(ROOT / "configs/llava-1.5-7b.toml"))
     assert "658.2 GB, do not fit into the 200.0 GB free" in shown
     assert "set extract.encoder.pool = 2 (164.6 GB)" in shown

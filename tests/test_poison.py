@@ -12,12 +12,12 @@ import torch
 from test_sites import projector, sites_config  # noqa: F401
 from test_strategies import draw
 
-from federate.engines.here import Here
-from federate.history import distance
-from federate.poison import poisoned
-from federate.run import run
-from pipeline.config import Poison, load
-from pipeline.errors import UserError
+from fedcmp.federate.engines.local import Here
+from fedcmp.federate.outgoing.poison import poisoned
+from fedcmp.federate.run import run
+from fedcmp.pipeline.config import Poison, load
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.history import distance
 
 
 def test_what_bad_sites_send() -> None:

@@ -14,25 +14,25 @@ import torch
 from test_sites import SILOS, FakeLink, over, projector, sites_config  # noqa: F401
 from test_strategies import draw
 
-from federate import server
-from federate.client import Job, LocalResult
-from federate.engines.here import Here
-from federate.engines.service import Service
-from federate.history import distance
-from federate.plan import plan
-from federate.privacy.accounting import multiplier_of, spent
-from federate.privacy.ledger import Ledger
-from federate.privacy.noise import privatised
-from federate.run import run
-from federate.strategies.base import STRATEGIES
-from federate.strategies.fedavg import FedAvg
-from federate.wire import job_as_dict, pack, result_of, unpack
-from pipeline.cache import open_cache
-from pipeline.cli import main
-from pipeline.config import Experiment, Privacy, load
-from pipeline.errors import UserError
-from pipeline.projector import state_of
-from pipeline.prompts import tokenise_all
+from fedcmp.cli import main
+from fedcmp.federate.client.step import Job, LocalResult
+from fedcmp.federate.engines.local import Here
+from fedcmp.federate.engines.service import Service
+from fedcmp.federate.engines.wire import job_as_dict, pack, result_of, unpack
+from fedcmp.federate.privacy.accounting import multiplier_of, spent
+from fedcmp.federate.privacy.ledger import Ledger
+from fedcmp.federate.privacy.noise import privatised
+from fedcmp.federate.run import run
+from fedcmp.federate.schedule import plan
+from fedcmp.federate.server import rounds as server
+from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.federate.strategies.fedavg import FedAvg
+from fedcmp.pipeline.cache import open_cache
+from fedcmp.pipeline.config import Experiment, Privacy, load
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.history import distance
+from fedcmp.pipeline.models.projector import state_of
+from fedcmp.pipeline.models.prompts import tokenise_all
 
 TEXTS = ["federate.privacy.unit=text", "federate.privacy.clip=0.05", "federate.privacy.epsilon=4"]
 IMAGES = ["federate.privacy.unit=image", *TEXTS[1:]]
@@ -244,7 +244,7 @@ def test_all_that_leaves_a_private_site(
 
     With the noise held still, what has noise is different for other texts, so it does depend on them.
     """
-    from federate.batches import Stream
+    from fedcmp.federate.client.stream import Stream
 
     still = torch.Generator()
     deviations: list[torch.Tensor] = []
@@ -266,7 +266,7 @@ def test_all_that_leaves_a_private_site(
         if wrong:
             monkeypatch.setattr(Stream, "_tokens", lambda self, samples: texts(self, samples[::-1]))
             monkeypatch.setattr(
-                "federate.privacy.units.tokenise_all",
+                "fedcmp.federate.privacy.units.tokenise_all",
                 lambda given, *rest, **more: tokenise_all(given[::-1], *rest, **more),
             )
         described.append(asked(experiment, wants=ALL_WANTED))
@@ -433,7 +433,7 @@ def test_the_ledger_counts_the_noise_that_is_surely_there(private: Callable[...,
 
 
 def test_reports_draw_no_losses_of_private_runs(private: Callable[..., Experiment]) -> None:
-    from evaluate.page import RunResult, _curves
+    from fedcmp.evaluate.report.page import RunResult, _curves
 
     experiment = private(*TEXTS)
     run(experiment)
@@ -484,7 +484,7 @@ def test_what_would_not_be_private_is_refused(
 def test_features_whose_steps_all_pictures_have_set_are_refused(
     private: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.cache import FeatureCache
+    from fedcmp.pipeline.cache import FeatureCache
 
     monkeypatch.setattr(FeatureCache, "quantiser", object())
     with pytest.raises(UserError, match="int8 features are in steps that all pictures have set together"):
@@ -493,7 +493,7 @@ def test_features_whose_steps_all_pictures_have_set_are_refused(
 
 def test_every_strategy_is_private_or_refused() -> None:
     """Whoever adds a strategy that asks for more has to say what becomes of it."""
-    from pipeline.config import Component
+    from fedcmp.pipeline.config import Component
 
     wanted = {name: STRATEGIES.build(Component(name=name), "here").wants for name in STRATEGIES.names()}
     assert set().union(*wanted.values()) == ALL_WANTED

@@ -16,19 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from federate.batches import Batch, Stream
-from federate.client import Job, LocalResult, train_together
-from federate.privacy import noise, steps
-from federate.privacy.noise import standard_normal
-from federate.privacy.steps import NoisySteps, clipped_sum
-from federate.privacy.units import UnitStream, unit_of
-from federate.strategies.base import Objective, State
-from pipeline import projector as projectors
-from pipeline.cache import CacheWriter, FeatureCache, Identity, Row
-from pipeline.config import Component, Optimizer, Privacy
-from pipeline.errors import DivergedError, UserError
-from pipeline.language import FrozenLanguageModel
-from pipeline.prompts import IGNORE_INDEX
+from fedcmp.federate.client.step import Job, LocalResult, train_together
+from fedcmp.federate.client.stream import Batch, Stream
+from fedcmp.federate.privacy import noise, steps
+from fedcmp.federate.privacy.noise import standard_normal
+from fedcmp.federate.privacy.steps import NoisySteps, clipped_sum
+from fedcmp.federate.privacy.units import UnitStream, unit_of
+from fedcmp.federate.strategies.base import Objective, State
+from fedcmp.pipeline.cache import CacheWriter, FeatureCache, Identity, Row
+from fedcmp.pipeline.config import Component, Optimizer, Privacy
+from fedcmp.pipeline.errors import DivergedError, UserError
+from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.prompts import IGNORE_INDEX
 
 PROJECTORS = [
     Component(name="linear"),
@@ -426,7 +426,7 @@ def test_a_client_with_an_infinite_gradient_is_named(
 
 
 def test_supervised_tokens_are_counted_a_text() -> None:
-    from federate.client import _tokens
+    from fedcmp.federate.client.step import _tokens
 
     labels = torch.tensor([[IGNORE_INDEX, 3, 4, IGNORE_INDEX], [5, IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]])
     assert _tokens(labels).tolist() == [2, 1]

@@ -10,15 +10,15 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
-from federate.strategies.base import STRATEGIES, Update
-from pipeline import projector as projectors
-from pipeline.cache import differences
-from pipeline.cli import main
-from pipeline.config import Component, load
-from pipeline.errors import UserError
-from pipeline.identity import run_identity
-from pipeline.pretrained import llava_name, read_weights, start_from
-from pipeline.projectors.base import PROJECTORS, Projector
+from fedcmp.cli import main
+from fedcmp.federate.strategies.base import STRATEGIES, Update
+from fedcmp.pipeline.cache import differences
+from fedcmp.pipeline.config import Component, load
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.identity import run_identity
+from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.models.pretrained import llava_name, read_weights, start_from
+from fedcmp.pipeline.models.projectors.base import PROJECTORS, Projector
 
 D_VISION, D_LLM, PATCHES = 6, 16, 36
 

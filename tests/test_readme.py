@@ -13,9 +13,9 @@ import torch
 from click.testing import CliRunner
 from conftest import ROOT
 
-from federate.strategies.base import STRATEGIES, Update
-from pipeline.cli import main
-from pipeline.config import Component, Experiment, load
+from fedcmp.cli import main
+from fedcmp.federate.strategies.base import STRATEGIES, Update
+from fedcmp.pipeline.config import Component, Experiment, load
 
 README = (ROOT / "README.md").read_text()
 

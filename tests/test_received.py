@@ -14,18 +14,18 @@ from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives import serialization as form
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from pipeline.cache import CorruptCacheError, FeatureCache
-from pipeline.cache.files import StoredZip
-from pipeline.cache.format import crc, crc_bytes
-from pipeline.cache.mark import remembered
-from pipeline.cli import main
-from pipeline.config import Experiment
-from pipeline.errors import UserError
-from pipeline.handover import receive, signature
-from pipeline.handover.change import replace_texts
-from pipeline.handover.pack import pack
-from pipeline.handover.receive import received
-from pipeline.handover.unpack import unpack
+from fedcmp.cli import main
+from fedcmp.pipeline.cache import CorruptCacheError, FeatureCache
+from fedcmp.pipeline.cache.derive import replace_texts
+from fedcmp.pipeline.cache.files import StoredZip
+from fedcmp.pipeline.cache.format import crc, crc_bytes
+from fedcmp.pipeline.cache.mark import remembered
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.handover import receive, signature
+from fedcmp.pipeline.handover.pack import pack
+from fedcmp.pipeline.handover.receive import received
+from fedcmp.pipeline.handover.unpack import unpack
 
 
 def run(*words: object) -> Result:
@@ -322,8 +322,8 @@ def test_trust_in_the_experiment(extracted: Path, tmp_path: Path, key: Path) -> 
 
 
 def test_trust_decides_no_run(extracted: Path, key: Path) -> None:
-    from pipeline.config import load
-    from pipeline.identity import run_identity
+    from fedcmp.pipeline.config import load
+    from fedcmp.pipeline.identity import run_identity
 
     plain, trusting = load(extracted), load(extracted, [f'trust.lab="{key}.pub"'])
     assert isinstance(plain, Experiment)
@@ -342,7 +342,7 @@ def test_trust_decides_no_run(extracted: Path, key: Path) -> None:
 def test_signatures_that_say_nothing(
     tmp_path: Path, path: Path, key: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.handover.pack.sign", lambda *_: content)
+    monkeypatch.setattr("fedcmp.pipeline.handover.pack.sign", lambda *_: content)
     packed = pack(path, tmp_path / "p.zip", key=key).path
     with pytest.raises(UserError, match=message):
         unpack(packed, tmp_path / "in/berlin.zarr", trust=key.with_suffix(".pub"))

@@ -13,17 +13,16 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import digest, picture, write_llava, write_shard
 
-from extract.sources.base import Skipped
-from extract.sources.image_folder import ImageFolder
-from extract.sources.llava_json import LlavaJson
-from extract.sources.webdataset import WebDataset
-from pipeline import mirror
-from pipeline.cache import FeatureCache, open_cache
-from pipeline.cli import main
-from pipeline.config import Experiment, load
-from pipeline.errors import UserError
-from pipeline.mirror import pull, push
-from pipeline.store import Remote
+from fedcmp.cli import main
+from fedcmp.extract.sources.base import Skipped
+from fedcmp.extract.sources.image_folder import ImageFolder
+from fedcmp.extract.sources.llava_json import LlavaJson
+from fedcmp.extract.sources.webdataset import WebDataset
+from fedcmp.pipeline.cache import FeatureCache, mirror, open_cache
+from fedcmp.pipeline.cache.mirror import pull, push
+from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.remote import Remote
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -212,7 +211,7 @@ def test_what_was_not_sent_yet_is_not_replaced_by_older(
     loaded = load(cloud)
     write_llava(tmp_path / "d", 14)
     with monkeypatch.context() as patched:
-        patched.setattr("extract.run.push", lambda *_: (_ for _ in ()).throw(UserError("no network")))
+        patched.setattr("fedcmp.extract.run.push", lambda *_: (_ for _ in ()).throw(UserError("no network")))
         assert run("extract", cloud).exit_code == 2
     newer = digest(loaded.cache_path("one"))
     refused = run("federate", cloud)

@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import ROOT, picture
 
-from evaluate.benchmarks.base import BENCHMARKS
-from evaluate.benchmarks.captions import Captions
-from evaluate.benchmarks.pope import Pope
-from pipeline.cli import main
+from fedcmp.cli import main
+from fedcmp.evaluate.benchmarks.base import BENCHMARKS
+from fedcmp.evaluate.benchmarks.captions import Captions
+from fedcmp.evaluate.benchmarks.pope import Pope
 
 BASE = """
 extends = "{extracted}"
@@ -339,7 +339,6 @@ def test_seeds_of_a_comparison_are_of_one_method(place: Path) -> None:
 def test_a_module_that_cannot_be_imported_breaks_no_other(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import evaluate.benchmarks
 
     (tmp_path / "odd.py").write_text("import nothing_of_this_name\n")
     monkeypatch.setattr(evaluate.benchmarks, "__path__", [*evaluate.benchmarks.__path__, str(tmp_path)])

@@ -19,17 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_strategies import SHAPES, draw
 
-from federate.secure import numbers
-from federate.secure.cohort import aggregate
-from federate.secure.contribution import Own
-from federate.secure.ledger import Ledger
-from federate.secure.masks import KeyPair, add_mask, seal, unseal
-from federate.secure.party import Party
-from federate.secure.signing import Signing
-from federate.secure.summation import secure_sum, threshold_of
-from federate.strategies.base import STRATEGIES, Memory, State, Strategy, Update
-from pipeline.config import Component
-from pipeline.errors import DroppedOutError, SpoiledError, UserError
+from fedcmp.federate.secure import numbers
+from fedcmp.federate.secure.contribution import Own
+from fedcmp.federate.secure.ledger import Ledger
+from fedcmp.federate.secure.masked import aggregate
+from fedcmp.federate.secure.masks import KeyPair, add_mask, seal, unseal
+from fedcmp.federate.secure.party import Party
+from fedcmp.federate.secure.signing import Signing
+from fedcmp.federate.secure.summation import secure_sum, threshold_of
+from fedcmp.federate.strategies.base import STRATEGIES, Memory, State, Strategy, Update
+from fedcmp.pipeline.config import Component
+from fedcmp.pipeline.errors import DroppedOutError, SpoiledError, UserError
 
 VECTOR = np.array([1.5, -2.25, 0.0, 1e-9])
 

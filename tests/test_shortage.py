@@ -15,13 +15,14 @@ import pytest
 from conftest import write_llava
 from test_extract import config, run
 
-from extract import runner, shortage
-from pipeline import device
-from pipeline.cache import CorruptCacheError, FeatureCache
-from pipeline.errors import UserError
-from pipeline.handover.pack import pack
-from pipeline.manifest import provenance
-from pipeline.records import Record
+from fedcmp.extract import shortage
+from fedcmp.extract import silo as runner
+from fedcmp.pipeline.cache import CorruptCacheError, FeatureCache
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.handover.pack import pack
+from fedcmp.pipeline.manifest import provenance
+from fedcmp.pipeline.models import device
+from fedcmp.pipeline.records import Record
 
 SHORT = [
     (MemoryError(), "not enough memory"),
@@ -174,7 +175,7 @@ def test_a_failing_disk_below_hdf5_stops_the_run(
 ) -> None:
     import h5py
 
-    from extract.sources import hdf5
+    from fedcmp.extract.sources import hdf5
 
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["images"] = np.zeros((3, 4, 4, 3), np.uint8)

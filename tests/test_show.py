@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 from conftest import ROOT
 
-from pipeline.cli import main
-from pipeline.config import load
-from pipeline.grid import read_ablation
+from fedcmp.ablation.file import read_ablation
+from fedcmp.cli import main
+from fedcmp.pipeline.config import load
 
 CONFIGS = [
     "configs/demo.toml",
@@ -98,7 +98,7 @@ def test_an_ablation_is_shown_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_make_is_answered_without_torch() -> None:
     code = (
-        "import sys; from click.testing import CliRunner; from pipeline.cli import main\n"
+        "import sys; from click.testing import CliRunner; from fedcmp.cli import main\n"
         "assert CliRunner().invoke(main, ['show', 'configs/demo.toml', '--make']).exit_code == 0\n"
         "heavy = {'torch', 'transformers', 'zarr', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"

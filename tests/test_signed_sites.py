@@ -14,13 +14,13 @@ from test_sites import SILOS, FakeLink, over, projector, sites_config  # noqa: F
 
 pytest.importorskip("flwr", reason="needs the extra [flower]")
 
-from federate.engines.keys import signing
-from federate.engines.processes import free_port
-from federate.engines.service import Service
-from federate.run import run
-from pipeline.cli import main
-from pipeline.config import load
-from pipeline.errors import UserError
+from fedcmp.cli import main
+from fedcmp.federate.engines.flower.keys import signing
+from fedcmp.federate.engines.flower.processes import free_port
+from fedcmp.federate.engines.service import Service
+from fedcmp.federate.run import run
+from fedcmp.pipeline.config import load
+from fedcmp.pipeline.errors import UserError
 
 SECURE = ["federate.strategy={name='fedcmp',reliability='none'}", "federate.privacy.secure=true"]
 SWAPPED = (

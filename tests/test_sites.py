@@ -16,18 +16,18 @@ import torch
 from conftest import write_llava
 from safetensors.torch import load_file
 
-from federate.client import Job, LocalResult
-from federate.engines import daemon
-from federate.engines.base import terms
-from federate.engines.service import Service
-from federate.engines.sites import Failure, Sites
-from federate.privacy.accounting import spent
-from federate.run import run
-from federate.strategies.base import Objective
-from federate.wire import Payload, job_as_dict, job_of, pack, result_as_dict, result_of, unpack
-from pipeline.cli import main
-from pipeline.config import Experiment, load
-from pipeline.errors import UserError
+from fedcmp.cli import main
+from fedcmp.federate.client.step import Job, LocalResult
+from fedcmp.federate.engines.base import terms
+from fedcmp.federate.engines.flower import daemon
+from fedcmp.federate.engines.service import Service
+from fedcmp.federate.engines.sites import Failure, Sites
+from fedcmp.federate.engines.wire import Payload, job_as_dict, job_of, pack, result_as_dict, result_of, unpack
+from fedcmp.federate.privacy.accounting import spent
+from fedcmp.federate.run import run
+from fedcmp.federate.strategies.base import Objective
+from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.errors import UserError
 
 SILOS = ("clinic", "lab", "practice")
 QUICK = ["sites.round_timeout=3", "sites.join_timeout=1"]

@@ -12,13 +12,13 @@ import pytest
 from conftest import CAPTIONS, conversation, picture, write_llava, write_shard
 from PIL import Image
 
-from extract.sources.base import Skipped
-from extract.sources.hdf5 import Hdf5
-from extract.sources.image_folder import ImageFolder
-from extract.sources.llava_json import LlavaJson
-from extract.sources.webdataset import WebDataset
-from pipeline.errors import UserError
-from pipeline.records import Record, Text, Turn
+from fedcmp.extract.sources.base import Skipped
+from fedcmp.extract.sources.hdf5 import Hdf5
+from fedcmp.extract.sources.image_folder import ImageFolder
+from fedcmp.extract.sources.llava_json import LlavaJson
+from fedcmp.extract.sources.webdataset import WebDataset
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.records import Record, Text, Turn
 
 
 def split(items: list[Record | Skipped]) -> tuple[list[Record], list[Skipped]]:

@@ -9,27 +9,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from federate.strategies.base import STRATEGIES, Memory, Objective, State, Strategy, Update
-from federate.strategies.dare import Dare
-from federate.strategies.fedadagrad import FedAdagrad
-from federate.strategies.fedadam import FedAdam
-from federate.strategies.fedavg import FedAvg
-from federate.strategies.fedavgm import FedAvgM
-from federate.strategies.feddyn import FedDyn
-from federate.strategies.fednova import FedNova
-from federate.strategies.fedopt import FedOpt
-from federate.strategies.fedprox import FedProx
-from federate.strategies.fedyogi import FedYogi
-from federate.strategies.knots import Knots, aligned
-from federate.strategies.krum import Krum, MultiKrum, scores
-from federate.strategies.median import Median
-from federate.strategies.muon import Muon, orthogonalised
-from federate.strategies.norm_clipping import NormClipping
-from federate.strategies.scaffold import Scaffold, recall_shares
-from federate.strategies.task_arithmetic import TaskArithmetic
-from federate.strategies.ties import Ties, elect_and_merge, trim
-from federate.strategies.trimmed_mean import TrimmedMean
-from pipeline.config import Component
+from fedcmp.federate.strategies.base import STRATEGIES, Memory, Objective, State, Strategy, Update
+from fedcmp.federate.strategies.dare import Dare
+from fedcmp.federate.strategies.fedadagrad import FedAdagrad
+from fedcmp.federate.strategies.fedadam import FedAdam
+from fedcmp.federate.strategies.fedavg import FedAvg
+from fedcmp.federate.strategies.fedavgm import FedAvgM
+from fedcmp.federate.strategies.feddyn import FedDyn
+from fedcmp.federate.strategies.fednova import FedNova
+from fedcmp.federate.strategies.fedopt import FedOpt
+from fedcmp.federate.strategies.fedprox import FedProx
+from fedcmp.federate.strategies.fedyogi import FedYogi
+from fedcmp.federate.strategies.knots import Knots, aligned
+from fedcmp.federate.strategies.krum import Krum, MultiKrum, scores
+from fedcmp.federate.strategies.median import Median
+from fedcmp.federate.strategies.muon import Muon, orthogonalised
+from fedcmp.federate.strategies.norm_clipping import NormClipping
+from fedcmp.federate.strategies.scaffold import Scaffold, recall_shares
+from fedcmp.federate.strategies.task_arithmetic import TaskArithmetic
+from fedcmp.federate.strategies.ties import Ties, elect_and_merge, trim
+from fedcmp.federate.strategies.trimmed_mean import TrimmedMean
+from fedcmp.pipeline.config import Component
 
 SHAPES = {"linear.weight": (6, 4), "linear.bias": (6,)}
 CLASSIC = (

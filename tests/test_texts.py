@@ -12,17 +12,17 @@ from conftest import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federate.batches import Stream
-from federate.engines.service import Service
-from federate.texts import unusable
-from pipeline.cache import FeatureCache
-from pipeline.cli import main
-from pipeline.config import load
-from pipeline.errors import UserError
-from pipeline.language import FrozenLanguageModel
-from pipeline.manifest import read_json
-from pipeline.prompts import problems, tokenise
-from pipeline.records import Text, Turn
+from fedcmp.cli import main
+from fedcmp.federate.client.stream import Stream
+from fedcmp.federate.client.texts import unusable
+from fedcmp.federate.engines.service import Service
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import load
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import read_json
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.prompts import problems, tokenise
+from fedcmp.pipeline.records import Text, Turn
 
 BAD = {
     "an answer with <image>": ("What is it?", "a page with an <image> tag"),
@@ -137,7 +137,9 @@ def test_what_was_found_is_remembered_until_something_changes(
     mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked = []
-    monkeypatch.setattr("federate.texts.unusable", lambda cache, *_, **__: looked.append(cache.path) or {})
+    monkeypatch.setattr(
+        "fedcmp.federate.client.texts.unusable", lambda cache, *_, **__: looked.append(cache.path) or {}
+    )
     assert invoke("federate", mixed, "run=again", "federate.rounds=2").exit_code == 0
     assert not looked
     assert (

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from pipeline.errors import UserError
-from pipeline.loading import load_tokenizer
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.loading import load_tokenizer
 
 CORPUS = [
     "is there a dog in the picture 2023?",

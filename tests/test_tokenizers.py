@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.errors import UserError
-from pipeline.gguf import refuse_gguf
-from pipeline.language import FrozenLanguageModel
-from pipeline.prompts import _chat, end_of_turn, tokenise
-from pipeline.records import Turn, caption
-from pipeline.world import models
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.gguf import refuse_gguf
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.prompts import _chat, end_of_turn, tokenise
+from fedcmp.pipeline.records import Turn, caption
+from fedcmp.pipeline.world import models
 
 CPU = "cpu"
 TEXTS = (caption("a small red circle"), caption("in the dark there is a zebra"), caption("sketch"))
@@ -73,7 +73,9 @@ def test_a_broken_tokenizer_is_not_called_absent(llama_dir: Path, tmp_path: Path
 
 def test_a_slow_tokenizer_is_refused(llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = SimpleNamespace(is_fast=False, get_vocab=lambda: {"a": 0}, all_special_tokens=[])
-    monkeypatch.setattr("pipeline.loading.AutoTokenizer.from_pretrained", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(
+        "fedcmp.pipeline.models.loading.AutoTokenizer.from_pretrained", lambda *_, **__: tokenizer
+    )
     with pytest.raises(UserError, match=r"no fast tokenizer.*add a tokenizer\.json"):
         FrozenLanguageModel(llama_dir, dtype="float32", device=CPU)
 

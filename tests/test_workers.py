@@ -14,10 +14,10 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import ROOT, digest, picture, write_llava, write_shard
 
-from extract.workers import Worker, parse
-from pipeline.cache import CacheWriter, FeatureCache, Identity, Row, open_writer, partial_path, writing
-from pipeline.cli import main
-from pipeline.errors import UserError
+from fedcmp.cli import main
+from fedcmp.extract.workers import Worker, parse
+from fedcmp.pipeline.cache import CacheWriter, FeatureCache, Identity, Row, open_writer, partial_path, writing
+from fedcmp.pipeline.errors import UserError
 
 IDENTITY = Identity({"encoder": {"layer": -2}}, {"files": "abc"})
 LAYOUT = {"patches": 2, "d_vision": 3, "dtype": "float32", "shard_images": 4}
@@ -62,7 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, clip_dir: Path, llama_dir: P
 
 def start(path: Path, worker: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.cli", "extract", str(path), "--worker", worker],
+        [sys.executable, "-m", "fedcmp", "extract", str(path), "--worker", worker],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -11,19 +11,13 @@ import pytest
 import torch
 from conftest import ROOT, digest
 
-from extract.sources.base import Skipped
-from extract.sources.llava_json import LlavaJson
-from extract.sources.webdataset import WebDataset
-from pipeline.world import models, train_language, train_vision
-from pipeline.world.scenes import COLOURS, DOMAINS, SHAPES, SIZE, SIZES, Content, Scene, Thing, render
-from pipeline.world.texts import (
-    PLACES,
-    absent_pairs,
-    caption,
-    exists_questions,
-    short_questions,
-)
-from pipeline.world.write import Amounts, write
+from fedcmp.extract.sources.base import Skipped
+from fedcmp.extract.sources.llava_json import LlavaJson
+from fedcmp.extract.sources.webdataset import WebDataset
+from fedcmp.pipeline.world import models, train_language, train_vision
+from fedcmp.pipeline.world.scenes import COLOURS, DOMAINS, SHAPES, SIZE, SIZES, Content, Scene, Thing, render
+from fedcmp.pipeline.world.texts import PLACES, absent_pairs, caption, exists_questions, short_questions
+from fedcmp.pipeline.world.write import Amounts, write
 
 WEIGHTS = ROOT / "pipeline/world/weights"
 
@@ -162,8 +156,8 @@ def test_both_recipes_learn_and_repeat() -> None:
 
 
 def test_pictures_can_be_redrawn_from_features(tmp_path: Path) -> None:
-    from pipeline.world.cli import WEIGHTS
-    from pipeline.world.redraw import redraw, save
+    from fedcmp.commands.world import WEIGHTS
+    from fedcmp.pipeline.world.redraw import redraw, save
 
     originals, results = redraw(WEIGHTS / "clip", pictures=200, held_out=50, steps=30, seed=1)
     assert originals.shape == results[0].pictures.shape == (50, 48, 48, 3)

@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from conftest import picture
 from test_benchmarks import build, items_of
 
-from evaluate.benchmarks.base import Item, Problem
-from evaluate.compare import value_of
-from evaluate.metrics import mmbench_option
-from pipeline.cache import FeatureCache
-from pipeline.cli import main
-from pipeline.errors import UserError
+from fedcmp.cli import main
+from fedcmp.evaluate.benchmarks.base import Item, Problem
+from fedcmp.evaluate.official.short_answers import mmbench_option
+from fedcmp.evaluate.statistics import value_of
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 from pydantic import Field
 
-from pipeline.cache import FeatureCache
-from pipeline.config import Options
-from pipeline.errors import UserError, one_line
-from pipeline.records import Text
-from pipeline.registry import Registry
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import Options
+from fedcmp.pipeline.errors import UserError, one_line
+from fedcmp.pipeline.records import Text
+from fedcmp.pipeline.registry import Registry
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import field_validator
 
-from evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     Answers,
     Benchmark,
@@ -23,11 +23,11 @@ from evaluate.benchmarks.base import (
     ratio,
     to_json,
 )
-from evaluate.caption_files import Captioned, captioned_images
-from evaluate.captioning import bleu, bleu_score, cider_d, object_matches, rouge_l
-from evaluate.ptb import caption_tokens
-from pipeline.cache import FeatureCache
-from pipeline.prompts import CAPTION_PROMPT, question
+from fedcmp.evaluate.official.caption_files import Captioned, captioned_images
+from fedcmp.evaluate.official.captions import bleu, bleu_score, cider_d, object_matches, rouge_l
+from fedcmp.evaluate.official.ptb import caption_tokens
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.models.prompts import CAPTION_PROMPT, question
 
 _ENOUGH = 20
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     SHORT_ANSWER,
     Answers,
@@ -22,10 +22,10 @@ from evaluate.benchmarks.base import (
     read_json_file,
     string,
 )
-from evaluate.metrics import gqa_answer
-from pipeline.cache import FeatureCache
-from pipeline.errors import UserError
-from pipeline.prompts import question
+from fedcmp.evaluate.official.short_answers import gqa_answer
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.prompts import question
 
 
 @BENCHMARKS.register("gqa")

@@ -7,9 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from evaluate.benchmarks.base import BENCHMARKS, Answers, Benchmark, Item, Metric, Mode, Problem, mean
-from pipeline.cache import FeatureCache
-from pipeline.errors import UserError
+from fedcmp.evaluate.benchmarks.base import BENCHMARKS, Answers, Benchmark, Item, Metric, Mode, Problem, mean
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.errors import UserError
 
 _SHUFFLED = "loss, pictures shuffled"
 _OTHERS = 500

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     Answers,
     Benchmark,
@@ -27,9 +27,9 @@ from evaluate.benchmarks.base import (
     strings,
     to_json,
 )
-from pipeline.cache import FeatureCache
-from pipeline.errors import UserError
-from pipeline.prompts import question
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.prompts import question
 
 
 @BENCHMARKS.register("mm_vet")

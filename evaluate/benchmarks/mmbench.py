@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     LETTER,
     Answers,
@@ -27,13 +27,13 @@ from evaluate.benchmarks.base import (
     field,
     read_text_file,
 )
-from evaluate.metrics import mmbench_option
-from evaluate.spreadsheet import spreadsheet
-from pipeline.cache import FeatureCache
-from pipeline.console import say
-from pipeline.errors import UserError, one_line
-from pipeline.manifest import write_atomic
-from pipeline.prompts import question
+from fedcmp.evaluate.official.short_answers import mmbench_option
+from fedcmp.evaluate.official.spreadsheet import spreadsheet
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.console import say
+from fedcmp.pipeline.errors import UserError, one_line
+from fedcmp.pipeline.manifest import write_atomic
+from fedcmp.pipeline.models.prompts import question
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _OFFICIAL = 4

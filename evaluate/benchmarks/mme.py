@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     SHORT_ANSWER,
     YES_NO,
@@ -23,10 +23,10 @@ from evaluate.benchmarks.base import (
     read_text_file,
     undecided,
 )
-from evaluate.metrics import mme_label
-from pipeline.cache import FeatureCache
-from pipeline.errors import UserError
-from pipeline.prompts import question
+from fedcmp.evaluate.official.short_answers import mme_label
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.prompts import question
 
 PERCEPTION = (
     "existence",

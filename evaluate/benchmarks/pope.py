@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     SHORT_ANSWER,
     YES_NO,
@@ -25,10 +25,10 @@ from evaluate.benchmarks.base import (
     string,
     undecided,
 )
-from evaluate.metrics import pope_decides, pope_label
-from pipeline.cache import FeatureCache
-from pipeline.errors import UserError
-from pipeline.prompts import question
+from fedcmp.evaluate.official.short_answers import pope_decides, pope_label
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.prompts import question
 
 
 @BENCHMARKS.register("pope")

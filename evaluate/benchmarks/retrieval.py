@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     Answers,
     Benchmark,
@@ -24,9 +24,9 @@ from evaluate.benchmarks.base import (
     collect,
     mean,
 )
-from evaluate.caption_files import Captioned, captioned_images
-from pipeline.cache import FeatureCache
-from pipeline.prompts import CAPTION_PROMPT, question
+from fedcmp.evaluate.official.caption_files import Captioned, captioned_images
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.models.prompts import CAPTION_PROMPT, question
 
 _AT = (1, 5, 10)
 

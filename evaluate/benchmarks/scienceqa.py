@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     LETTER,
     Answers,
@@ -24,11 +24,11 @@ from evaluate.benchmarks.base import (
     string,
     strings,
 )
-from evaluate.metrics import scienceqa_letter
-from pipeline.cache import FeatureCache
-from pipeline.errors import UserError
-from pipeline.prompts import question
-from pipeline.records import IMAGE_PLACEHOLDER
+from fedcmp.evaluate.official.short_answers import scienceqa_letter
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.prompts import question
+from fedcmp.pipeline.records import IMAGE_PLACEHOLDER
 
 _LETTERS = "ABCDE"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     LETTER,
     Answers,
@@ -23,9 +23,9 @@ from evaluate.benchmarks.base import (
     read_json_file,
     string,
 )
-from pipeline.cache import FeatureCache
-from pipeline.errors import UserError
-from pipeline.prompts import question
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.prompts import question
 
 _IMAGE_TYPES = frozenset(range(1, 10))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     SHORT_ANSWER,
     Answers,
@@ -26,10 +26,10 @@ from evaluate.benchmarks.base import (
     string,
     strings,
 )
-from evaluate.metrics import textvqa_accuracy
-from pipeline.cache import FeatureCache
-from pipeline.errors import UserError
-from pipeline.prompts import question
+from fedcmp.evaluate.official.short_answers import textvqa_accuracy
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.prompts import question
 
 _OCR = "Reference OCR token: "
 

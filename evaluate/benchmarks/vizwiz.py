@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     SHORT_ANSWER,
     Answers,
@@ -23,9 +23,9 @@ from evaluate.benchmarks.base import (
     string,
     to_json,
 )
-from evaluate.metrics import evalai_normalise, vizwiz_accuracy
-from pipeline.cache import FeatureCache
-from pipeline.prompts import question
+from fedcmp.evaluate.official.short_answers import evalai_normalise, vizwiz_accuracy
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.models.prompts import question
 
 _HINT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 

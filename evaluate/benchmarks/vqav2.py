@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     SHORT_ANSWER,
     Answers,
@@ -26,10 +26,10 @@ from evaluate.benchmarks.base import (
     string,
     to_json,
 )
-from evaluate.metrics import evalai_normalise, vqa_accuracy
-from pipeline.cache import FeatureCache
-from pipeline.errors import UserError
-from pipeline.prompts import question
+from fedcmp.evaluate.official.short_answers import evalai_normalise, vqa_accuracy
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.prompts import question
 
 
 @BENCHMARKS.register("vqav2")

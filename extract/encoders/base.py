@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from extract.pictures import Reading
-from pipeline.config import Options
-from pipeline.registry import Registry
+from fedcmp.extract.pictures import Reading
+from fedcmp.pipeline.config import Options
+from fedcmp.pipeline.registry import Registry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,4 +46,4 @@ class Encoder(Options, ABC):
         """
 
 
-ENCODERS: Registry[Encoder] = Registry("encoder", "extract.encoders")
+ENCODERS: Registry[Encoder] = Registry("encoder", "fedcmp.extract.encoders")

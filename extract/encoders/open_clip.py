@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from extract.encoders.base import ENCODERS, LoadedEncoder
-from extract.encoders.crop import CentreCrop
-from extract.encoders.tokens import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
-from pipeline.errors import UserError, did_you_mean, one_line
-from pipeline.manifest import fingerprint, read_json, sha256_file
+from fedcmp.extract.encoders.base import ENCODERS, LoadedEncoder
+from fedcmp.extract.encoders.crop import CentreCrop
+from fedcmp.extract.encoders.patches import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
+from fedcmp.pipeline.errors import UserError, did_you_mean, one_line
+from fedcmp.pipeline.manifest import fingerprint, read_json, sha256_file
 
 if TYPE_CHECKING:
     import numpy as np

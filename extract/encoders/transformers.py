@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from extract.encoders.base import ENCODERS, LoadedEncoder
-from extract.encoders.crop import CentreCrop
-from extract.encoders.tokens import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
-from pipeline.errors import UserError
-from pipeline.manifest import read_json
-from pipeline.saved_model import model_hashes
+from fedcmp.extract.encoders.base import ENCODERS, LoadedEncoder
+from fedcmp.extract.encoders.crop import CentreCrop
+from fedcmp.extract.encoders.patches import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import read_json
+from fedcmp.pipeline.models.saved_model import model_hashes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.config import Options
-from pipeline.errors import UserError
-from pipeline.manifest import fingerprint, sha256_file
-from pipeline.records import Record, Text, caption, from_llava
-from pipeline.registry import Registry
-from pipeline.store import Location, Remote
+from fedcmp.pipeline.config import Options
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import fingerprint, sha256_file
+from fedcmp.pipeline.records import Record, Text, caption, from_llava
+from fedcmp.pipeline.registry import Registry
+from fedcmp.pipeline.remote import Location, Remote
 
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 # What every Pillow reads; a list of its own would depend on the machine.
@@ -225,4 +225,4 @@ def text_of(entry: Any, split: str) -> Text:
     return text
 
 
-SOURCES: Registry[Source] = Registry("source", "extract.sources")
+SOURCES: Registry[Source] = Registry("source", "fedcmp.extract.sources")

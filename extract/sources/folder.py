@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from extract.sources.base import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, Skipped, printable
-from pipeline.store import Location, Remote
+from fedcmp.extract.sources.base import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, Skipped, printable
+from fedcmp.pipeline.remote import Location, Remote
 
 
 @dataclass

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from extract.shortage import shortage
-from extract.sources.base import SOURCES, Skipped, Source, stat_files, texts_of
-from pipeline.apart import apart
-from pipeline.errors import UserError, did_you_mean, one_line
-from pipeline.records import Record
+from fedcmp.extract.shortage import shortage
+from fedcmp.extract.sources.base import SOURCES, Skipped, Source, stat_files, texts_of
+from fedcmp.pipeline.apart import apart
+from fedcmp.pipeline.errors import UserError, did_you_mean, one_line
+from fedcmp.pipeline.records import Record
 
 _ROWS_AT_ONCE = 32
 # How HDF5 quotes an error of the system, where damage has none.

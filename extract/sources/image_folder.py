@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from extract.sources.base import (
+from fedcmp.extract.sources.base import (
     IMAGE_SUFFIXES,
     SOURCES,
     Pair,
@@ -26,10 +26,10 @@ from extract.sources.base import (
     stat_images,
     text_of,
 )
-from extract.sources.folder import Found, look_through
-from pipeline.errors import UserError, did_you_mean
-from pipeline.records import Record, Text
-from pipeline.store import Location, Remote
+from fedcmp.extract.sources.folder import Found, look_through
+from fedcmp.pipeline.errors import UserError, did_you_mean
+from fedcmp.pipeline.records import Record, Text
+from fedcmp.pipeline.remote import Location, Remote
 
 
 @SOURCES.register("image_folder")

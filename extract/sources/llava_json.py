@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from extract.sources.base import (
+from fedcmp.extract.sources.base import (
     SOURCES,
     Pair,
     Skipped,
@@ -21,9 +21,9 @@ from extract.sources.base import (
     stat_images,
     text_of,
 )
-from pipeline.errors import UserError
-from pipeline.records import Record
-from pipeline.store import Location
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.records import Record
+from fedcmp.pipeline.remote import Location
 
 
 @SOURCES.register("llava_json")

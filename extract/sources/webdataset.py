@@ -18,8 +18,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from extract.shortage import shortage
-from extract.sources.base import (
+from fedcmp.extract.shortage import shortage
+from fedcmp.extract.sources.base import (
     IMAGE_SUFFIXES,
     OTHER_IMAGE_SUFFIXES,
     SOURCES,
@@ -29,10 +29,10 @@ from extract.sources.base import (
     stat_files,
     texts_of,
 )
-from extract.sources.tar import files_of
-from pipeline.errors import UserError, one_line
-from pipeline.records import Record
-from pipeline.store import Remote, is_url
+from fedcmp.extract.sources.tar import files_of
+from fedcmp.pipeline.errors import UserError, one_line
+from fedcmp.pipeline.records import Record
+from fedcmp.pipeline.remote import Remote, is_url
 
 _PICTURES = {*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES}
 _TEXTS = frozenset({"json", "txt"})

@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from federate.privacy.ledger import Ledger
-from federate.texts import Counts
-from pipeline.cache import FeatureCache
-from pipeline.config import Experiment
-from pipeline.identity import federate_options, language_identity
+from fedcmp.federate.client.texts import Counts
+from fedcmp.federate.privacy.ledger import Ledger
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.identity import federate_options, language_identity
 
 if TYPE_CHECKING:
-    from federate.server import Train
+    from fedcmp.federate.server.rounds import Train
 
 
 @dataclass(frozen=True)

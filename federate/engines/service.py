@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from federate.engines.base import Card, terms
-from federate.plan import plan
-from federate.secure.signing import Signing
-from federate.site import Site
-from federate.strategies.base import STRATEGIES
-from federate.wire import job_of, result_as_dict
-from pipeline.cache import differences, open_cache
-from pipeline.config import Experiment
-from pipeline.errors import UserError
+from fedcmp.federate.client.site import Site
+from fedcmp.federate.engines.base import Card, terms
+from fedcmp.federate.engines.wire import job_of, result_as_dict
+from fedcmp.federate.schedule import plan
+from fedcmp.federate.secure.signing import Signing
+from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.pipeline.cache import differences, open_cache
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.errors import UserError
 
 
 class Service:

@@ -9,22 +9,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from federate.client import Job, LocalResult
-from federate.engines import answers
-from federate.engines.base import Card, Engine, terms
-from federate.engines.service import check_sites
-from federate.plan import Plan
-from federate.strategies.base import STRATEGIES
-from federate.texts import Counts
-from federate.wire import Payload, job_as_dict, pack, unpack
-from pipeline.cache import differences
-from pipeline.config import Experiment
-from pipeline.console import say
-from pipeline.errors import UserError, one_line
-from pipeline.manifest import fingerprint, read_json, write_json
+from fedcmp.federate.client.step import Job, LocalResult
+from fedcmp.federate.client.texts import Counts
+from fedcmp.federate.engines import answers
+from fedcmp.federate.engines.base import Card, Engine, terms
+from fedcmp.federate.engines.service import check_sites
+from fedcmp.federate.engines.wire import Payload, job_as_dict, pack, unpack
+from fedcmp.federate.schedule import Plan
+from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.pipeline.cache import differences
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.console import say
+from fedcmp.pipeline.errors import UserError, one_line
+from fedcmp.pipeline.manifest import fingerprint, read_json, write_json
 
 if TYPE_CHECKING:
-    from federate.server import Train
+    from fedcmp.federate.server.rounds import Train
 
 _POLL = 0.2
 _NODES_EVERY = 1.0

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 
-from federate.batches import Stream
-from federate.client import Job, LocalResult
-from federate.plan import Plan
-from federate.privacy.accounting import resolved
-from federate.privacy.ledger import Ledger, Release
-from federate.privacy.noise import privatised
-from federate.privacy.steps import NoisySteps
-from pipeline.cache import FeatureCache
-from pipeline.config import Experiment
-from pipeline.errors import UserError
-from pipeline.manifest import fingerprint
+from fedcmp.federate.client.step import Job, LocalResult
+from fedcmp.federate.client.stream import Stream
+from fedcmp.federate.privacy.accounting import resolved
+from fedcmp.federate.privacy.ledger import Ledger, Release
+from fedcmp.federate.privacy.noise import privatised
+from fedcmp.federate.privacy.steps import NoisySteps
+from fedcmp.federate.schedule import Plan
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import fingerprint
 
 
 class Guard:
@@ -114,7 +114,7 @@ class Guard:
 
     def _surely(self, job: Job) -> int:
         """Clients whose noise is on whatever the server sees of a client, whoever drops out."""
-        from federate.secure.summation import threshold_of
+        from fedcmp.federate.secure.summation import threshold_of
 
         assert self._options is not None
         clients = len(self._plan.schedule[job.round])

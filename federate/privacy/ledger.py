@@ -15,11 +15,11 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from federate.privacy.accounting import composed, spent
-from pipeline.config import Ledger as Budget
-from pipeline.config import Options
-from pipeline.errors import UserError
-from pipeline.manifest import locked, read_json, write_atomic, write_json
+from fedcmp.federate.privacy.accounting import composed, spent
+from fedcmp.pipeline.config import Ledger as Budget
+from fedcmp.pipeline.config import Options
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import locked, read_json, write_atomic, write_json
 
 _FORMAT = {"name": "fedcmp-ledger", "version": 1}
 _KEY_BYTES = 32

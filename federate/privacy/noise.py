@@ -11,10 +11,10 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from federate.history import distance
-from federate.strategies.base import State
-from pipeline.config import Privacy
-from pipeline.errors import UserError
+from fedcmp.federate.strategies.base import State
+from fedcmp.pipeline.config import Privacy
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.history import distance
 
 # Standard deviations of noise in units of the last place of the float32 numbers that it is to hide.
 LEAST_ULPS = 16

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from federate.privacy.accounting import resolved
-from federate.privacy.noise import LEAST_ULPS, ULP
-from pipeline.config import Experiment, Privacy
-from pipeline.errors import UserError
+from fedcmp.federate.privacy.accounting import resolved
+from fedcmp.federate.privacy.noise import LEAST_ULPS, ULP
+from fedcmp.pipeline.config import Experiment, Privacy
+from fedcmp.pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from federate.strategies.base import Strategy
+    from fedcmp.federate.strategies.base import Strategy
 
 
 def refuse(experiment: Experiment, strategy: Strategy) -> None:

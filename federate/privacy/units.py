@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from federate.batches import Batch, Stream
-from federate.texts import Counts
-from pipeline.cache import FeatureCache
-from pipeline.config import Privacy
-from pipeline.console import say
-from pipeline.errors import UserError
-from pipeline.language import FrozenLanguageModel
-from pipeline.prompts import tokenise_all
+from fedcmp.federate.client.stream import Batch, Stream
+from fedcmp.federate.client.texts import Counts
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import Privacy
+from fedcmp.pipeline.console import say
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.prompts import tokenise_all
 
 _Keys = Callable[[str, FeatureCache, Sequence[int]], list[Hashable]]
 # The texts about one picture, each as (silo, text index).

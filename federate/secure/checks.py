@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from federate.secure.masks import derive, stream
-from pipeline.errors import SpoiledError
+from fedcmp.federate.secure.masks import derive, stream
+from fedcmp.pipeline.errors import SpoiledError
 
 _MORE = 3
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from federate.plan import LEAST
-from federate.strategies.base import State
-from federate.strategies.canonical import Matrices, agreement_with
-from federate.strategies.clipping import norm
+from fedcmp.federate.arithmetic.matrices import Matrices, agreement_with
+from fedcmp.federate.arithmetic.norms import norm
+from fedcmp.federate.schedule import LEAST
+from fedcmp.federate.strategies.base import State
 
 
 class Own:

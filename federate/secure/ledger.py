@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from federate.plan import LEAST
-from pipeline.errors import UserError
-from pipeline.manifest import fingerprint, locked, read_json, write_json
+from fedcmp.federate.schedule import LEAST
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import fingerprint, locked, read_json, write_json
 
 RELEASES = "releases"
 _SUMS = 2

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from federate.secure.numbers import SECRET_BYTES
+from fedcmp.federate.secure.numbers import SECRET_BYTES
 
 _NONCE_BYTES = 12
 _PIECE = 2**20

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from federate.plan import LEAST
-from federate.secure.checks import sealed_up
-from federate.secure.masks import KeyPair, add_mask, add_pair_masks, derive, seal, unseal
-from federate.secure.numbers import SECRET_BYTES, encode, split
-from federate.secure.replies import digest_of
-from federate.secure.signing import Signing
-from pipeline.manifest import fingerprint
+from fedcmp.federate.schedule import LEAST
+from fedcmp.federate.secure.checks import sealed_up
+from fedcmp.federate.secure.masks import KeyPair, add_mask, add_pair_masks, derive, seal, unseal
+from fedcmp.federate.secure.numbers import SECRET_BYTES, encode, split
+from fedcmp.federate.secure.replies import digest_of
+from fedcmp.federate.secure.signing import Signing
+from fedcmp.pipeline.manifest import fingerprint
 
 Contribute = Callable[[dict[str, Any]], np.ndarray]
 Release = Callable[[dict[str, Any], list[str]], None]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.console import say
+from fedcmp.pipeline.console import say
 
 Answers = dict[str, dict[str, Any]]
 

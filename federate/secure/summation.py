@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from federate.plan import LEAST
-from federate.secure.checks import opened
-from federate.secure.masks import KeyPair, add_mask, add_pair_masks, derive
-from federate.secure.numbers import decode, recover
-from federate.secure.party import context, invited
-from federate.secure.replies import Answers, digest_of, sound, unspoiled
-from pipeline.console import say
-from pipeline.errors import DroppedOutError, SpoiledError
-from pipeline.manifest import fingerprint
+from fedcmp.federate.schedule import LEAST
+from fedcmp.federate.secure.checks import opened
+from fedcmp.federate.secure.masks import KeyPair, add_mask, add_pair_masks, derive
+from fedcmp.federate.secure.numbers import decode, recover
+from fedcmp.federate.secure.party import context, invited
+from fedcmp.federate.secure.replies import Answers, digest_of, sound, unspoiled
+from fedcmp.pipeline.console import say
+from fedcmp.pipeline.errors import DroppedOutError, SpoiledError
+from fedcmp.pipeline.manifest import fingerprint
 
 Exchange = Callable[[Mapping[str, dict[str, Any]]], dict[str, dict[str, Any]]]
 

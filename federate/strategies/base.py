@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.config import Options
-from pipeline.registry import Registry
+from fedcmp.pipeline.config import Options
+from fedcmp.pipeline.registry import Registry
 
 if TYPE_CHECKING:
-    from federate.strategies.cohort import Cohort
+    from fedcmp.federate.arithmetic.cohort import Cohort
 
 State = dict[str, Tensor]
 Memory = dict[str, Tensor]
@@ -119,7 +119,7 @@ class Strategy(Options, ABC):
         """
 
 
-STRATEGIES: Registry[Strategy] = Registry("strategy", "federate.strategies")
+STRATEGIES: Registry[Strategy] = Registry("strategy", "fedcmp.federate.strategies")
 
 
 def check(state: State, updates: Sequence[Update]) -> None:

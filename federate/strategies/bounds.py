@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from federate.strategies.base import STRATEGIES
-from federate.strategies.fedavg import FedAvg
+from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.federate.strategies.fedavg import FedAvg
 
 
 @STRATEGIES.register("centralised")

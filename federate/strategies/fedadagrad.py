@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from federate.strategies.base import STRATEGIES
-from federate.strategies.fedopt import FedOpt
+from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.federate.strategies.fedopt import FedOpt
 
 
 @STRATEGIES.register("fedadagrad")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from federate.strategies.base import (
+from fedcmp.federate.strategies.base import (
     STRATEGIES,
     Aggregate,
     Memory,

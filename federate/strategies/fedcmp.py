@@ -15,15 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from federate.strategies.base import (
-    STRATEGIES,
-    Aggregate,
-    Memory,
-    State,
-    Strategy,
-    Update,
-)
-from federate.strategies.canonical import (
+from fedcmp.federate.arithmetic.cohort import Cohort, Gram, Open, Weights
+from fedcmp.federate.arithmetic.matrices import (
     Matrices,
     agreement_by_direction,
     canonical_basis,
@@ -32,7 +25,7 @@ from federate.strategies.canonical import (
     polar,
     randomised_basis,
 )
-from federate.strategies.cohort import Cohort, Gram, Open, Weights
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Memory, State, Strategy, Update
 
 _FLOOR = 0.02
 _SMOOTHING = 0.6

@@ -7,7 +7,7 @@ from math import fsum
 
 from pydantic import Field
 
-from federate.strategies.base import (
+from fedcmp.federate.strategies.base import (
     STRATEGIES,
     Aggregate,
     Memory,

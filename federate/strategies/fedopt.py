@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from federate.strategies.base import (
+from fedcmp.federate.strategies.base import (
     Aggregate,
     Memory,
     State,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from federate.strategies.base import STRATEGIES
-from federate.strategies.fedavg import FedAvg
+from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.federate.strategies.fedavg import FedAvg
 
 
 @STRATEGIES.register("fedprox")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from federate.strategies.base import STRATEGIES
-from federate.strategies.fedopt import FedOpt
+from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.federate.strategies.fedopt import FedOpt
 
 
 @STRATEGIES.register("fedyogi")

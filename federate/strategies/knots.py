@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from federate.strategies import ties
-from federate.strategies.base import (
+from fedcmp.federate.strategies import ties
+from fedcmp.federate.strategies.base import (
     STRATEGIES,
     Aggregate,
     Memory,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from federate.strategies.base import (
+from fedcmp.federate.strategies.base import (
     STRATEGIES,
     Aggregate,
     Memory,

@@ -7,7 +7,8 @@ from statistics import median
 
 from pydantic import Field
 
-from federate.strategies.base import (
+from fedcmp.federate.arithmetic.norms import norm
+from fedcmp.federate.strategies.base import (
     STRATEGIES,
     Aggregate,
     Memory,
@@ -18,7 +19,6 @@ from federate.strategies.base import (
     mean_update,
     moved,
 )
-from federate.strategies.clipping import norm
 
 
 @STRATEGIES.register("norm_clipping")

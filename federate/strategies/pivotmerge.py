@@ -24,7 +24,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from federate.strategies.base import (
+from fedcmp.federate.arithmetic.matrices import canonical_basis
+from fedcmp.federate.strategies.base import (
     STRATEGIES,
     Aggregate,
     Memory,
@@ -36,7 +37,6 @@ from federate.strategies.base import (
     moved,
     weighted_sum,
 )
-from federate.strategies.canonical import canonical_basis
 
 _CANCELLED = 1e-3
 _ROUNDING = 1e-9

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from federate.strategies.base import (
+from fedcmp.federate.strategies.base import (
     STRATEGIES,
     Aggregate,
     Memory,

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from federate.strategies.base import (
+from fedcmp.federate.strategies.base import (
     STRATEGIES,
     Aggregate,
     Memory,

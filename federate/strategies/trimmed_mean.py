@@ -9,7 +9,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from federate.strategies.base import STRATEGIES, Aggregate, Memory, State, Strategy, Update, deltas, moved
+from fedcmp.federate.strategies.base import (
+    STRATEGIES,
+    Aggregate,
+    Memory,
+    State,
+    Strategy,
+    Update,
+    deltas,
+    moved,
+)
 
 
 @STRATEGIES.register("trimmed_mean")

@@ -13,7 +13,7 @@ unfinished cache lives in `<silo>.zarr.partial` with one record a finished shard
 is renamed when it is whole.
 """
 
-from pipeline.cache.format import (
+from fedcmp.pipeline.cache.format import (
     FORMAT,
     STATUS,
     CorruptCacheError,
@@ -22,16 +22,10 @@ from pipeline.cache.format import (
     differences,
     to_storage,
 )
-from pipeline.cache.int8 import Quantiser
-from pipeline.cache.reader import FeatureCache, open_cache, same_key
-from pipeline.cache.turns import (
-    finish_commit,
-    partial_path,
-    settling,
-    started_key,
-    writing,
-)
-from pipeline.cache.writer import CacheWriter, open_writer
+from fedcmp.pipeline.cache.int8 import Quantiser
+from fedcmp.pipeline.cache.locks import finish_commit, partial_path, settling, started_key, writing
+from fedcmp.pipeline.cache.reader import FeatureCache, open_cache, same_key
+from fedcmp.pipeline.cache.writer import CacheWriter, open_writer
 
 __all__ = [
     "FORMAT",

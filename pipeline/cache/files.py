@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.cache.format import CorruptCacheError
-from pipeline.errors import UserError
+from fedcmp.pipeline.cache.format import CorruptCacheError
+from fedcmp.pipeline.errors import UserError
 
 _LOCAL_HEADER = 30
 # Linux maps more than the page that is read: as much around it as it keeps in one piece.

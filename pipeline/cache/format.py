@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import google_crc32c
 import numpy as np
 
-from pipeline.errors import UserError
-from pipeline.manifest import canonical, fingerprint
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import canonical, fingerprint
 
 if TYPE_CHECKING:
     import torch

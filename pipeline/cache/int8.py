@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import UserError
+from fedcmp.pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import torch

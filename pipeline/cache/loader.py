@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache.reader import FeatureCache
+from fedcmp.pipeline.cache.reader import FeatureCache
 
 _BUFFERS = 2
 _WARM = 1e9

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.manifest import canonical, fingerprint, sha256_file
+from fedcmp.pipeline.manifest import canonical, fingerprint, sha256_file
 
 _LIMIT = 1 << 16
 

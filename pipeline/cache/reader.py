@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.cache.files import Ranged, opened
-from pipeline.cache.format import (
+from fedcmp.pipeline.cache.files import Ranged, opened
+from fedcmp.pipeline.cache.format import (
     CRC_BYTES,
     INDEX_DTYPE,
     MANIFEST_LIMIT,
@@ -29,14 +29,14 @@ from pipeline.cache.format import (
     require_plain,
     shard_name,
 )
-from pipeline.cache.int8 import Quantiser
-from pipeline.cache.turns import partial_path
-from pipeline.config import Experiment
-from pipeline.errors import UserError, did_you_mean
-from pipeline.manifest import fingerprint
-from pipeline.mirror import pull
-from pipeline.records import KINDS, SPLITS, Text, improper
-from pipeline.store import Remote
+from fedcmp.pipeline.cache.int8 import Quantiser
+from fedcmp.pipeline.cache.locks import partial_path
+from fedcmp.pipeline.cache.mirror import pull
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.errors import UserError, did_you_mean
+from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.records import KINDS, SPLITS, Text, improper
+from fedcmp.pipeline.remote import Remote
 
 if TYPE_CHECKING:
     import torch
@@ -313,7 +313,7 @@ def open_cache(experiment: Experiment, silo: str) -> FeatureCache:
             damaged, older than the one before, or not signed by the key that is trusted for the silo.
     """
     # Verifying reads through this module.
-    from pipeline.handover.receive import received
+    from fedcmp.pipeline.handover.receive import received
 
     path = experiment.cache_path(silo)
     if experiment.store is not None:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from pipeline.cache.format import ABSENT, CRC_BYTES, INDEX_DTYPE, crc, crc_bytes
+from fedcmp.pipeline.cache.format import ABSENT, CRC_BYTES, INDEX_DTYPE, crc, crc_bytes
 
 # Blocks are hashed by a thread of its own, at most so many after they were written.
 _BLOCK = 1 << 24

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache.format import (
+from fedcmp.pipeline.cache.format import (
     FORMAT,
     STATUS,
     STORAGE,
@@ -27,14 +27,21 @@ from pipeline.cache.format import (
     sealed,
     shard_name,
 )
-from pipeline.cache.int8 import Quantiser
-from pipeline.cache.mark import remember_written
-from pipeline.cache.reader import FeatureCache
-from pipeline.cache.stream import stream_shard
-from pipeline.cache.turns import finish_commit, lock_path, partial_path, settling, try_lock, writing
-from pipeline.errors import UserError
-from pipeline.manifest import canonical, read_json, sha256_file, sync_directory, write_atomic, write_json
-from pipeline.records import KINDS, SPLITS
+from fedcmp.pipeline.cache.int8 import Quantiser
+from fedcmp.pipeline.cache.locks import finish_commit, lock_path, partial_path, settling, try_lock, writing
+from fedcmp.pipeline.cache.mark import remember_written
+from fedcmp.pipeline.cache.reader import FeatureCache
+from fedcmp.pipeline.cache.stream import stream_shard
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import (
+    canonical,
+    read_json,
+    sha256_file,
+    sync_directory,
+    write_atomic,
+    write_json,
+)
+from fedcmp.pipeline.records import KINDS, SPLITS
 
 _RECORD = re.compile(r"[0-9]{5,}\.json")
 

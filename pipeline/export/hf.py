@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from pipeline.console import say
-from pipeline.errors import UserError
-from pipeline.export.rope import with_older_rope
-from pipeline.export.subject import Subject
-from pipeline.loading import load_tokenizer
-from pipeline.manifest import read_json, write_json
-from pipeline.projector import State
-from pipeline.projectors.linear import LinearProjector
-from pipeline.projectors.mlp import MlpProjector
-from pipeline.prompts import IMAGE_TOKEN_INDEX, V1_SYSTEM, question, tokenise
-from pipeline.saved_model import why_unloadable
+from fedcmp.pipeline.console import say
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.export.rope import with_older_rope
+from fedcmp.pipeline.export.subject import Subject
+from fedcmp.pipeline.manifest import read_json, write_json
+from fedcmp.pipeline.models.loading import load_tokenizer
+from fedcmp.pipeline.models.projector import State
+from fedcmp.pipeline.models.projectors.linear import LinearProjector
+from fedcmp.pipeline.models.projectors.mlp import MlpProjector
+from fedcmp.pipeline.models.prompts import IMAGE_TOKEN_INDEX, V1_SYSTEM, question, tokenise
+from fedcmp.pipeline.models.saved_model import why_unloadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,14 +6,14 @@ import io
 from pathlib import Path
 from typing import Any
 
-from pipeline.console import say
-from pipeline.errors import UserError
-from pipeline.export.rope import with_older_rope
-from pipeline.export.subject import Subject
-from pipeline.manifest import read_json, write_atomic, write_json
-from pipeline.pretrained import llava_name
-from pipeline.projectors.linear import LinearProjector
-from pipeline.projectors.mlp import MlpProjector
+from fedcmp.pipeline.console import say
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.export.rope import with_older_rope
+from fedcmp.pipeline.export.subject import Subject
+from fedcmp.pipeline.manifest import read_json, write_atomic, write_json
+from fedcmp.pipeline.models.pretrained import llava_name
+from fedcmp.pipeline.models.projectors.linear import LinearProjector
+from fedcmp.pipeline.models.projectors.mlp import MlpProjector
 
 _CLASSES = {
     "llama": ("llava_llama", "LlavaLlamaForCausalLM"),

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import differences
-from pipeline.config import Experiment
-from pipeline.console import say
-from pipeline.errors import UserError
-from pipeline.export.subject import Subject, read_subject, refuse_inexpressible
-from pipeline.manifest import (
+from fedcmp.pipeline.cache import differences
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.console import say
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.export.subject import Subject, read_subject, refuse_inexpressible
+from fedcmp.pipeline.manifest import (
     fingerprint,
     locked,
     provenance,
@@ -20,8 +20,8 @@ from pipeline.manifest import (
     sync_directory,
     write_json,
 )
-from pipeline.projector import content_hash
-from pipeline.saved_model import LANGUAGE_FILES, model_hashes
+from fedcmp.pipeline.models.projector import content_hash
+from fedcmp.pipeline.models.saved_model import LANGUAGE_FILES, model_hashes
 
 FORMAT = {"name": "fedcmp-export", "version": 1}
 
@@ -48,7 +48,7 @@ def export(
     Raises:
         UserError: Something is missing, does not belong together, or has no such form.
     """
-    from pipeline.export import hf, llava
+    from fedcmp.pipeline.export import hf, llava
 
     subject = read_subject(run, experiment)
     refuse_inexpressible(subject)

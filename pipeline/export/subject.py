@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cache import FeatureCache, open_cache
-from pipeline.config import Experiment
-from pipeline.errors import UserError
-from pipeline.manifest import read_json
-from pipeline.projector import State, load_projector
-from pipeline.projectors.base import Projector
+from fedcmp.pipeline.cache import FeatureCache, open_cache
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import read_json
+from fedcmp.pipeline.models.projector import State, load_projector
+from fedcmp.pipeline.models.projectors.base import Projector
 
 _EXPRESSIBLE = frozenset({"name", "files", "layer", "tokens", "pool", "pooling", "resize"})
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.apart import apart
-from pipeline.cache import FeatureCache
-from pipeline.cache.format import (
+from fedcmp.pipeline.apart import apart
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.cache.format import (
     CRC_BYTES,
     MANIFEST_LIMIT,
     PATCHES,
@@ -30,14 +30,14 @@ from pipeline.cache.format import (
     checked_manifest,
     chunk_bytes,
 )
-from pipeline.cache.stream import stream_shard
-from pipeline.console import Task
-from pipeline.errors import UserError, one_line
-from pipeline.handover.signature import SIGNATURE_LIMIT
-from pipeline.manifest import write_atomic
+from fedcmp.pipeline.cache.stream import stream_shard
+from fedcmp.pipeline.console import Task
+from fedcmp.pipeline.errors import UserError, one_line
+from fedcmp.pipeline.handover.signature import SIGNATURE_LIMIT
+from fedcmp.pipeline.manifest import write_atomic
 
 if TYPE_CHECKING:
-    from pipeline.handover.pack import Content
+    from fedcmp.pipeline.handover.pack import Content
 
 _IMAGES_AT_ONCE = 16
 

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.cache import CorruptCacheError, FeatureCache
-from pipeline.cache.files import Folder
-from pipeline.cache.format import rendered
-from pipeline.cache.turns import try_lock
-from pipeline.console import Task, progress
-from pipeline.errors import UserError
-from pipeline.handover.change import with_texts
-from pipeline.handover.signature import SIGNATURE, SIGNATURE_LIMIT, misfit, sign
-from pipeline.manifest import sync_directory
+from fedcmp.pipeline.cache import CorruptCacheError, FeatureCache
+from fedcmp.pipeline.cache.derive import with_texts
+from fedcmp.pipeline.cache.files import Folder
+from fedcmp.pipeline.cache.format import rendered
+from fedcmp.pipeline.cache.locks import try_lock
+from fedcmp.pipeline.console import Task, progress
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.handover.signature import SIGNATURE, SIGNATURE_LIMIT, misfit, sign
+from fedcmp.pipeline.manifest import sync_directory
 
 BLOCK = 1 << 20
 _TIME = (1980, 1, 1, 0, 0, 0)
@@ -118,7 +118,7 @@ def pack(
         out.parent.mkdir(parents=True, exist_ok=True)
         with _replacing(out) as temporary, progress(f"pack {path.stem}", len(files), "files") as task:
             if hdf5:
-                from pipeline.handover.hdf5 import export
+                from fedcmp.pipeline.handover.hdf5 import export
 
                 export(temporary, cache, content, task)
             else:

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
-from pipeline.cache import CorruptCacheError, FeatureCache
-from pipeline.cache.files import opened
-from pipeline.cache.format import MANIFEST_LIMIT
-from pipeline.cache.mark import Mark, remember, remembered, stamps
-from pipeline.console import progress, say
-from pipeline.handover.signature import (
+from fedcmp.pipeline.cache import CorruptCacheError, FeatureCache
+from fedcmp.pipeline.cache.files import opened
+from fedcmp.pipeline.cache.format import MANIFEST_LIMIT
+from fedcmp.pipeline.cache.mark import Mark, remember, remembered, stamps
+from fedcmp.pipeline.cache.verify import Problem, verify
+from fedcmp.pipeline.console import progress, say
+from fedcmp.pipeline.handover.signature import (
     SIGNATURE,
     SIGNATURE_LIMIT,
     Claim,
@@ -25,7 +26,6 @@ from pipeline.handover.signature import (
     require_silo,
     require_trusted,
 )
-from pipeline.handover.verify import Problem, verify
 
 
 def received(path: Path, *, silo: str | None = None, trust: Path | None = None) -> FeatureCache:

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.cache.files import StoredZip
-from pipeline.cache.format import MANIFEST_LIMIT, checked_manifest
-from pipeline.cache.mark import remember_written
-from pipeline.console import progress
-from pipeline.errors import UserError
-from pipeline.handover.pack import BLOCK
-from pipeline.handover.receive import last_claim
-from pipeline.handover.signature import (
+from fedcmp.pipeline.cache.files import StoredZip
+from fedcmp.pipeline.cache.format import MANIFEST_LIMIT, checked_manifest
+from fedcmp.pipeline.cache.mark import remember_written
+from fedcmp.pipeline.cache.verify import require_whole
+from fedcmp.pipeline.console import progress
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.handover.pack import BLOCK
+from fedcmp.pipeline.handover.receive import last_claim
+from fedcmp.pipeline.handover.signature import (
     SIGNATURE,
     SIGNATURE_LIMIT,
     claim_of,
@@ -30,8 +31,7 @@ from pipeline.handover.signature import (
     require_silo,
     require_trusted,
 )
-from pipeline.handover.verify import require_whole
-from pipeline.manifest import locked, replace_directory, sha256_file, sync_directory, write_atomic
+from fedcmp.pipeline.manifest import locked, replace_directory, sha256_file, sync_directory, write_atomic
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _FRAME_HEADER = 18
@@ -136,7 +136,7 @@ def _opened(packed: Path) -> Archive:
     except OSError as error:
         raise UserError(f"{packed}: {error.strerror}; give a file of 'fedcmp cache pack'") from None
     if start == _HDF5:
-        from pipeline.handover.hdf5 import opened
+        from fedcmp.pipeline.handover.hdf5 import opened
 
         return Archive(*opened(packed))
     if start[:2] != b"PK":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.world.scenes import SIZE
-from pipeline.world.texts import SHORT_ANSWER, WORD_PATTERN, vocabulary
+from fedcmp.pipeline.world.scenes import SIZE
+from fedcmp.pipeline.world.texts import SHORT_ANSWER, WORD_PATTERN, vocabulary
 
 if TYPE_CHECKING:
     from transformers import (

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.cache import Quantiser
-from pipeline.world.scenes import SIZE
-from pipeline.world.train_vision import examples, pixels, pool
+from fedcmp.pipeline.cache import Quantiser
+from fedcmp.pipeline.world.scenes import SIZE
+from fedcmp.pipeline.world.train_vision import examples, pixels, pool
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.world.scenes import COLOURS, DOMAINS, SHAPES, Content
+from fedcmp.pipeline.world.scenes import COLOURS, DOMAINS, SHAPES, Content
 
 _QUANTITY_SHARES = (1, 2, 3, 5, 6, 7)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.world.scenes import COLOURS, DOMAINS, SHAPES, SIZES, Scene, Thing
+from fedcmp.pipeline.world.scenes import COLOURS, DOMAINS, SHAPES, SIZES, Scene, Thing
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 PLACES = (

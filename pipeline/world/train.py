@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.manifest import write_json
-from pipeline.world import models, train_language, train_vision
+from fedcmp.pipeline.manifest import write_json
+from fedcmp.pipeline.world import models, train_language, train_vision
 
 LANGUAGE_STEPS = 5000
 VISION_STEPS = 2000

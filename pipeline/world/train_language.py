@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.world.scenes import COLOURS, GRID, SHAPES, Content, Scene
-from pipeline.world.texts import (
+from fedcmp.pipeline.world.scenes import COLOURS, GRID, SHAPES, Content, Scene
+from fedcmp.pipeline.world.texts import (
     PLACES,
     SHORT_ANSWER,
     Question,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.world.scenes import COLOURS, DOMAINS, GRID, SHAPES, SIZE, SIZES, Content, Scene, render
+from fedcmp.pipeline.world.scenes import COLOURS, DOMAINS, GRID, SHAPES, SIZE, SIZES, Content, Scene, render
 
 if TYPE_CHECKING:
     import torch

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.manifest import write_atomic, write_json
-from pipeline.world.scenarios import SCENARIOS, Silo
-from pipeline.world.scenes import Content, Scene, render
-from pipeline.world.texts import COUNTS, caption, exists_questions, short_questions
+from fedcmp.pipeline.manifest import write_atomic, write_json
+from fedcmp.pipeline.world.scenarios import SCENARIOS, Silo
+from fedcmp.pipeline.world.scenes import Content, Scene, render
+from fedcmp.pipeline.world.texts import COUNTS, caption, exists_questions, short_questions
 
 _DIGITS = {word: str(number) for number, word in enumerate(COUNTS, 1)}
 CAPTION_PROMPT = "Render a clear and concise summary of the photo.\n<image>"

@@ -1,0 +1,258 @@
+"""A projector in front of the frozen LLM answers a benchmark from cached features."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fedcmp.evaluate.benchmarks.base import Answer, Asks, Item, Mode
+from fedcmp.evaluate.benchmarks.retrieval import ranks_of
+from fedcmp.evaluate.trained import own_projector
+from fedcmp.evaluate.work import Work, rows_of
+from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.identity import language_options
+from fedcmp.pipeline.manifest import canonical
+from fedcmp.pipeline.models.device import pick_device
+from fedcmp.pipeline.models.language import FrozenLanguageModel, load_language
+from fedcmp.pipeline.models.projectors.base import Projector
+from fedcmp.pipeline.models.prompts import Tokens, stop_string, tokenise_all
+from fedcmp.pipeline.records import Text, Turn
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A projector in front of the frozen LLM, looking at cached features.
+
+    Attributes:
+        template: How captions are asked for.
+        question_template: How questions are asked.
+        max_length: Tokens a prompt may have.
+        batch_size: Prompts at a time.
+    """
+
+    language: FrozenLanguageModel
+    projector: Projector
+    cache: FeatureCache
+    template: str
+    question_template: str
+    max_length: int
+    batch_size: int
+
+    def tokens(self, texts: Sequence[Text], template: str) -> list[Tokens]:
+        """Tokens of texts, one more than `max_length` where a text is longer."""
+        patches = self.projector.tokens(self.cache.patches)
+        tokenizer = self.language.tokenizer
+        return tokenise_all(texts, template, tokenizer, patches=patches, max_length=self.max_length + 1)
+
+    @torch.inference_mode()
+    def project(self, rows: Sequence[int]) -> Tensor:
+        """Visual tokens of images: `(len(rows), tokens, d_llm)`."""
+        return self.projector(self.cache.tensor(rows).float().to(self.language.device))
+
+
+def load_reader(experiment: Experiment, manifest: dict[str, Any], name: str, cache: FeatureCache) -> Reader:
+    """The frozen LLM behind a projector of a run, by the projector's file within it.
+
+    Raises:
+        UserError: The file holds other weights than the run ended with, or a model cannot be loaded.
+    """
+    options, device = experiment.language, pick_device(experiment.device)
+    projector = own_projector(experiment, manifest, name)
+    language = load_language(options.path, **language_options(experiment))
+    return Reader(
+        language,
+        projector.to(device).eval(),
+        cache,
+        options.template,
+        options.question_template,
+        language.at_most(options.max_length),
+        experiment.evaluate.batch_size,
+    )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an item has no answer."""
+
+    reason: str
+
+
+def answer(
+    work: Work,
+    items: Sequence[Item],
+    reader: Reader,
+    path: Path,
+    advance: Callable[[int], None],
+) -> None:
+    """Answer items and append each answer to the file as soon as its batch is done.
+
+    An item whose prompt does not fit is recorded as failed and stops no other. Items with one key are
+    one question, asked once.
+
+    Args:
+        work: Its benchmark decides template, length and how answers come about.
+        items: What is still to be answered; all of them for a benchmark that retrieves.
+        reader: The model.
+        path: File to append to.
+        advance: Called with the number of answers after every batch.
+    """
+    benchmark, rows = work.benchmark, rows_of(reader.cache)
+    asks, mode, length = benchmark.asks, benchmark.mode, benchmark.max_new_tokens
+    once = list({work.keys[item.id]: item for item in items}.values())
+    advance(len(items) - len(once))
+    with path.open("ab") as file:
+        for batch in answers(reader, once, rows, asks=asks, mode=mode, length=length):
+            for item, said in batch:
+                told = {"failed": said.reason} if isinstance(said, Failure) else {"answer": said}
+                line = {"key": work.keys[item.id], "benchmark": work.name, "id": item.id, "image": item.image}
+                file.write(canonical(line | told) + b"\n")
+            file.flush()
+            advance(len(batch))
+
+
+def answers(
+    reader: Reader,
+    items: Sequence[Item],
+    rows: dict[str, int],
+    *,
+    asks: Asks,
+    mode: Mode,
+    length: int,
+) -> Iterator[list[tuple[Item, Answer | Failure]]]:
+    """Answers batch by batch, in the order that is fastest; those that cannot be given come first.
+
+    Args:
+        reader: The model.
+        items: What to answer.
+        rows: Cache row of every image.
+        asks: Selects the template.
+        mode: How answers come about.
+        length: Tokens a generated answer may have.
+    """
+    if mode == "retrieve":
+        yield list(zip(items, _ranks(reader, items, rows), strict=True))
+        return
+    template = reader.template if asks == "caption" else reader.question_template
+    fitting, failed = _fitting(reader, items, template)
+    yield [(item, Failure(reason)) for item, reason in failed.items()]
+    for batch in _batches(_ordered(fitting), reader.batch_size):
+        asked = [tokens for tokens, _ in batch]
+        done = [item for _, item in batch]
+        images = list(dict.fromkeys(item.image for item in done))
+        owners = [images.index(item.image) for item in done]
+        projected = reader.project([rows[image] for image in images])
+        if mode == "likelihood":
+            measured = _likelihoods(reader.language, asked, projected[owners])
+            yield [(item, _finite(each)) for item, each in zip(done, measured, strict=True)]
+        elif mode == "rank":
+            yield list(zip(done, _ranked(reader, done, projected[owners], template), strict=True))
+        else:
+            stop = stop_string(template)
+            said = reader.language.generate(asked, projected, owners, max_new_tokens=length, stop=stop)
+            yield list(zip(done, said, strict=True))
+
+
+def _finite(likelihood: list[float]) -> Answer | Failure:
+    return likelihood if all(map(math.isfinite, likelihood)) else Failure("its likelihood is not finite")
+
+
+def _ordered(fitting: Sequence[tuple[Tokens, Item]]) -> list[tuple[Tokens, Item]]:
+    """Questions about one image together, and images in the order of their longest question.
+
+    So an image's tokens are computed once, and little of a batch is padding.
+    """
+    longest: dict[str, int] = {}
+    for tokens, item in fitting:
+        longest[item.image] = max(longest.get(item.image, 0), len(tokens.ids))
+    return sorted(fitting, key=lambda pair: (longest[pair[1].image], pair[1].image, len(pair[0].ids)))
+
+
+def _batches(sequence: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(sequence), size):
+        yield sequence[start : start + size]
+
+
+def _fitting(
+    reader: Reader, items: Sequence[Item], template: str
+) -> tuple[list[tuple[Tokens, Item]], dict[Item, str]]:
+    """Prompts of items, and why some have none."""
+    try:
+        tokens: list[Tokens | str] = [*reader.tokens([item.text for item in items], template)]
+    except UserError:
+        tokens = [_tokens_or_reason(reader, item, template) for item in items]
+    fitting, failed = [], {}
+    for each, item in zip(tokens, items, strict=True):
+        if isinstance(each, str):
+            failed[item] = each
+        elif len(each.ids) > reader.max_length:
+            failed[item] = (
+                f"its prompt has more than {reader.max_length} tokens, the lesser of language.max_length and "
+                "the LLM's positions"
+            )
+        else:
+            fitting.append((each, item))
+    return fitting, failed
+
+
+def _tokens_or_reason(reader: Reader, item: Item, template: str) -> Tokens | str:
+    try:
+        return reader.tokens([item.text], template)[0]
+    except UserError as error:
+        return str(error)
+
+
+@torch.inference_mode()
+def _likelihoods(
+    language: FrozenLanguageModel, tokens: Sequence[Tokens], projected: Tensor
+) -> list[list[float]]:
+    """Summed negative log-likelihood and number of supervised tokens of every text."""
+    ids, labels = language.collate(tokens)
+    losses, rows = language.token_losses(ids, labels, projected)
+    sums = torch.zeros(len(tokens), dtype=torch.float64, device=losses.device)
+    sums.index_add_(0, rows, losses.double())
+    return [[float(total), float(each.supervised)] for total, each in zip(sums, tokens, strict=True)]
+
+
+def _ranked(reader: Reader, items: Sequence[Item], projected: Tensor, template: str) -> Iterator[str]:
+    """The likeliest option of every item; of equals the first."""
+    texts = [Text((*item.text.turns, Turn("assistant", option))) for item in items for option in item.options]
+    owners = [place for place, item in enumerate(items) for _ in item.options]
+    losses: list[list[float]] = []
+    for batch in _batches([*zip(reader.tokens(texts, template), owners, strict=True)], reader.batch_size):
+        tokens = [each for each, _ in batch]
+        losses += _likelihoods(reader.language, tokens, projected[[owner for _, owner in batch]])
+    answers = iter(losses)
+    for item in items:
+        yield min(((next(answers)[0], option) for option in item.options), key=lambda pair: pair[0])[1]
+
+
+@torch.inference_mode()
+def _ranks(reader: Reader, items: Sequence[Item], rows: dict[str, int]) -> list[list[float]]:
+    """Ranks of images and captions for each other, by cosine in the LLM's input space."""
+    language = reader.language
+    images = torch.cat(
+        [
+            reader.project([rows[item.image] for item in batch]).float().mean(1)
+            for batch in _batches(items, reader.batch_size)
+        ]
+    )
+    captions = [json.loads(item.reference) for item in items]
+    owners = [place for place, several in enumerate(captions) for _ in several]
+    flat = [caption for several in captions for caption in several]
+    encoded = language.tokenizer(flat, add_special_tokens=False)["input_ids"]
+    words = [language.words(torch.tensor(ids, device=language.device).long()).float() for ids in encoded]
+    texts = torch.stack([each.sum(0) / max(len(each), 1) for each in words])
+    near = normalize(texts - texts.mean(0)) @ normalize(images - images.mean(0)).T
+    return ranks_of(near.cpu().numpy(), owners)

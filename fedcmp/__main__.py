@@ -1,0 +1,5 @@
+"""`python -m fedcmp`."""
+
+from fedcmp.cli import run
+
+run()

@@ -1,0 +1,164 @@
+"""The ablation file: strategies x scenarios x seeds, expanded into ordinary experiments.
+
+name = "methods"
+seeds = [0, 1, 2]
+scenarios = { content = "configs/scenarios/content.toml" }
+
+[tuning]
+seeds = [100]
+
+[strategies.fedavgm]
+momentum = [0.3, 0.9]     # a list is a grid to choose from on the tuning seeds
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fedcmp.pipeline.config import Experiment, Name, Options, load, read_toml, validate
+from fedcmp.pipeline.errors import UserError, did_you_mean
+from fedcmp.pipeline.manifest import fingerprint, read_json
+
+# Where things lie and how fast they are made changes no result, so such runs may share a directory.
+_WITHOUT_EFFECT = ("memo.", "build=", "features=", "device=", "evaluate.")
+
+Measure = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+: .+$")]
+
+
+class Tuning(Options):
+    """How options are chosen: the best mean of `measure` over seeds that results never use."""
+
+    seeds: tuple[int, ...] = Field(min_length=1)
+    measure: Measure = "validation: loss"
+
+
+class Ablation(Options):
+    """An ablation file.
+
+    Measures are written `benchmark: metric`; the first one is tested, the others are shown. Differences
+    are taken to `baseline`, and from `subject` to every other strategy; `bounds` are shown, but are
+    nobody's rivals. `set` holds overrides of every run, as `--set` takes them.
+    """
+
+    name: Name
+    title: str = ""
+    seeds: tuple[int, ...] = Field(min_length=2)
+    measures: tuple[Measure, ...] = Field(("loss: loss",), min_length=1)
+    better: Literal["lower", "higher"] = "lower"
+    baseline: Name = "fedavg"
+    subject: Name = "fedcmp"
+    bounds: tuple[Name, ...] = ()
+    scenarios: dict[Name, Path] = Field(min_length=1)
+    strategies: dict[Name, dict[str, Any]] = Field(min_length=1)
+    tuning: Tuning | None = None
+    set: tuple[str, ...] = ()
+
+    @property
+    def sign(self) -> int:
+        """1 where lower is better, -1 where higher is."""
+        return 1 if self.better == "lower" else -1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of an ablation; `options` are those of its strategy that are not defaults."""
+
+    scenario: str
+    strategy: str
+    seed: int
+    options: tuple[tuple[str, Any], ...]
+    experiment: Experiment
+
+    def score(self, measure: str) -> float:
+        """A score of the finished run.
+
+        Raises:
+            UserError: The benchmark has no such metric.
+        """
+        benchmark, metric = measure.split(": ", 1)
+        metrics = read_json(self.experiment.scores_path / f"{benchmark}.json")["metrics"]
+        if metric not in metrics:
+            hint = did_you_mean(metric, metrics)
+            raise UserError(f"measure '{measure}': benchmark '{benchmark}' has no such metric{hint}")
+        return float(metrics[metric]["value"])
+
+
+def read_ablation(path: Path) -> Ablation:
+    """Read an ablation file.
+
+    Raises:
+        UserError: It is missing or malformed, or names things that are not there.
+    """
+    ablation = validate(Ablation, read_toml(path), "", str(path))
+    for problem in _problems(ablation):
+        raise UserError(f"{path}: {problem}")
+    return ablation
+
+
+def _problems(ablation: Ablation) -> Iterator[str]:
+    """What is wrong with an ablation although every value by itself is right."""
+    known = ablation.strategies
+    for role, name in (
+        ("baseline", ablation.baseline),
+        ("subject", ablation.subject),
+        *(("bounds", bound) for bound in ablation.bounds),
+    ):
+        if name not in known:
+            yield f"{role} = '{name}': no such strategy{did_you_mean(name, known)}"
+    for strategy, options in known.items():
+        for name, value in options.items():
+            if isinstance(value, list) and (not value or len(set(map(str, value))) < len(value)):
+                yield f"strategies.{strategy}.{name} = {value}: give different values"
+        if ablation.tuning is None and len(list(grid(ablation, strategy))) > 1:
+            yield f"strategies.{strategy} has a list to choose from; add a table [tuning]"
+    seeds = [*ablation.seeds, *(ablation.tuning.seeds if ablation.tuning else ())]
+    if len(set(seeds)) < len(seeds):
+        yield "a seed is named twice; tune on seeds that results never use"
+    for override in ablation.set:
+        if re.match(r"(seed|run|experiment|federate\.strategy)\b", override):
+            yield f"set = '{override}': the ablation itself decides this; remove it"
+    runs = {
+        trial(ablation, each, ablation.baseline, 0, ()).experiment.run_path for each in ablation.scenarios
+    }
+    if len(runs) < len(ablation.scenarios):
+        yield "two scenarios have the same 'experiment'; name them differently"
+
+
+def experiments(ablation: Ablation) -> list[str]:
+    """Every experiment of the ablation, tuning included: a scenario with a seed."""
+    seeds = [*ablation.seeds, *(ablation.tuning.seeds if ablation.tuning else ())]
+    return [
+        load(scenario, [f"seed={seed}"]).experiment
+        for scenario in ablation.scenarios.values()
+        for seed in seeds
+    ]
+
+
+def grid(ablation: Ablation, strategy: str) -> Iterator[tuple[tuple[str, Any], ...]]:
+    """Every combination of a strategy's options."""
+    options = ablation.strategies[strategy]
+    choices = [value if isinstance(value, list) else [value] for value in options.values()]
+    for values in product(*choices):
+        yield tuple(zip(options, values, strict=True))
+
+
+def trial(
+    ablation: Ablation, scenario: str, strategy: str, seed: int, options: tuple[tuple[str, Any], ...]
+) -> Trial:
+    """The run of one strategy on one scenario with one seed."""
+    component = {"name": strategy} | dict(options)
+    own = {name: value for name, value in component.items() if name != "name"}
+    changes = [override for override in ablation.set if not override.startswith(_WITHOUT_EFFECT)]
+    parts = [strategy, *([fingerprint([own, changes] if changes else own)[:8]] if own or changes else [])]
+    run = "-".join([*parts, f"seed{seed}"])
+    overrides = [f"seed={seed}", *ablation.set, f"run={run}"]
+    overrides += [f"federate.strategy.{name}={json.dumps(value)}" for name, value in component.items()]
+    return Trial(scenario, strategy, seed, options, load(ablation.scenarios[scenario], overrides))

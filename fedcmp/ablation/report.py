@@ -1,0 +1,218 @@
+"""Tables and plots of an ablation: means over seeds, paired differences, what memoisation saved."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from fedcmp.ablation.file import Ablation, Trial
+from fedcmp.evaluate.report.charts import dots
+from fedcmp.evaluate.statistics import Difference, holm, paired
+from fedcmp.pipeline.console import say, table
+from fedcmp.pipeline.manifest import provenance, write_atomic
+
+Options = tuple[tuple[str, object], ...]
+Values = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One ablation's part of the report; plots are SVG by file name."""
+
+    markdown: str
+    plots: dict[str, str]
+
+
+def section(
+    ablation: Ablation,
+    trials: Sequence[Trial],
+    failures: Mapping[Path, str],
+    tuned: Mapping[tuple[str, str], Options],
+) -> Section:
+    """Print an ablation's tables and write them as Markdown.
+
+    Args:
+        ablation: What was compared.
+        trials: All its runs.
+        failures: Why runs diverged, by run; a strategy with such a seed is listed, not ranked.
+        tuned: The options of every (scenario, strategy).
+    """
+    tested = ablation.measures[0]
+    lines = [f"## {ablation.title or ablation.name}", "", *_setting(ablation), ""]
+    plots: dict[str, str] = {}
+    against_subject: dict[str, dict[str, Difference]] = {}
+    for scenario in ablation.scenarios:
+        scores = _scores(ablation.measures, [t for t in trials if t.scenario == scenario], failures)
+        values = scores[tested]
+        if not values:
+            lines += [f"### {scenario}", "", "Every run diverged.", ""]
+            continue
+        order = sorted(values, key=lambda name: ablation.sign * fmean(values[name]))
+        against_subject[scenario] = {
+            name: paired(values[ablation.subject], values[name])
+            for name in order
+            if ablation.subject in values and name != ablation.subject and name not in ablation.bounds
+        }
+        columns, body = _table(ablation, order, scores, {name: tuned[scenario, name] for name in order})
+        what = f"{len(ablation.seeds)} seeds, {tested} ({ablation.better} is better)"
+        table(f"{ablation.name}, {scenario}: {what}", columns, body)
+        name = f"{ablation.name}-{scenario}.svg"
+        plots[name] = dots({each: values[each] for each in order}, f"{tested}, a dot a seed")
+        lines += [f"### {scenario}", "", *_markdown(columns, body), "", f"![{scenario}](results/{name})", ""]
+    lines += _verdict(ablation, against_subject)
+    lines += [f"- diverged: {run}: {why}" for run, why in sorted(failures.items())]
+    saved = _saved(trials)
+    say(saved)
+    return Section("\n".join([*lines, "", saved, ""]), plots)
+
+
+def _setting(ablation: Ablation) -> list[str]:
+    """What was run, and which options were there to choose from."""
+    lines = [f"Seeds {_listed(ablation.seeds)}; {', '.join(ablation.measures)} on test data."]
+    lines += [f"Every run has `{override}`." for override in ablation.set if not override.startswith("memo")]
+    tuning = ablation.tuning
+    if tuning is None:
+        return lines
+    lines[0] += f" Options were chosen by {tuning.measure} on seeds {_listed(tuning.seeds)} from:"
+    for name, options in ablation.strategies.items():
+        choices = [f"{key} {_listed(value)}" for key, value in options.items() if isinstance(value, list)]
+        if choices:
+            lines.append(f"- {name}: {'; '.join(choices)}")
+    return [lines[0], "", *lines[1:]]
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
+def write(out: Path, sections: Sequence[Section], configs: Sequence[Path]) -> None:
+    """Write the report, with its plots in `results/` beside it."""
+    made_by = provenance("cpu")
+    versions = ", ".join(f"{name} {version}" for name, version in made_by["packages"].items())
+    files = " ".join(map(str, configs))
+    header = [
+        "# Results",
+        "",
+        f"Written by `fedcmp ablate {files} --out {out}` with Python {made_by['python']}, {versions}, "
+        f"on {made_by['platform']}. Spread is the standard deviation over seeds; intervals are 95 % t "
+        "intervals of paired differences over seeds; p values are adjusted for the number of strategies "
+        "(Holm), and words are bold where they hold after that. Fed-CMP and PivotMerge are our readings of "
+        "papers of which we had the abstracts.",
+        "",
+    ]
+    for each in sections:
+        for name, svg in each.plots.items():
+            write_atomic(out.parent / "results" / name, svg.encode())
+    write_atomic(out, "\n".join([*header, *(each.markdown for each in sections)]).encode())
+
+
+def _scores(
+    measures: Sequence[str], trials: Sequence[Trial], failures: Mapping[Path, str]
+) -> dict[str, Values]:
+    """Values by measure and strategy, in the order of seeds, of the strategies without a failure."""
+    failed = {trial.strategy for trial in trials if trial.experiment.run_path in failures}
+    scores: dict[str, Values] = {measure: defaultdict(list) for measure in measures}
+    for trial in sorted(trials, key=lambda trial: trial.seed):
+        if trial.strategy not in failed:
+            for measure in measures:
+                scores[measure][trial.strategy].append(trial.score(measure))
+    return scores
+
+
+def _table(
+    ablation: Ablation, order: Sequence[str], scores: Mapping[str, Values], options: Mapping[str, Options]
+) -> tuple[list[str], list[list[str]]]:
+    tested, *others = ablation.measures
+    values = scores[tested]
+    rivals = [
+        name
+        for name in order
+        if ablation.baseline in values and name != ablation.baseline and name not in ablation.bounds
+    ]
+    differences = {name: paired(values[name], values[ablation.baseline]) for name in rivals}
+    adjusted = dict(zip(rivals, holm([differences[name].p for name in rivals]), strict=True))
+    columns = ["strategy", "options", tested, "spread", f"minus {ablation.baseline}", "p (Holm)", *others]
+    body = [
+        [
+            name,
+            ", ".join(f"{key} {value}" for key, value in options[name] if key != "name"),
+            f"{fmean(values[name]):.3f}",
+            f"{stdev(values[name]):.3f}",
+            _interval(differences[name]) if name in differences else "",
+            f"{adjusted[name]:.3f}" if name in adjusted else "",
+            *(f"{fmean(scores[measure][name]):.3f}" for measure in others),
+        ]
+        for name in order
+    ]
+    return columns, body
+
+
+def _interval(difference: Difference) -> str:
+    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _verdict(ablation: Ablation, against: Mapping[str, Mapping[str, Difference]]) -> list[str]:
+    """Where the subject wins, loses, or cannot be told apart, by 95 % intervals; bold after Holm."""
+    words = {scenario: _words(ablation.sign, differences) for scenario, differences in against.items()}
+    rivals = [name for name in ablation.strategies if name not in (ablation.subject, *ablation.bounds)]
+    rows = [
+        [
+            name,
+            *(
+                f"{words[scenario][name]} {_interval(differences[name])}"
+                if name in differences
+                else "diverged"
+                for scenario, differences in against.items()
+            ),
+        ]
+        for name in rivals
+    ]
+    summary = []
+    for scenario, of in words.items():
+        named = {kind: [name for name, word in of.items() if kind in word] for kind in ("open", "worse")}
+        better = len(of) - len(named["open"]) - len(named["worse"])
+        summary.append(
+            f"- {scenario}: better than {better} of {len(of)}; cannot be told from "
+            f"{_listed(named['open']) or 'none'}; worse than {_listed(named['worse']) or 'none'}."
+        )
+    title = f"### {ablation.subject} against every other strategy"
+    return [title, "", *_markdown([f"{ablation.subject} minus", *against], rows), "", *summary, ""]
+
+
+def _words(sign: int, differences: Mapping[str, Difference]) -> dict[str, str]:
+    adjusted = holm([difference.p for difference in differences.values()])
+    words = {}
+    for (name, difference), p in zip(differences.items(), adjusted, strict=True):
+        low, high = sorted((sign * difference.low, sign * difference.high))
+        word = "better" if high < 0 else "worse" if low > 0 else "open"
+        words[name] = f"**{word}**" if p < 0.05 else word
+    return words
+
+
+def _saved(trials: Sequence[Trial]) -> str:
+    """What equal local updates, computed once, saved: seconds of training, as measured when computed."""
+    spent = saved = 0.0
+    for trial in trials:
+        path = trial.experiment.run_path / "history.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            row = json.loads(line)
+            if row["client"] is None:
+                continue
+            if row["recalled"]:
+                saved += row["seconds"]
+            else:
+                spent += row["seconds"] or 0.0
+    whole = max(spent + saved, 1e-9)
+    return (
+        f"Local training: {spent:,.0f} s computed, {saved:,.0f} s ({saved / whole:.0%}) recalled "
+        f"instead of computed again, over {len(trials)} runs."
+    )

@@ -1,0 +1,224 @@
+"""`fedcmp ablate`: many runs over the same caches, equal local training done once, then one table."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
+
+    from fedcmp.ablation.file import Ablation, Trial
+
+Work = Callable[["Trial", tuple[str, ...], Path], str]
+
+
+@click.command()
+@click.argument("configs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--jobs", type=click.IntRange(1), help="Runs at a time; all cores by default, 1 with a GPU.")
+@click.option("--out", type=click.Path(path_type=Path), help="Markdown; build/ablations/NAME.md by default.")
+def ablate(configs: tuple[Path, ...], jobs: int | None, out: Path | None) -> None:
+    """Compare strategies over scenarios and seeds, sharing equal local training.
+
+    Options given as lists are chosen on the tuning seeds' validation split. Interrupted, the same
+    command goes on; runs that are done are not done again.
+
+    \b
+    Example:
+      fedcmp ablate configs/ablations/methods.toml
+      fedcmp ablate configs/ablations/*.toml --out docs/results.md
+    """
+    from fedcmp.ablation.file import read_ablation
+    from fedcmp.cli import imported
+    from fedcmp.pipeline.console import say
+
+    ablations = [read_ablation(config) for config in configs]
+    for ablation in ablations:
+        _check(ablation)
+    out = out or Path("build/ablations") / f"{ablations[0].name}.md"
+    sections = []
+    with _pool(jobs) as pool:
+        for ablation in ablations:
+            log = Path("build/ablations") / f"{ablation.name}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            tuned, failures = _tuned(pool, ablation, log)
+            trials = list(_trials(ablation, tuned))
+            failures |= _run_all(pool, ablation, trials, log, _benchmarks(ablation.measures))
+            sections.append(imported("fedcmp.ablation.report:section")(ablation, trials, failures, tuned))
+    imported("fedcmp.ablation.report:write")(out, sections, configs)
+    say(f"Tables and plots in {out}")
+
+
+def _trials(ablation: Ablation, tuned: dict[tuple[str, str], Any]) -> Iterator[Trial]:
+    from fedcmp.ablation.file import trial
+
+    # All scenarios and seeds of one strategy first, so that the next finds their common rounds done.
+    for strategy in ablation.strategies:
+        for scenario in ablation.scenarios:
+            for seed in ablation.seeds:
+                yield trial(ablation, scenario, strategy, seed, tuned[scenario, strategy])
+
+
+def _check(ablation: Ablation) -> None:
+    """Find mistakes in options and measures before anything is computed."""
+    from fedcmp.ablation.file import grid, trial
+    from fedcmp.cli import imported
+    from fedcmp.components import check
+
+    for scenario in ablation.scenarios:
+        check(trial(ablation, scenario, ablation.baseline, ablation.seeds[0], ()).experiment)
+    strategies = imported("fedcmp.federate.strategies.base:STRATEGIES")
+    for strategy in ablation.strategies:
+        for options in grid(ablation, strategy):
+            for scenario in ablation.scenarios:
+                experiment = trial(ablation, scenario, strategy, ablation.seeds[0], options).experiment
+                strategies.build(experiment.federate.strategy, f"strategies.{strategy}")
+                measures = [*ablation.measures, *([ablation.tuning.measure] if ablation.tuning else [])]
+                imported("fedcmp.evaluate.run:benchmarks_of")(experiment, _benchmarks(measures))
+
+
+def _tuned(
+    pool: ProcessPoolExecutor, ablation: Ablation, log: Path
+) -> tuple[dict[tuple[str, str], Any], dict[Path, str]]:
+    """Options of every strategy in every scenario, chosen where there is a choice; and what diverged."""
+    from fedcmp.ablation.file import grid, trial
+
+    choices = {name: list(grid(ablation, name)) for name in ablation.strategies}
+    chosen = {(s, name): options[0] for s in ablation.scenarios for name, options in choices.items()}
+    if ablation.tuning is None:
+        return chosen, {}
+    trials = [
+        trial(ablation, scenario, name, seed, options)
+        for name in ablation.strategies
+        for options in choices[name]
+        for scenario in ablation.scenarios
+        for seed in ablation.tuning.seeds
+        if len(choices[name]) > 1
+    ]
+    measure = ablation.tuning.measure
+    failures = _run_all(pool, ablation, trials, log, _benchmarks([measure]))
+    totals: dict[tuple[str, str], dict[Any, float]] = defaultdict(lambda: defaultdict(float))
+    for each in trials:
+        diverged = each.experiment.run_path in failures
+        value = float("inf") if diverged else ablation.sign * each.score(measure)
+        totals[each.scenario, each.strategy][each.options] += value
+    best = {place: min(values, key=values.__getitem__) for place, values in totals.items()}
+    return chosen | best, failures
+
+
+def _benchmarks(measures: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(measure.split(": ", 1)[0] for measure in measures))
+
+
+def _run_all(
+    pool: ProcessPoolExecutor, ablation: Ablation, trials: list[Trial], log: Path, benchmarks: tuple[str, ...]
+) -> dict[Path, str]:
+    """Extract, train and score; returns why runs diverged, if any did."""
+    caches = list({trial.experiment.features: trial for trial in trials}.values())
+    _each(pool, _extract, caches, benchmarks, log, f"{ablation.name}: caches")
+    return _each(pool, _run, trials, benchmarks, log, f"{ablation.name}: runs")
+
+
+def _each(
+    pool: ProcessPoolExecutor,
+    work: Work,
+    trials: list[Trial],
+    benchmarks: tuple[str, ...],
+    log: Path,
+    title: str,
+) -> dict[Path, str]:
+    from concurrent.futures import as_completed
+    from concurrent.futures.process import BrokenProcessPool
+
+    from fedcmp.pipeline.console import progress, say
+    from fedcmp.pipeline.errors import UserError
+
+    failures = {}
+    with progress(title, len(trials), "runs") as task:
+        futures = {pool.submit(work, trial, benchmarks, log): trial for trial in trials}
+        try:
+            for future in as_completed(futures):
+                if future.result():
+                    failures[futures[future].experiment.run_path] = future.result()
+                    say(f"{futures[future].experiment.run_path}: {future.result()}")
+                task.advance()
+        except BrokenProcessPool:
+            raise UserError(
+                f"{title}: a process was killed, perhaps for want of memory; run the same command with "
+                "fewer --jobs to go on"
+            ) from None
+    return failures
+
+
+@contextmanager
+def _pool(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import active_children, get_context
+
+    from fedcmp.pipeline.models.device import pick_device
+
+    size = jobs or (1 if pick_device("auto") != "cpu" else os.cpu_count() or 1)
+    pool = ProcessPoolExecutor(size, get_context("spawn"), _begin_worker)
+    try:
+        yield pool
+    except BaseException:
+        # What is under way may take hours; it is resumed from its last round.
+        for worker in active_children():
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """One thread a run: two runs on two cores are faster than one run on both."""
+    import signal
+    import threading
+
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A parent that was killed must not leave runs behind that hold their locks."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _extract(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> str:
+    from fedcmp.cli import imported
+
+    with _logged(log):
+        imported("fedcmp.extract.run:run")(trial.experiment, only=(), overwrite=False)
+    return ""
+
+
+def _run(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> str:
+    from fedcmp.cli import imported
+    from fedcmp.pipeline.errors import DivergedError
+
+    with _logged(log):
+        try:
+            imported("fedcmp.federate.run:run")(trial.experiment)
+        except DivergedError as error:
+            return str(error)
+        imported("fedcmp.evaluate.run:evaluate_run")(trial.experiment, benchmarks)
+    return ""
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    """Send what the stages print to a file."""
+    with path.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        yield

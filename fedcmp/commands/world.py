@@ -1,0 +1,128 @@
+"""`fedcmp world`: the embedded default's data and models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@click.group()
+def world() -> None:
+    """Write the embedded default's data, or train its models.
+
+    \b
+    Example:
+      fedcmp world write build/world
+    """
+
+
+@world.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--scenario",
+    default="demo",
+    show_default=True,
+    type=click.Choice(("demo", "content", "domain", "quantity", "many")),
+    help="How data differ between silos.",
+)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--silo-images", default=1152, show_default=True, help="A sixth of all silos' images.")
+@click.option("--heldout-images", default=600, show_default=True, help="Images nobody trains on.")
+@click.option("--validation-images", default=0, show_default=True, help="Images to choose options by.")
+def write(out: Path, **amounts: Any) -> None:
+    """Write silos, held-out images and benchmark files.
+
+    \b
+    Example:
+      fedcmp world write build/world --silo-images 200
+      fedcmp world write build/world/many-3 --scenario many --seed 3 --validation-images 200
+    """
+    from fedcmp.pipeline.console import say
+    from fedcmp.pipeline.world.write import Amounts
+    from fedcmp.pipeline.world.write import write as write_world
+
+    write_world(out, Amounts(**amounts))
+    say(
+        f"Wrote {6 * amounts['silo_images']} images of scenario '{amounts['scenario']}' "
+        f"and {amounts['heldout_images']} held-out images to {out}"
+    )
+
+
+@world.command()
+@click.argument("out", type=click.Path(path_type=Path), default=WEIGHTS)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--language-steps", default=None, type=int, help="Shorter or longer than the recipe.")
+@click.option("--vision-steps", default=None, type=int, help="Shorter or longer than the recipe.")
+def train(out: Path, seed: int, language_steps: int | None, vision_steps: int | None) -> None:
+    """Train the tiny vision encoder and the tiny LLM from scratch.
+
+    \b
+    Example:
+      fedcmp world train /tmp/weights
+    """
+    from fedcmp.pipeline.console import progress, say
+    from fedcmp.pipeline.world import train as recipe
+
+    def counter(name: str, steps: int) -> Callable[[int, float], None]:
+        context = progress(name, steps, "steps")
+        task = context.__enter__()
+
+        def report(step: int, loss: float) -> None:
+            task.advance()
+            if step + 1 == steps:
+                context.__exit__(None, None, None)
+
+        return report
+
+    accuracy = recipe.train(
+        out,
+        seed=seed,
+        language_steps=language_steps or recipe.LANGUAGE_STEPS,
+        vision_steps=vision_steps or recipe.VISION_STEPS,
+        progress=counter,
+    )
+    for name, value in accuracy.items():
+        say(f"{name}: {value}")
+    say(f"Saved {out / 'clip'} and {out / 'llama'}")
+
+
+@world.command()
+@click.option("--out", type=click.Path(path_type=Path), default="redrawn.png", show_default=True)
+@click.option("--pictures", default=4000, show_default=True, help="Pictures a decoder is trained on.")
+@click.option("--held-out", default=600, show_default=True, help="Other pictures, which are redrawn.")
+@click.option("--steps", default=1500, show_default=True, help="Steps a decoder is trained for.")
+@click.option("--seed", default=0, show_default=True)
+def redraw(out: Path, pictures: int, held_out: int, steps: int, seed: int) -> None:
+    """Redraw pictures from their cached features, to see what handing a cache over reveals.
+
+    \b
+    Example:
+      fedcmp world redraw --out redrawn.png
+    """
+    from fedcmp.pipeline.console import progress, say, table
+    from fedcmp.pipeline.world import redraw as inversion
+
+    with progress("redraw", 4 * steps, "steps") as task:
+        originals, results = inversion.redraw(
+            WEIGHTS / "clip",
+            pictures=pictures,
+            held_out=held_out,
+            steps=steps,
+            seed=seed,
+            report=task.advance,
+        )
+    inversion.save(out, originals, results)
+    table(
+        f"{held_out} held-out pictures redrawn from their features",
+        ["stored as", "bytes", "variance explained", "PSNR", "original found"],
+        [
+            [each.way, f"{each.bytes:,}", f"{each.variance:.1%}", f"{each.psnr:.1f} dB", f"{each.found:.1%}"]
+            for each in results
+        ],
+    )
+    say(f"{out}: originals, then what was redrawn, a row each in the table's order")

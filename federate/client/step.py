@@ -1,0 +1,292 @@
+"""Local training of one or more clients in one round."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from fedcmp.federate.client.stream import Batch
+from fedcmp.federate.outgoing.compression import Sent
+from fedcmp.federate.privacy.steps import NoisySteps
+from fedcmp.federate.strategies.base import Objective, State
+from fedcmp.pipeline.config import Optimizer
+from fedcmp.pipeline.errors import DivergedError
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.projector import state_of
+from fedcmp.pipeline.models.prompts import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the server asks of one client in one round; plain data, so it can travel.
+
+    Attributes:
+        client: Its name.
+        start: Projector to start from.
+        turn: Which part of its stream it trains on; counts the rounds it has taken part in.
+        round: Round of the run, which sets the learning rate.
+        rounds: Rounds in all.
+        objective: What it minimises besides its loss.
+        wants: What it must send besides its projector.
+        optimizer: Moments to go on from, or None.
+        counted: Last round in which its answer counted, or None.
+    """
+
+    client: str
+    start: State
+    turn: int
+    round: int
+    rounds: int
+    objective: Objective = field(default_factory=Objective)
+    wants: frozenset[str] = frozenset()
+    optimizer: dict[str, Any] | None = None
+    counted: int | None = None
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """A client's projector after its local steps.
+
+    `loss` is the mean negative log-likelihood a supervised token, in nats, over the round;
+    `gradient` the mean clipped gradient of the loss along the path and `alignment` each matrix's
+    contribution to alignment, where they were asked for; `recalled` says that equal training was
+    done before. `sent` is the compressed update in place of `state`. Where it would tell more than may
+    be learnt, there is None. `releases` counts how often the site has answered this round, this time
+    included.
+    """
+
+    client: str
+    state: State
+    loss: float | None
+    samples: int
+    steps: int
+    tokens: int | None
+    seconds: float | None
+    optimizer: dict[str, Any] | None = None
+    gradient: State | None = None
+    alignment: dict[str, float] | None = None
+    recalled: bool = False
+    sent: Sent | None = None
+    releases: int = 1
+
+
+def learning_rate(options: Optimizer, step: int, total: int) -> float:
+    """Linear warm-up over a share of the pass, then a cosine to zero."""
+    warmup = options.warmup * total
+    if step < warmup:
+        return options.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(total - warmup, 1)
+    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(options: Optimizer, projector: nn.Module) -> torch.optim.Optimizer:
+    """The local optimiser over the projector's parameters."""
+    parameters = projector.parameters()
+    if options.name == "sgd":
+        return torch.optim.SGD(
+            parameters, options.learning_rate, options.momentum, weight_decay=options.weight_decay
+        )
+    return torch.optim.AdamW(parameters, options.learning_rate, weight_decay=options.weight_decay, fused=True)
+
+
+@dataclass
+class _Learner:
+    """One client at work."""
+
+    job: Job
+    steps: int
+    batches: Iterator[Batch]
+    projector: nn.Module
+    optimizer: torch.optim.Optimizer
+    samples: int = 0
+    tokens: int = 0
+    gradient: State = field(default_factory=dict)
+
+    def take(self, noisy: NoisySteps, features: Tensor, visual: Tensor, units: Tensor) -> None:
+        """Take the private gradient of a batch."""
+        try:
+            gradient = noisy.gradient(self.projector, features, visual, units)
+        except ValueError as error:
+            raise DivergedError(f"client '{self.job.client}', round {self.job.round}: {error}") from None
+        for name, parameter in self.projector.named_parameters():
+            parameter.grad = gradient[name]
+
+    def step(self, step: int, options: Optimizer) -> None:
+        """Clip the loss's gradient, add the objective's, and move."""
+        rate = learning_rate(options, self.job.round * self.steps + step, self.job.rounds * self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        nn.utils.clip_grad_norm_(self.projector.parameters(), options.max_grad_norm)
+        proximal, linear = self.job.objective.proximal, self.job.objective.linear
+        for name, parameter in self.projector.named_parameters():
+            assert parameter.grad is not None
+            if "gradient" in self.job.wants:
+                mean = self.gradient.setdefault(name, torch.zeros_like(parameter.grad))
+                mean.add_(parameter.grad, alpha=1 / self.steps)
+            if proximal:
+                start = self.job.start[name].to(parameter.device)
+                parameter.grad.add_(parameter.detach() - start, alpha=proximal)
+            if linear is not None:
+                parameter.grad.add_(linear[name].to(parameter.grad))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def train_together(
+    jobs: Sequence[Job],
+    batches: Sequence[tuple[int, Iterator[Batch]]],
+    scratch: nn.Module,
+    language: FrozenLanguageModel,
+    options: Optimizer,
+    *,
+    micro_batch: int,
+    advance: Callable[[int], None],
+    noisy: NoisySteps | None = None,
+) -> list[LocalResult]:
+    """Train clients over one round's batches; the LLM stays frozen and is shared.
+
+    Every client has its own projector and optimiser. Their samples go through the LLM together,
+    sorted by length into micro-batches; summing the clients' mean losses keeps their gradients apart.
+
+    Args:
+        jobs: Who trains, from where.
+        batches: Each client's number of steps, at least one, and its batches.
+        scratch: Projector of the right architecture, copied for every client.
+        language: The frozen LLM.
+        options: Local optimisation.
+        micro_batch: Samples a forward pass of the LLM.
+        advance: Called with the number of clients after each of their steps.
+        noisy: How steps keep samples private, if they do; every sample then counts alike, however many
+            texts and tokens it has.
+
+    Raises:
+        DivergedError: A loss or a gradient is not finite.
+    """
+    began = time.monotonic()
+    learners = [
+        _learner(job, steps, own, copy.deepcopy(scratch), options)
+        for job, (steps, own) in zip(jobs, batches, strict=True)
+    ]
+    sums = torch.zeros(len(learners), dtype=torch.float64, device=language.device)
+    for step in range(max(learner.steps for learner in learners)):
+        active = [place for place, learner in enumerate(learners) if step < learner.steps]
+        sums[active] += _backward([learners[place] for place in active], language, micro_batch, noisy)
+        for place in active:
+            learners[place].step(step, options)
+        advance(len(active))
+    seconds = time.monotonic() - began
+    samples = sum(learner.samples for learner in learners)
+    return [
+        _result(learner, total / learner.tokens, options, seconds * learner.samples / samples)
+        for learner, total in zip(learners, sums.tolist(), strict=True)
+    ]
+
+
+def _learner(
+    job: Job, steps: int, batches: Iterator[Batch], projector: nn.Module, options: Optimizer
+) -> _Learner:
+    projector.load_state_dict(job.start)
+    optimizer = make_optimizer(options, projector)
+    if job.optimizer is not None:
+        optimizer.load_state_dict(job.optimizer)
+    return _Learner(job, steps, batches, projector, optimizer)
+
+
+def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) -> LocalResult:
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"client '{learner.job.client}', round {learner.job.round}: the loss is {loss}; lower "
+            f"federate.optimizer.learning_rate ({options.learning_rate:g})"
+        )
+    return LocalResult(
+        client=learner.job.client,
+        state=state_of(learner.projector),
+        loss=loss,
+        samples=learner.samples,
+        steps=learner.steps,
+        tokens=learner.tokens,
+        seconds=seconds,
+        optimizer=learner.optimizer.state_dict() if options.carry else None,
+        gradient={name: mean.cpu() for name, mean in learner.gradient.items()} or None,
+    )
+
+
+def _backward(
+    learners: Sequence[_Learner], language: FrozenLanguageModel, micro_batch: int, noisy: NoisySteps | None
+) -> Tensor:
+    """Gradients of every client's mean loss; returns `(clients,)` float64 sums of losses."""
+    batches = [next(learner.batches) for learner in learners]
+    width = max(batch.ids.shape[1] for batch in batches)
+    ids = torch.cat([pad(batch.ids, (0, width - batch.ids.shape[1])) for batch in batches])
+    labels = torch.cat(
+        [pad(batch.labels, (0, width - batch.labels.shape[1]), value=IGNORE_INDEX) for batch in batches]
+    )
+    counts = [int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches]
+    for learner, batch, count in zip(learners, batches, counts, strict=True):
+        learner.samples += batch.size
+        learner.tokens += count
+    client = torch.arange(len(batches)).repeat_interleave(torch.tensor([len(b.ids) for b in batches]))
+    client = client.to(ids.device)
+    owners, units = _owners(batches), _units(batches)
+    if noisy is None:
+        weights = 1 / torch.tensor(counts, dtype=torch.float32, device=ids.device)[client]
+    else:
+        weights = 1 / (_tokens(labels) * units[owners].bincount()[units[owners]])
+    projected = torch.cat([each.projector(b.features) for each, b in zip(learners, batches, strict=True)])
+    visual = projected.detach().requires_grad_()
+    sums = torch.zeros(len(learners), dtype=torch.float64, device=ids.device)
+    for rows, length in _micro_batches(labels, micro_batch):
+        losses, row = language.token_losses(ids[rows, :length], labels[rows, :length], visual[owners[rows]])
+        text = rows[row]
+        (losses * weights[text]).sum().backward()
+        sums.index_add_(0, client[text], losses.detach().double())
+    assert visual.grad is not None
+    if noisy is None:
+        projected.backward(visual.grad)
+        return sums
+    sizes = [len(batch.features) for batch in batches]
+    parts = zip(visual.grad.split(sizes), units.split(sizes), strict=True)
+    for learner, batch, (part, own) in zip(learners, batches, parts, strict=True):
+        learner.take(noisy, batch.features, part, own)
+    return sums
+
+
+def _owners(batches: Sequence[Batch]) -> Tensor:
+    """`(texts,)` int64: which of all rows of features each text is about."""
+    owners, before = [], 0
+    for batch in batches:
+        own = torch.arange(len(batch.ids), device=batch.ids.device) if batch.owners is None else batch.owners
+        owners.append(before + own)
+        before += len(batch.features)
+    return torch.cat(owners)
+
+
+def _units(batches: Sequence[Batch]) -> Tensor:
+    """`(pictures,)` int64: which of all samples each row of features is of."""
+    units, before = [], 0
+    for batch in batches:
+        own = torch.arange(batch.size, device=batch.ids.device) if batch.units is None else batch.units
+        units.append(before + own)
+        before += batch.size
+    return torch.cat(units)
+
+
+def _tokens(labels: Tensor) -> Tensor:
+    """`(texts,)` supervised tokens, at least one so that it can be divided by."""
+    return (labels[:, 1:] != IGNORE_INDEX).sum(1).clamp(min=1)
+
+
+def _micro_batches(labels: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
+    """Rows of about equal length, with the length up to their last supervised token."""
+    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    lengths = ((labels != IGNORE_INDEX) * places).amax(1)
+    for rows in lengths.argsort(stable=True).split(size):
+        yield rows, int(lengths[rows[-1]])

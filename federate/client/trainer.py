@@ -1,0 +1,108 @@
+"""The local engine: all clients train in this process, one frozen LLM between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from torch import nn
+
+from fedcmp.federate.client.alignment import alignment_contributions
+from fedcmp.federate.client.memo import Memo, job_key
+from fedcmp.federate.client.step import Job, LocalResult, train_together
+from fedcmp.federate.client.stream import Stream
+from fedcmp.federate.privacy.steps import NoisySteps
+from fedcmp.pipeline.config import Optimizer
+from fedcmp.pipeline.console import say
+from fedcmp.pipeline.errors import one_line
+from fedcmp.pipeline.models.device import in_one_order
+from fedcmp.pipeline.models.language import FrozenLanguageModel
+
+_ALIGNMENT_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Does the clients' local training of a round.
+
+    Attributes:
+        streams: Every client's data.
+        scratch: A projector of the right architecture, on the LLM's device.
+        language: The frozen LLM.
+        options: Local optimisation.
+        batch_size: Samples a client's step.
+        together: Clients whose samples go through the LLM together.
+        micro_batch: Samples a forward pass of the LLM.
+        memo: Local updates that were computed before.
+        advance: Called with the number of steps done.
+        noisy: How local steps keep samples private, if they do.
+    """
+
+    streams: Mapping[str, Stream]
+    scratch: nn.Module
+    language: FrozenLanguageModel
+    options: Optimizer
+    batch_size: int
+    together: int
+    micro_batch: int
+    memo: Memo | None
+    advance: Callable[[int], None]
+    noisy: NoisySteps | None = None
+
+    def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
+        """Train the clients of a round."""
+        results: list[LocalResult] = []
+        for start in range(0, len(jobs), self.together):
+            group = jobs[start : start + self.together]
+            results += [self._aligned(*pair) for pair in zip(group, self._recalled(group), strict=True)]
+        return results
+
+    def _recalled(self, jobs: Sequence[Job]) -> list[LocalResult]:
+        if self.memo is None or any(job.optimizer is not None for job in jobs):
+            return self._trained(jobs)
+        keys = [job_key(job) | {"data": self.streams[job.client].content(job.turn)} for job in jobs]
+        known = self.memo.recall(keys)
+        if known is None:
+            known = self._trained(jobs)
+            self.memo.keep(keys, known)
+            return known
+        self.advance(sum(result.steps for result in known))
+        return [
+            replace(result, client=job.client, recalled=True) for job, result in zip(jobs, known, strict=True)
+        ]
+
+    def _trained(self, jobs: Sequence[Job]) -> list[LocalResult]:
+        try:
+            with in_one_order(str(self.language.device)):
+                return self._train(jobs)
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            say(f"equal runs may end in different bytes here: {one_line(error)}")
+        return self._train(jobs)
+
+    def _train(self, jobs: Sequence[Job]) -> list[LocalResult]:
+        streams = [self.streams[job.client] for job in jobs]
+        return train_together(
+            jobs,
+            [
+                (stream.steps(job.turn), stream.batches(job.turn))
+                for job, stream in zip(jobs, streams, strict=True)
+            ],
+            self.scratch,
+            self.language,
+            self.options,
+            micro_batch=self.micro_batch,
+            advance=self.advance,
+            noisy=self.noisy,
+        )
+
+    def _aligned(self, job: Job, result: LocalResult) -> LocalResult:
+        """The result with its alignment, measured on the first samples of the client's turn."""
+        if "alignment" not in job.wants:
+            return result
+        batches = self.streams[job.client].batches(job.turn)
+        some = islice(batches, -(-_ALIGNMENT_SAMPLES // self.batch_size))
+        contributions = alignment_contributions(self.scratch, job.start, result.state, self.language, some)
+        return replace(result, alignment=contributions)

@@ -1,0 +1,69 @@
+"""The local engine: all clients in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fedcmp.federate.client.texts import Counts
+from fedcmp.federate.engines.base import Card, Engine
+from fedcmp.federate.schedule import Plan
+from fedcmp.pipeline.cache import open_cache, same_key
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.console import progress
+
+if TYPE_CHECKING:
+    from fedcmp.federate.client.site import Site
+    from fedcmp.federate.server.rounds import Train
+
+
+class Here(Engine):
+    """All clients train in this process, one after the other, with one frozen LLM between them.
+
+    Args:
+        experiment: The experiment.
+        plan: Who takes part when.
+    """
+
+    def __init__(self, experiment: Experiment, plan: Plan) -> None:
+        self._experiment, self._plan = experiment, plan
+        self._caches = {name: open_cache(experiment, name) for name in experiment.federate.silos}
+        self._site: Site | None = None
+
+    def cards(self) -> dict[str, Card]:
+        """Cards of the caches on this machine."""
+        same_key(self._caches)
+        return {name: Card.of(cache, self._experiment) for name, cache in self._caches.items()}
+
+    @contextmanager
+    def training(self, start: int) -> Iterator[Train]:
+        """Load the LLM and show progress in steps."""
+        from fedcmp.federate.client.site import Site
+
+        site = self._site = Site(self._experiment, self._plan, self._caches, lambda steps: advance(steps))
+        done, turns = self._plan.turns(start), self._plan.turns()
+        steps = sum(
+            stream.steps(turn)
+            for client, stream in site.streams.items()
+            for turn in range(done[client], turns[client])
+        )
+        with progress(self._experiment.run, steps, "steps") as task:
+            advance = task.advance
+            yield site
+
+    def counts(self) -> dict[str, Counts]:
+        """What was found when the LLM was loaded."""
+        assert self._site is not None
+        return self._site.counts
+
+    def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Every client answers."""
+        assert self._site is not None
+        return {client: self._site.secure(client, request) for client, request in requests.items()}
+
+    @property
+    def d_llm(self) -> int:
+        """Width of the LLM's embeddings."""
+        assert self._site is not None
+        return self._site.d_llm

@@ -1,0 +1,54 @@
+"""What compression has left out of clients' updates so far, kept where they are made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+
+from fedcmp.federate.strategies.base import State
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.manifest import write_atomic
+
+RESIDUALS = "residuals"
+
+
+class Residuals:
+    """A folder with a file a client and round.
+
+    The server says which of a client's answers it has counted last, as a round may be done again after
+    an interruption, and an answer may come too late.
+
+    Args:
+        folder: Where it lies.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _path(self, client: str, round_: int) -> Path:
+        return self._folder / client / f"{round_}.safetensors"
+
+    def after(self, client: str, round_: int | None) -> State:
+        """What a client's answer of a round left out; nothing where it has answered none.
+
+        Raises:
+            UserError: It was lost.
+        """
+        if round_ is None:
+            return {}
+        path = self._path(client, round_)
+        if not path.is_file():
+            raise UserError(
+                f"{path}: missing, so what client '{client}' has not sent yet is lost; put the file back, or "
+                "begin the run anew"
+            )
+        return load_file(path)
+
+    def keep(self, client: str, round_: int, left: State, counted: int | None) -> None:
+        """Keep what a round's answer leaves out, besides what the last counted one did."""
+        path = self._path(client, round_)
+        write_atomic(path, save(left))
+        for old in path.parent.iterdir():
+            if old.name not in (path.name, f"{counted}.safetensors"):
+                old.unlink()

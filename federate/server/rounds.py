@@ -1,0 +1,309 @@
+"""The round loop: broadcast, train every client, aggregate, checkpoint."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedcmp.federate.client.step import Job, LocalResult
+from fedcmp.federate.outgoing import compression as communication
+from fedcmp.federate.privacy.accounting import spent
+from fedcmp.federate.strategies.base import Aggregate, Memory, State, Strategy, Update, check
+from fedcmp.pipeline import history
+from fedcmp.pipeline.config import Privacy
+from fedcmp.pipeline.console import say
+from fedcmp.pipeline.errors import DivergedError, DroppedOutError, SpoiledError, UserError
+from fedcmp.pipeline.manifest import write_atomic
+
+if TYPE_CHECKING:
+    from fedcmp.federate.secure.summation import Exchange
+
+_REMEDY = "lower federate.optimizer.learning_rate or the strategy's step"
+
+
+@dataclass
+class Progress:
+    """All that a run carries from round to round; a checkpoint is just this.
+
+    Random order is derived from the seed and names, never from a running generator, so there is
+    no generator state to keep.
+    """
+
+    state: State
+    round: int = 0
+    memory: Memory = field(default_factory=dict)
+    personal: dict[str, State] = field(default_factory=dict)
+    optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    noise: dict[str, list[float]] = field(default_factory=dict)
+    counted: dict[str, int] = field(default_factory=dict)
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Write a checkpoint atomically."""
+        buffer = io.BytesIO()
+        torch.save({"fingerprint": fingerprint, **vars(self)}, buffer)
+        write_atomic(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str) -> Progress | None:
+        """Read a checkpoint, or None where there is none of this configuration.
+
+        Raises:
+            UserError: The file is no checkpoint.
+        """
+        if not path.is_file():
+            return None
+        try:
+            saved = torch.load(path, weights_only=True)
+            ours = saved.pop("fingerprint") == fingerprint
+        except Exception:
+            raise UserError(f"{path}: damaged, not a checkpoint; delete it to train from the start") from None
+        return cls(**saved) if ours else None
+
+
+Train = Callable[[Sequence[Job]], Sequence[LocalResult]]
+
+
+@dataclass(frozen=True)
+class Secure:
+    """How clients that keep their updates are reached.
+
+    Attributes:
+        exchange: Takes a step of the protocol with some clients.
+        threshold: Share of a round's clients of which more have to stay until its end.
+    """
+
+    exchange: Exchange
+    threshold: float
+
+
+def run_rounds(
+    progress: Progress,
+    strategy: Strategy,
+    schedule: Sequence[Sequence[str]],
+    train: Train,
+    *,
+    carry: bool,
+    history_path: Path,
+    checkpoint: Callable[[Progress], None],
+    secure: Secure | None = None,
+    privacy: Privacy | None = None,
+    traffic: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    quorum: int | None = None,
+) -> Progress:
+    """Run what is left of the rounds.
+
+    Args:
+        progress: Where to go on.
+        strategy: What clients minimise and how their projectors are aggregated.
+        schedule: Who takes part in each round.
+        train: Does the clients' local training, here or elsewhere; where clients did not answer, it
+            returns the results of the others, at least one.
+        carry: Whether clients keep their optimisers' moments.
+        history_path: JSON lines to append to.
+        checkpoint: Called after every round.
+        secure: How to sum what clients keep to themselves; None where they send their updates.
+        privacy: How clients clip and noise their updates, if they do.
+        traffic: Bytes sent and received since it was asked last.
+        quorum: Clients whose updates a round needs; all of them by default. With enough of them the
+            round goes on without updates that are refused, as if those clients had not answered.
+
+    Returns:
+        The progress after the last round.
+
+    Raises:
+        DivergedError: A client's update, or the aggregate, is not finite.
+    """
+    history.truncate(history_path, progress.round)
+    for round_ in range(progress.round, len(schedule)):
+        jobs = [
+            Job(
+                client=client,
+                start=progress.personal.get(client, progress.state),
+                turn=sum(client in earlier for earlier in schedule[:round_]),
+                round=round_,
+                rounds=len(schedule),
+                objective=strategy.objective(client, progress.memory),
+                wants=strategy.wants,
+                optimizer=progress.optimizers.get(client),
+                counted=progress.counted.get(client),
+            )
+            for client in schedule[round_]
+        ]
+        results = list(train(jobs))
+        if secure is None:
+            results = _counted(jobs, results, quorum)
+        # A sum in which all count alike is as sensitive as one client's clipped update.
+        alike = privacy is not None and privacy.unit == "client"
+        samples = {result.client: 1 if alike else result.samples for result in results}
+        aggregate = _aggregated(strategy, progress, results, samples, secure)
+        # Who drops out within a secure sum is not in it, and neither is its noise.
+        present = samples.keys() if secure is None else aggregate.figures["weight"].keys()
+        rows, noise = _rows(jobs, results, present, progress.state, aggregate), dict(progress.noise)
+        if privacy is not None:
+            share = len(present) / len(jobs) if privacy.unit == "client" else 1.0
+            for result in results:
+                if result.client in present:
+                    # As many answers of a round are together one of less noise.
+                    multiplier = privacy.noise_multiplier * (share / result.releases) ** 0.5
+                    noise[result.client] = [*noise.get(result.client, []), multiplier]
+            _tell(rows, noise, privacy)
+        sent, received = traffic()
+        rows[-1] |= {"bytes": sent + received, "bytes_received": received}
+        history.append(history_path, rows)
+        personal, optimizers = dict(progress.personal), dict(progress.optimizers)
+        if strategy.personal:
+            personal |= {result.client: result.state for result in results}
+        if carry:
+            optimizers |= {r.client: r.optimizer for r in results if r.optimizer is not None}
+        counted = progress.counted | dict.fromkeys(samples, round_)
+        progress = Progress(
+            aggregate.state, round_ + 1, aggregate.memory, personal, optimizers, noise, counted
+        )
+        checkpoint(progress)
+    return progress
+
+
+def _restored(start: State, result: LocalResult) -> LocalResult:
+    """The result with the projector that a compressed update stands for."""
+    if result.sent is None:
+        return result
+    return replace(result, state=communication.received(start, result.sent, result.client), sent=None)
+
+
+def _counted(jobs: Sequence[Job], results: Sequence[LocalResult], quorum: int | None) -> list[LocalResult]:
+    """Results whose updates are sound, with the projectors that compressed ones stand for."""
+    start = {job.client: job.start for job in jobs}
+    sound, reasons = [], []
+    for result in results:
+        try:
+            whole = _restored(start[result.client], result)
+            check(start[result.client], [_update(whole, whole.samples)])
+            sound.append(whole)
+        except ValueError as error:
+            reasons.append(str(error))
+    if reasons and len(sound) < min(quorum or len(jobs), len(jobs)):
+        raise DivergedError(f"round {jobs[0].round}: {'; '.join(reasons)}; {_REMEDY}")
+    for reason in reasons:
+        say(f"round {jobs[0].round + 1} goes on without it: {reason}")
+    return sound
+
+
+def _update(result: LocalResult, samples: int) -> Update:
+    return Update(result.client, result.state, samples, result.steps, result.gradient, result.alignment)
+
+
+def _tell(rows: Sequence[dict[str, Any]], noise: Mapping[str, Sequence[float]], privacy: Privacy) -> None:
+    """Write every client's ε into its row, and the greatest into the round's; None without noise.
+
+    A client is in all of its rounds; a text or an image in one of them, the worst one at worst.
+    """
+    epsilons = {
+        client: spent(each if privacy.unit == "client" else [min(each)], privacy.delta)
+        for client, each in noise.items()
+    }
+    for row in rows[:-1]:
+        row["epsilon"] = epsilons.get(row["client"]) if privacy.noise_multiplier else None
+    rows[-1]["epsilon"] = max(epsilons.values()) if privacy.noise_multiplier else None
+    if privacy.noise_multiplier:
+        say(
+            f"round {rows[-1]['round'] + 1}: epsilon = {rows[-1]['epsilon']:.2f} at delta = "
+            f"{privacy.delta:g} for every {privacy.unit}"
+        )
+
+
+def _fused(
+    strategy: Strategy,
+    progress: Progress,
+    results: Sequence[LocalResult],
+    samples: Mapping[str, int],
+    secure: Secure | None,
+) -> Aggregate:
+    if secure is None:
+        updates = [_update(result, samples[result.client]) for result in results]
+        return strategy.aggregate(progress.state, updates, progress.memory)
+    from fedcmp.federate.secure.masked import aggregate
+    from fedcmp.federate.secure.summation import threshold_of
+
+    threshold = threshold_of(len(samples), secure.threshold, strategy.releases())
+    return aggregate(strategy, secure.exchange, progress.state, samples, threshold, progress.memory)
+
+
+def _aggregated(
+    strategy: Strategy,
+    progress: Progress,
+    results: Sequence[LocalResult],
+    samples: Mapping[str, int],
+    secure: Secure | None,
+) -> Aggregate:
+    try:
+        aggregate = _fused(strategy, progress, results, samples, secure)
+    except DroppedOutError:
+        raise
+    except SpoiledError as error:
+        raise SpoiledError(f"round {progress.round + 1}: {error}") from None
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise DivergedError(f"round {progress.round}: {error}; {_REMEDY}") from None
+    for name, tensor in aggregate.state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DivergedError(f"round {progress.round}: the aggregated {name} is not finite; {_REMEDY}")
+    return aggregate
+
+
+def _rows(
+    jobs: Sequence[Job],
+    results: Sequence[LocalResult],
+    present: Collection[str],
+    before: State,
+    aggregate: Aggregate,
+) -> list[dict[str, Any]]:
+    """The round in the history: a row a client that answered, and one of the server."""
+    of = {job.client: job for job in jobs}
+    rows: list[dict[str, Any]] = [
+        {
+            "round": jobs[0].round,
+            "client": result.client,
+            "loss": result.loss,
+            "samples": result.samples,
+            "tokens": result.tokens,
+            "seconds": _rounded(result.seconds),
+            "recalled": result.recalled,
+            **(
+                {"update_norm": history.distance(result.state, of[result.client].start)}
+                if result.state
+                else {}
+            ),
+            **{name: figure.get(result.client) for name, figure in aggregate.figures.items()},
+        }
+        for result in results
+    ]
+    whole = {
+        "round": jobs[0].round,
+        "client": None,
+        "missing": sorted(of.keys() - set(present)),
+        **_totals(results),
+        "update_norm": history.distance(aggregate.state, before),
+    }
+    return [*rows, whole]
+
+
+def _totals(results: Sequence[LocalResult]) -> dict[str, Any]:
+    """Sums over clients, and their mean loss a token; None of what a client keeps to itself."""
+    losses = [r.loss * r.tokens for r in results if r.loss is not None and r.tokens is not None]
+    tokens = [r.tokens for r in results if r.tokens is not None]
+    seconds = [r.seconds for r in results if r.seconds is not None]
+    everybody = len(losses) == len(tokens) == len(seconds) == len(results)
+    return {
+        "loss": sum(losses) / sum(tokens) if everybody else None,
+        "samples": sum(result.samples for result in results),
+        "tokens": sum(tokens) if everybody else None,
+        "seconds": _rounded(sum(seconds)) if everybody else None,
+    }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)
