@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from fedcmp.components import check
 from fedcmp.extract.encoders.base import ENCODERS, LoadedEncoder
 from fedcmp.extract.pictures import NOTES
 from fedcmp.extract.shortage import shortage
@@ -46,7 +45,6 @@ def run(
     for name in only:
         if name not in options.silos:
             raise UserError(f"--silo {name}: there is no such silo{did_you_mean(name, options.silos)}")
-    check(experiment, "extract", "evaluate")
     encoder = ENCODERS.build(options.encoder, "extract.encoder")
     sources = {
         name: SOURCES.build(component, f"extract.silos.{name}")
@@ -64,8 +62,6 @@ def run(
 
     @cache
     def loaded() -> LoadedEncoder:
-        # A mistake in any stage costs no picture; torch, which strategies import, is needed now anyway.
-        check(experiment)
         return encoder.load(device, compute_dtype)
 
     outcomes = []

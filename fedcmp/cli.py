@@ -1,4 +1,4 @@
-"""`fedcmp`: stage commands are named as strings and imported only when called."""
+"""`fedcmp`: the list of commands, and how whatever goes wrong in them ends."""
 
 from __future__ import annotations
 
@@ -8,57 +8,28 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+# Each is in the module of its name in `commands`, which is imported when it is called.
 COMMANDS = {
-    "show": ("fedcmp.commands.show:show", "Print an experiment as it is understood, defaults written out."),
-    "plan": ("fedcmp.commands.plan:plan", "Estimate disk, GPU hours and memory before there are any data."),
-    "extract": (
-        "fedcmp.commands.extract:extract",
-        "Encode every silo's images once and cache their patch features.",
-    ),
-    "partition": ("fedcmp.commands.extract:partition", "Split one data set into silos."),
-    "federate": ("fedcmp.commands.federate:federate", "Train the projector federatedly from the caches."),
-    "site": ("fedcmp.commands.federate:site", "Hold a silo ready to train for a server elsewhere."),
-    "merge": ("fedcmp.commands.federate:merge", "Merge trained projectors into one, without training."),
-    "evaluate": ("fedcmp.commands.evaluate:evaluate", "Answer the benchmarks and score the answers."),
-    "score": ("fedcmp.commands.evaluate:score", "Score saved answers again; no model is needed."),
-    "compare": ("fedcmp.commands.evaluate:compare", "Test whether one run is better than another."),
-    "report": ("fedcmp.commands.evaluate:report", "Compare the runs of an experiment on one page."),
-    "export": ("fedcmp.commands.export:export", "Write a projector as Hugging Face or LLaVA reads it."),
-    "cache": ("fedcmp.commands.cache:cache", "Look at feature caches, check them, hand them over."),
-    "ablate": ("fedcmp.ablation.sweep:ablate", "Compare strategies over scenarios and seeds."),
-    "world": ("fedcmp.commands.world:world", "Write the embedded default's data, or train its models."),
+    "show": "Print an experiment as it is understood, defaults written out.",
+    "plan": "Estimate disk, GPU hours and memory before there are any data.",
+    "extract": "Encode every silo's images once and cache their patch features.",
+    "partition": "Split one data set into silos.",
+    "federate": "Train the projector federatedly from the caches.",
+    "site": "Hold a silo ready to train for a server elsewhere.",
+    "merge": "Merge trained projectors into one, without training.",
+    "evaluate": "Answer the benchmarks and score the answers.",
+    "score": "Score saved answers again; no model is needed.",
+    "compare": "Test whether one run is better than another.",
+    "report": "Compare the runs of an experiment on one page.",
+    "export": "Write a projector as Hugging Face or LLaVA reads it.",
+    "cache": "Look at feature caches, check them, hand them over.",
+    "ablate": "Compare strategies over scenarios and seeds.",
+    "world": "Write the embedded default's data, or train its models.",
 }
-
-# Where the components of an experiment file are found, by their place in it.
-REGISTRIES = {
-    "extract.encoder": "fedcmp.extract.encoders.base:ENCODERS",
-    "extract.silos": "fedcmp.extract.sources.base:SOURCES",
-    "federate.projector": "fedcmp.pipeline.models.projectors.base:PROJECTORS",
-    "federate.strategy": "fedcmp.federate.strategies.base:STRATEGIES",
-    "evaluate.benchmarks": "fedcmp.evaluate.benchmarks.base:BENCHMARKS",
-}
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def imported(target: str) -> Any:
-    """What `module:name` stands for; stages are reached in no other way from here."""
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def experiment_options(command: F) -> F:
-    """Give a command its experiment file and `--set`."""
-    command = click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key; repeatable."
-    )(command)
-    return click.argument("config", type=click.Path(path_type=Path))(command)
 
 
 class Terminated(KeyboardInterrupt):
@@ -80,13 +51,14 @@ class StageCommands(click.Group):
         """Import a command."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = imported(COMMANDS[cmd_name][0])
+        module = importlib.import_module(f"fedcmp.commands.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List commands from the table above, so that none is imported."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, about) for name, (_, about) in COMMANDS.items()])
+            formatter.write_dl(list(COMMANDS.items()))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

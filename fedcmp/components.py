@@ -12,31 +12,20 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from fedcmp.cli import REGISTRIES, imported
 from fedcmp.pipeline import config
 from fedcmp.pipeline.config import Component, Experiment, Options
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment file of which every component can be built; see `pipeline.config.load`.
+    """Read an experiment file and build every component of it; see `pipeline.config.load`.
 
     Raises:
         UserError: The file is missing or malformed, or a key, name or value is wrong, in whichever stage.
     """
     experiment = config.load(path, overrides)
-    check(experiment)
-    return experiment
-
-
-def check(experiment: Experiment, *stages: str) -> None:
-    """Build every component of some stages, or of all; those of `federate` alone import torch.
-
-    Raises:
-        UserError: A name is unknown, or an option is unknown or wrong.
-    """
     for where, component in components(experiment):
-        if not stages or where.split(".")[0] in stages:
-            build(where, component)
+        component.note_built(build(where, component))
+    return experiment
 
 
 def build(where: str, component: Component) -> Options:
@@ -59,17 +48,6 @@ def written_out(experiment: Experiment) -> dict[str, Any]:
     return tables
 
 
-def as_built(where: str, component: Component) -> dict[str, Any]:
-    """JSON value of a component with all of its options, its defaults included."""
-    return {"name": component.name, **build(where, component).model_dump(mode="json")}
-
-
-def _registry(where: str) -> Any:
-    return imported(
-        next(target for place, target in REGISTRIES.items() if f"{where}.".startswith(f"{place}."))
-    )
-
-
 def components(experiment: Experiment) -> Iterator[tuple[str, Component]]:
     """Every component with its place, such as `extract.silos.clinic`."""
     yield "extract.encoder", experiment.extract.encoder
@@ -79,3 +57,30 @@ def components(experiment: Experiment) -> Iterator[tuple[str, Component]]:
         yield f"evaluate.benchmarks.{name}", benchmark
     yield "federate.projector", experiment.federate.projector
     yield "federate.strategy", experiment.federate.strategy
+
+
+def _registry(where: str) -> Any:
+    """The registry for a place; those of stage two import torch, so each is imported when it is needed."""
+    stage, kind, *_ = where.split(".")
+    match stage, kind:
+        case "extract", "encoder":
+            from fedcmp.extract.encoders.base import ENCODERS
+
+            return ENCODERS
+        case "extract", "silos":
+            from fedcmp.extract.sources.base import SOURCES
+
+            return SOURCES
+        case "evaluate", "benchmarks":
+            from fedcmp.evaluate.benchmarks.base import BENCHMARKS
+
+            return BENCHMARKS
+        case "federate", "projector":
+            from fedcmp.pipeline.models.projectors.base import PROJECTORS
+
+            return PROJECTORS
+        case "federate", "strategy":
+            from fedcmp.federate.strategies.base import STRATEGIES
+
+            return STRATEGIES
+    raise KeyError(where)

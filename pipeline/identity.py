@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedcmp.components import as_built
 from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.manifest import fingerprint
@@ -51,8 +50,8 @@ def federate_options(experiment: Experiment) -> dict[str, Any]:
     options = experiment.federate
     written = options.model_dump(mode="json", exclude={"initial", "checkpointing", "projector", "strategy"})
     return written | {
-        "projector": as_built("federate.projector", options.projector),
-        "strategy": as_built("federate.strategy", options.strategy),
+        "projector": options.projector.as_built(),
+        "strategy": options.strategy.as_built(),
         "micro_batch": options.micro_batch or options.batch_size,
         "clients_per_round": min(options.clients_per_round or len(options.silos), len(options.silos)),
     }

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import picture
 
+from fedcmp.components import load
 from fedcmp.evaluate.answering import Reader, answer
 from fedcmp.evaluate.answers import answers_path, begin_answers, read_answers
 from fedcmp.evaluate.benchmarks.base import SHORT_ANSWER
@@ -36,7 +37,7 @@ from fedcmp.evaluate.trained import judged, read_manifest
 from fedcmp.evaluate.work import benchmarks_of, cache_of, prepare
 from fedcmp.extract.run import run as extract
 from fedcmp.federate.run import run as train
-from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.export.run import export
 from fedcmp.pipeline.manifest import canonical
 from fedcmp.pipeline.models.language import FrozenLanguageModel

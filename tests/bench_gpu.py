@@ -40,6 +40,7 @@ from bench_training import CAPTION, stream, trained
 from conftest import picture
 
 from fedcmp.commands.plan import GPUS, language_shape
+from fedcmp.components import load
 from fedcmp.extract.encoders.base import ENCODERS
 from fedcmp.extract.run import run as extract
 from fedcmp.federate.client.step import LocalResult
@@ -47,7 +48,7 @@ from fedcmp.federate.strategies.fedavg import FedAvg
 from fedcmp.federate.strategies.fedcmp import FedCmp
 from fedcmp.pipeline.cache import open_cache
 from fedcmp.pipeline.cache.loader import float_batches
-from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import question, tokenise_all

@@ -17,9 +17,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from fedcmp.components import load
 from fedcmp.evaluate.run import evaluate_run
+from fedcmp.extract.run import run as extract
 from fedcmp.federate.run import run
-from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.manifest import fingerprint, read_json
 from fedcmp.pipeline.world.write import Amounts, write
 
@@ -72,7 +74,7 @@ def scored(experiment: Experiment, *benchmarks: str) -> dict[str, dict[str, dict
     if not all(
         experiment.cache_path(silo).joinpath("manifest.json").is_file() for silo in experiment.extract.silos
     ):
-        extract.run.run(experiment, only=(), overwrite=False)
+        extract(experiment, only=(), overwrite=False)
     if not (experiment.run_path / "manifest.json").is_file():
         run(experiment)
     files = {name: experiment.scores_path / f"{name}.json" for name in benchmarks}

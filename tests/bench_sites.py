@@ -36,7 +36,7 @@ def echo(message, context):
 
 @client_app.train()
 def relay(message, context):
-    parts = flower._relay(flower._parts(message.content), context, 600)
+    parts = flower.relay(flower._parts(message.content), context, 600)
     return Message(flower._content(*parts), reply_to=message)
 
 server_app = ServerApp()

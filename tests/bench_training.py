@@ -36,12 +36,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import picture
 from PIL import Image
 
+from fedcmp.components import load
 from fedcmp.extract.encoders.base import ENCODERS
 from fedcmp.extract.run import run as extract
 from fedcmp.federate.client.step import Job, LocalResult, train_together
 from fedcmp.federate.client.stream import Batch, Stream
 from fedcmp.pipeline.cache import open_cache
-from fedcmp.pipeline.config import Experiment, Optimizer, load
+from fedcmp.pipeline.config import Experiment, Optimizer
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IMAGE_TOKEN_INDEX

@@ -40,14 +40,14 @@ def test_what_other_packages_announce_is_not_for_users(
     (tmp_path / "theirs.py").write_text(
         "import subprocess, sys, warnings, click\n"
         "@click.command()\n"
-        "def command():\n"
+        "def report():\n"
         "    for category in (DeprecationWarning, FutureWarning):\n"
         "        warnings.warn(f'old {category.__name__}', category)\n"
         "    child = \"import warnings; warnings.warn('old in a child', FutureWarning)\"\n"
         "    subprocess.run([sys.executable, '-c', child], check=True)\n"
         "    warnings.warn('your disk smokes')\n"
     )
-    code = "import fedcmp.cli as cli; cli.COMMANDS['report'] = ('theirs:command', ''); cli.run()"
+    code = "import sys, theirs, fedcmp.cli; sys.modules['fedcmp.commands.report'] = theirs; fedcmp.cli.run()"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     result = subprocess.run(
         [sys.executable, *options, "-c", code, "report"],
@@ -63,7 +63,9 @@ def test_what_other_packages_announce_is_not_for_users(
 
 
 ENDLESS = """
+import sys
 import time
+from types import SimpleNamespace
 import click
 from fedcmp import cli
 
@@ -74,7 +76,7 @@ def callback():
     finally:
         print("cleaned up", flush=True)
 
-cli.imported = lambda target: click.Command("extract", callback=callback)
+sys.modules["fedcmp.commands.extract"] = SimpleNamespace(extract=click.Command("extract", callback=callback))
 cli.main(["extract"])
 """
 

@@ -15,6 +15,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedcmp.components import load
 from fedcmp.federate.client.memo import Memo, job_key
 from fedcmp.federate.client.step import Job, LocalResult, learning_rate, train_together
 from fedcmp.federate.client.stream import Batch, Stream
@@ -22,7 +23,7 @@ from fedcmp.federate.client.trainer import LocalEngine
 from fedcmp.federate.participation import participants
 from fedcmp.federate.strategies.base import Objective, State
 from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.config import Component, Optimizer, load
+from fedcmp.pipeline.config import Component, Optimizer
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_sites import QUICK, SILOS, FakeLink, over, projector, rows, sites_config  # noqa: F401
 from test_strategies import SHAPES, draw
 
+from fedcmp.components import load
 from fedcmp.federate.engines.service import Service
 from fedcmp.federate.engines.wire import pack, unpack
 from fedcmp.federate.outgoing.compression import compressed, received, restored
@@ -21,7 +22,7 @@ from fedcmp.federate.run import run
 from fedcmp.federate.server.rounds import Progress
 from fedcmp.federate.strategies.base import State
 from fedcmp.pipeline.cache import differences
-from fedcmp.pipeline.config import Communication, Experiment, load
+from fedcmp.pipeline.config import Communication, Experiment
 from fedcmp.pipeline.errors import DivergedError, UserError
 from fedcmp.pipeline.identity import run_identity
 

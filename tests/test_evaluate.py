@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fedcmp.cli import main
+from fedcmp.components import load
 from fedcmp.evaluate.answers import begin_answers, read_answers
-from fedcmp.pipeline.config import load
 from fedcmp.pipeline.errors import UserError
 
 

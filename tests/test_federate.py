@@ -16,10 +16,11 @@ from click.testing import CliRunner, Result
 from conftest import ROOT
 
 from fedcmp.cli import main
+from fedcmp.components import load
 from fedcmp.federate.client.stream import Stream
 from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.config import Component, load
+from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 

@@ -19,13 +19,14 @@ import torch
 from conftest import ROOT
 from test_sites import SILOS, Echo, projector, sites_config  # noqa: F401
 
+from fedcmp.components import load
 from fedcmp.federate.client.step import Job, LocalResult
 from fedcmp.federate.engines.flower import launch
 from fedcmp.federate.engines.flower.keys import Keys
 from fedcmp.federate.engines.flower.processes import free_port
 from fedcmp.federate.engines.local import Here
 from fedcmp.federate.run import run
-from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
 
 pytest.importorskip("flwr", reason="needs the extra [flower]")

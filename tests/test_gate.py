@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
+from fedcmp.components import load
 from fedcmp.federate.engines.flower import gate as gates
 from fedcmp.federate.engines.flower.gate import Gate
 from fedcmp.federate.engines.flower.keys import Keys, check_place, public_key, signing, site_keys
@@ -36,7 +37,6 @@ from fedcmp.federate.engines.flower.processes import environment, free_port
 from fedcmp.federate.engines.flower.superlink import superlink
 from fedcmp.federate.engines.service import Service
 from fedcmp.federate.run import run
-from fedcmp.pipeline.config import load
 from fedcmp.pipeline.errors import UserError
 
 HEARTBEAT = b"/v1/fleet/send-node-heartbeat"

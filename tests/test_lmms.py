@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from test_evaluate import answers_file, call, lines_of
 
-from fedcmp.evaluate.lmms.lookup import Lookup
+from fedcmp.lmms.lookup import Lookup
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.projector import save_projector
@@ -122,7 +122,7 @@ def ask(run: Path, documents: list[dict[str, Any]], options: dict[str, Any], **m
     """Ask as lmms-eval does, in this process."""
     from lmms_eval.api.instance import Instance
 
-    from fedcmp.evaluate.lmms.model import CachedRun
+    from fedcmp.lmms.model import CachedRun
 
     cached = CachedRun(str(run), silo="heldout", **model)
     cached.task_dict = {"tiny": {"test": dataset(documents)}}

@@ -17,12 +17,13 @@ import pytest
 import torch
 from test_sites import SILOS, FakeLink, over, projector, sites_config  # noqa: F401
 
+from fedcmp.components import load
 from fedcmp.federate.engines.base import Card, terms
 from fedcmp.federate.engines.service import Service
 from fedcmp.federate.engines.sites import Sites
 from fedcmp.federate.outgoing.compression import compressed
 from fedcmp.federate.run import run
-from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
 
 Change = Callable[[dict[str, Any]], Any]

@@ -12,8 +12,8 @@ from official import WRITERS
 from test_benchmarks import FILES, items_of
 
 from fedcmp.cli import main
+from fedcmp.components import load
 from fedcmp.evaluate.benchmarks.base import BENCHMARKS
-from fedcmp.pipeline.config import load
 
 
 def call(*words: object) -> Result:

@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fedcmp.cli import main
 from fedcmp.commands.plan import language_shape
+from fedcmp.components import load
 from fedcmp.extract.estimate import outlines
 from fedcmp.extract.run import run as extract
-from fedcmp.pipeline.config import Component, load
+from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 

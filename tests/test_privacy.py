@@ -15,6 +15,7 @@ from test_sites import SILOS, FakeLink, over, projector, sites_config  # noqa: F
 from test_strategies import draw
 
 from fedcmp.cli import main
+from fedcmp.components import load
 from fedcmp.federate.client.step import Job, LocalResult
 from fedcmp.federate.engines.local import Here
 from fedcmp.federate.engines.service import Service
@@ -28,7 +29,7 @@ from fedcmp.federate.server import rounds as server
 from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.federate.strategies.fedavg import FedAvg
 from fedcmp.pipeline.cache import open_cache
-from fedcmp.pipeline.config import Experiment, Privacy, load
+from fedcmp.pipeline.config import Experiment, Privacy
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.history import distance
 from fedcmp.pipeline.models.projector import state_of

@@ -11,9 +11,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from fedcmp.cli import main
+from fedcmp.components import load
 from fedcmp.federate.strategies.base import STRATEGIES, Update
 from fedcmp.pipeline.cache import differences
-from fedcmp.pipeline.config import Component, load
+from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.identity import run_identity
 from fedcmp.pipeline.models import projector as projectors

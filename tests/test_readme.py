@@ -14,8 +14,9 @@ from click.testing import CliRunner
 from conftest import ROOT
 
 from fedcmp.cli import main
+from fedcmp.components import load
 from fedcmp.federate.strategies.base import STRATEGIES, Update
-from fedcmp.pipeline.config import Component, Experiment, load
+from fedcmp.pipeline.config import Component, Experiment
 
 README = (ROOT / "README.md").read_text()
 

@@ -322,7 +322,7 @@ def test_trust_in_the_experiment(extracted: Path, tmp_path: Path, key: Path) -> 
 
 
 def test_trust_decides_no_run(extracted: Path, key: Path) -> None:
-    from fedcmp.pipeline.config import load
+    from fedcmp.components import load
     from fedcmp.pipeline.identity import run_identity
 
     plain, trusting = load(extracted), load(extracted, [f'trust.lab="{key}.pub"'])

@@ -14,13 +14,14 @@ from click.testing import CliRunner, Result
 from conftest import digest, picture, write_llava, write_shard
 
 from fedcmp.cli import main
+from fedcmp.components import load
 from fedcmp.extract.sources.base import Skipped
 from fedcmp.extract.sources.image_folder import ImageFolder
 from fedcmp.extract.sources.llava_json import LlavaJson
 from fedcmp.extract.sources.webdataset import WebDataset
 from fedcmp.pipeline.cache import FeatureCache, mirror, open_cache
 from fedcmp.pipeline.cache.mirror import pull, push
-from fedcmp.pipeline.config import Experiment, load
+from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.remote import Remote
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from conftest import ROOT, picture
 
 from fedcmp.cli import main
+from fedcmp.evaluate import benchmarks
 from fedcmp.evaluate.benchmarks.base import BENCHMARKS
 from fedcmp.evaluate.benchmarks.captions import Captions
 from fedcmp.evaluate.benchmarks.pope import Pope
@@ -235,7 +236,8 @@ def test_nothing_but_answering_needs_caches_or_models(place: Path) -> None:
 
 
 def test_scoring_and_comparing_load_no_torch() -> None:
-    code = "import sys, evaluate.run, evaluate.report, evaluate.versus; assert 'torch' not in sys.modules"
+    modules = "fedcmp.evaluate.run, fedcmp.evaluate.report.collect, fedcmp.evaluate.compare"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -341,7 +343,7 @@ def test_a_module_that_cannot_be_imported_breaks_no_other(
 ) -> None:
 
     (tmp_path / "odd.py").write_text("import nothing_of_this_name\n")
-    monkeypatch.setattr(evaluate.benchmarks, "__path__", [*evaluate.benchmarks.__path__, str(tmp_path)])
+    monkeypatch.setattr(benchmarks, "__path__", [*benchmarks.__path__, str(tmp_path)])
     monkeypatch.setattr(BENCHMARKS, "_broken", {})
     fine("score", place / "one.toml")
     message = refused("score", place / "one.toml", "--set", "evaluate.benchmarks.pope.name=odd")

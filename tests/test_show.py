@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from fedcmp.ablation.file import read_ablation
 from fedcmp.cli import main
-from fedcmp.pipeline.config import load
+from fedcmp.components import load
 
 CONFIGS = [
     "configs/demo.toml",

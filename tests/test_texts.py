@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcmp.cli import main
+from fedcmp.components import load
 from fedcmp.federate.client.stream import Stream
 from fedcmp.federate.client.texts import unusable
 from fedcmp.federate.engines.service import Service
 from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.config import load
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.manifest import read_json
 from fedcmp.pipeline.models.language import FrozenLanguageModel

@@ -23,13 +23,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedcmp.pipeline.config import Experiment, Name, Options, load, read_toml, validate
+from fedcmp.components import load
+from fedcmp.pipeline.config import Experiment, Name, Options, read_toml, validate
 from fedcmp.pipeline.errors import UserError, did_you_mean
 from fedcmp.pipeline.manifest import fingerprint, read_json
 
 # Where things lie and how fast they are made changes no result, so such runs may share a directory.
 _WITHOUT_EFFECT = ("memo.", "build=", "features=", "device=", "evaluate.")
 
+Chosen = tuple[tuple[str, Any], ...]
 Measure = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+: .+$")]
 
 
@@ -74,7 +76,7 @@ class Trial:
     scenario: str
     strategy: str
     seed: int
-    options: tuple[tuple[str, Any], ...]
+    options: Chosen
     experiment: Experiment
 
     def score(self, measure: str) -> float:
@@ -142,7 +144,7 @@ def experiments(ablation: Ablation) -> list[str]:
     ]
 
 
-def grid(ablation: Ablation, strategy: str) -> Iterator[tuple[tuple[str, Any], ...]]:
+def grid(ablation: Ablation, strategy: str) -> Iterator[Chosen]:
     """Every combination of a strategy's options."""
     options = ablation.strategies[strategy]
     choices = [value if isinstance(value, list) else [value] for value in options.values()]
@@ -150,9 +152,7 @@ def grid(ablation: Ablation, strategy: str) -> Iterator[tuple[tuple[str, Any], .
         yield tuple(zip(options, values, strict=True))
 
 
-def trial(
-    ablation: Ablation, scenario: str, strategy: str, seed: int, options: tuple[tuple[str, Any], ...]
-) -> Trial:
+def trial(ablation: Ablation, scenario: str, strategy: str, seed: int, options: Chosen) -> Trial:
     """The run of one strategy on one scenario with one seed."""
     component = {"name": strategy} | dict(options)
     own = {name: value for name, value in component.items() if name != "name"}

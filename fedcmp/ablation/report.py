@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from fedcmp.ablation.file import Ablation, Trial
+from fedcmp.ablation.file import Ablation, Chosen, Trial
+from fedcmp.ablation.sweep import Finished
 from fedcmp.evaluate.report.charts import dots
 from fedcmp.evaluate.statistics import Difference, holm, paired
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.manifest import provenance, write_atomic
 
-Options = tuple[tuple[str, object], ...]
 Values = dict[str, list[float]]
 
 
@@ -27,20 +27,9 @@ class Section:
     plots: dict[str, str]
 
 
-def section(
-    ablation: Ablation,
-    trials: Sequence[Trial],
-    failures: Mapping[Path, str],
-    tuned: Mapping[tuple[str, str], Options],
-) -> Section:
-    """Print an ablation's tables and write them as Markdown.
-
-    Args:
-        ablation: What was compared.
-        trials: All its runs.
-        failures: Why runs diverged, by run; a strategy with such a seed is listed, not ranked.
-        tuned: The options of every (scenario, strategy).
-    """
+def section(finished: Finished) -> Section:
+    """Print an ablation's tables and write them as Markdown; what diverged is listed, not ranked."""
+    ablation, trials, failures = finished.ablation, finished.trials, finished.failures
     tested = ablation.measures[0]
     lines = [f"## {ablation.title or ablation.name}", "", *_setting(ablation), ""]
     plots: dict[str, str] = {}
@@ -57,7 +46,9 @@ def section(
             for name in order
             if ablation.subject in values and name != ablation.subject and name not in ablation.bounds
         }
-        columns, body = _table(ablation, order, scores, {name: tuned[scenario, name] for name in order})
+        columns, body = _table(
+            ablation, order, scores, {name: finished.tuned[scenario, name] for name in order}
+        )
         what = f"{len(ablation.seeds)} seeds, {tested} ({ablation.better} is better)"
         table(f"{ablation.name}, {scenario}: {what}", columns, body)
         name = f"{ablation.name}-{scenario}.svg"
@@ -124,7 +115,7 @@ def _scores(
 
 
 def _table(
-    ablation: Ablation, order: Sequence[str], scores: Mapping[str, Values], options: Mapping[str, Options]
+    ablation: Ablation, order: Sequence[str], scores: Mapping[str, Values], options: Mapping[str, Chosen]
 ) -> tuple[list[str], list[list[str]]]:
     tested, *others = ablation.measures
     values = scores[tested]

@@ -1,4 +1,4 @@
-"""`fedcmp ablate`: many runs over the same caches, equal local training done once, then one table."""
+"""Many runs over the same caches, equal local training done once."""
 
 from __future__ import annotations
 
@@ -7,43 +7,48 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
+from fedcmp.ablation.file import Ablation, Chosen, Trial, grid, trial
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
 
-    from fedcmp.ablation.file import Ablation, Trial
-
-Work = Callable[["Trial", tuple[str, ...], Path], str]
+Work = Callable[[Trial, tuple[str, ...], Path], str]
 
 
-@click.command()
-@click.argument("configs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--jobs", type=click.IntRange(1), help="Runs at a time; all cores by default, 1 with a GPU.")
-@click.option("--out", type=click.Path(path_type=Path), help="Markdown; build/ablations/NAME.md by default.")
-def ablate(configs: tuple[Path, ...], jobs: int | None, out: Path | None) -> None:
-    """Compare strategies over scenarios and seeds, sharing equal local training.
+@dataclass(frozen=True)
+class Finished:
+    """What an ablation's runs came to; their scores are in their files.
 
-    Options given as lists are chosen on the tuning seeds' validation split. Interrupted, the same
-    command goes on; runs that are done are not done again.
-
-    \b
-    Example:
-      fedcmp ablate configs/ablations/methods.toml
-      fedcmp ablate configs/ablations/*.toml --out docs/results.md
+    Attributes:
+        ablation: What was compared.
+        trials: All its runs.
+        failures: Why runs diverged, by run.
+        tuned: The options of every (scenario, strategy).
     """
-    from fedcmp.ablation.file import read_ablation
-    from fedcmp.cli import imported
-    from fedcmp.pipeline.console import say
 
-    ablations = [read_ablation(config) for config in configs]
+    ablation: Ablation
+    trials: list[Trial]
+    failures: dict[Path, str]
+    tuned: dict[tuple[str, str], Chosen]
+
+
+def sweep(ablations: Sequence[Ablation], jobs: int | None = None) -> Iterator[Finished]:
+    """Do all runs of ablations that are not done yet, one ablation after the other.
+
+    Args:
+        ablations: What to compare.
+        jobs: Runs at a time; all cores by default, 1 with a GPU.
+
+    Raises:
+        UserError: An option or measure of any of them is wrong, before anything is computed; a process was
+            killed.
+    """
     for ablation in ablations:
         _check(ablation)
-    out = out or Path("build/ablations") / f"{ablations[0].name}.md"
-    sections = []
     with _pool(jobs) as pool:
         for ablation in ablations:
             log = Path("build/ablations") / f"{ablation.name}.log"
@@ -51,14 +56,10 @@ def ablate(configs: tuple[Path, ...], jobs: int | None, out: Path | None) -> Non
             tuned, failures = _tuned(pool, ablation, log)
             trials = list(_trials(ablation, tuned))
             failures |= _run_all(pool, ablation, trials, log, _benchmarks(ablation.measures))
-            sections.append(imported("fedcmp.ablation.report:section")(ablation, trials, failures, tuned))
-    imported("fedcmp.ablation.report:write")(out, sections, configs)
-    say(f"Tables and plots in {out}")
+            yield Finished(ablation, trials, failures, tuned)
 
 
-def _trials(ablation: Ablation, tuned: dict[tuple[str, str], Any]) -> Iterator[Trial]:
-    from fedcmp.ablation.file import trial
-
+def _trials(ablation: Ablation, tuned: dict[tuple[str, str], Chosen]) -> Iterator[Trial]:
     # All scenarios and seeds of one strategy first, so that the next finds their common rounds done.
     for strategy in ablation.strategies:
         for scenario in ablation.scenarios:
@@ -68,28 +69,24 @@ def _trials(ablation: Ablation, tuned: dict[tuple[str, str], Any]) -> Iterator[T
 
 def _check(ablation: Ablation) -> None:
     """Find mistakes in options and measures before anything is computed."""
-    from fedcmp.ablation.file import grid, trial
-    from fedcmp.cli import imported
-    from fedcmp.components import check
+    from fedcmp.evaluate.work import benchmarks_of
+    from fedcmp.federate.strategies.base import STRATEGIES
 
     for scenario in ablation.scenarios:
-        check(trial(ablation, scenario, ablation.baseline, ablation.seeds[0], ()).experiment)
-    strategies = imported("fedcmp.federate.strategies.base:STRATEGIES")
+        trial(ablation, scenario, ablation.baseline, ablation.seeds[0], ())
     for strategy in ablation.strategies:
         for options in grid(ablation, strategy):
             for scenario in ablation.scenarios:
                 experiment = trial(ablation, scenario, strategy, ablation.seeds[0], options).experiment
-                strategies.build(experiment.federate.strategy, f"strategies.{strategy}")
+                STRATEGIES.build(experiment.federate.strategy, f"strategies.{strategy}")
                 measures = [*ablation.measures, *([ablation.tuning.measure] if ablation.tuning else [])]
-                imported("fedcmp.evaluate.run:benchmarks_of")(experiment, _benchmarks(measures))
+                benchmarks_of(experiment, _benchmarks(measures))
 
 
 def _tuned(
     pool: ProcessPoolExecutor, ablation: Ablation, log: Path
-) -> tuple[dict[tuple[str, str], Any], dict[Path, str]]:
+) -> tuple[dict[tuple[str, str], Chosen], dict[Path, str]]:
     """Options of every strategy in every scenario, chosen where there is a choice; and what diverged."""
-    from fedcmp.ablation.file import grid, trial
-
     choices = {name: list(grid(ablation, name)) for name in ablation.strategies}
     chosen = {(s, name): options[0] for s in ablation.scenarios for name, options in choices.items()}
     if ablation.tuning is None:
@@ -197,23 +194,24 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _extract(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> str:
-    from fedcmp.cli import imported
+    from fedcmp.extract.run import run
 
     with _logged(log):
-        imported("fedcmp.extract.run:run")(trial.experiment, only=(), overwrite=False)
+        run(trial.experiment, only=(), overwrite=False)
     return ""
 
 
 def _run(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> str:
-    from fedcmp.cli import imported
+    from fedcmp.evaluate.run import evaluate_run
+    from fedcmp.federate.run import run
     from fedcmp.pipeline.errors import DivergedError
 
     with _logged(log):
         try:
-            imported("fedcmp.federate.run:run")(trial.experiment)
+            run(trial.experiment)
         except DivergedError as error:
             return str(error)
-        imported("fedcmp.evaluate.run:evaluate_run")(trial.experiment, benchmarks)
+        evaluate_run(trial.experiment, benchmarks)
     return ""
 
 

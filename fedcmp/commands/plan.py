@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fedcmp.cli import experiment_options, imported
+from fedcmp.commands.options import experiment_options
 
 if TYPE_CHECKING:
     from fedcmp.pipeline.config import Component, Experiment
@@ -48,12 +48,13 @@ def plan(
     from rich.filesize import decimal
 
     from fedcmp.components import load
+    from fedcmp.extract.estimate import outlines as outlines_of
     from fedcmp.pipeline.console import say, table
     from fedcmp.pipeline.errors import UserError
 
     experiment = load(config, overrides)
     options = experiment.extract
-    outlines = imported("fedcmp.extract.estimate:outlines")(_beside(options.encoder, config))
+    outlines = outlines_of(_beside(options.encoder, config))
     model = language_shape(_configured(experiment.language.path, config))
     rate = GPUS[gpu] * 1e12 * utilisation * 3600
     rows, sizes = [], {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedcmp.cli import experiment_options
+from fedcmp.commands.options import experiment_options
 
 if TYPE_CHECKING:
     from fedcmp.pipeline.config import Experiment

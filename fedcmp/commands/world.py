@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parent.parent / "pipeline/world/weights"
 
 
 @click.group()

@@ -1,4 +1,4 @@
-"""Flower, the engine for real sites: the only module that imports flwr.
+"""Flower, the engine for real sites.
 
 A server app drives `Grid` directly: Flower's own strategies wait for ever where nodes are missing.
 A client app is a new process for every message, so it only relays between its SuperNode and the
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fedcmp.federate.engines.service import Service
     from fedcmp.federate.engines.sites import Failure
     from fedcmp.federate.engines.wire import Payload
+    from fedcmp.pipeline.config import Experiment
 
 _KINDS = {"hello": "query", "train": "train"}
 _REFUSED, _GONE = 900, 901
@@ -95,7 +97,8 @@ def _read(reply: Message) -> Payload | Failure:
         return Failure(f"sent an answer of another app ({error!r:.200})")
 
 
-def _client_app(answer: Answer) -> ClientApp:
+def app_that_says(answer: Answer) -> ClientApp:
+    """A client app with an answer to every message."""
     app = ClientApp()
 
     def reply(message: Message, context: Context) -> Message:
@@ -112,18 +115,13 @@ def _client_app(answer: Answer) -> ClientApp:
     return app
 
 
-def _relay(parts: tuple[str, bytes], context: Context, seconds: float) -> tuple[str, bytes]:
+def relay(parts: tuple[str, bytes], context: Context, seconds: float) -> tuple[str, bytes]:
+    """The answer of the site's daemon."""
     return ask(Path(str(context.node_config["socket"])), parts, seconds)
 
 
-client_app = _client_app(_relay)
-server_app = ServerApp()
-
-
-@server_app.main()
-def serve(grid: Grid, context: Context) -> None:
-    """Run the experiment named in the run's configuration."""
-    from fedcmp.pipeline.config import load
+def serve(grid: Grid, context: Context, load: Callable[[Path, Sequence[str]], Experiment]) -> None:
+    """Run the experiment named in the run's configuration, read by `load`."""
     from fedcmp.pipeline.errors import UserError
 
     task: dict[str, Any] = {"overrides": [], "outcome": None}
@@ -156,14 +154,14 @@ def _owners(task: dict[str, Any]) -> dict[int, str] | None:
     return None if owners is None else {int(node): silo for node, silo in owners.items()}
 
 
-def _run(experiment: Any, grid: Grid, owners: dict[int, str] | None) -> None:
+def _run(experiment: Experiment, grid: Grid, owners: dict[int, str] | None) -> None:
     from fedcmp.federate.engines.sites import Sites
     from fedcmp.federate.run import run
 
     run(experiment, lambda own, plan: Sites(own, plan, FlowerLink(grid), owners))
 
 
-def simulate(experiment: Any) -> None:
+def simulate(experiment: Experiment) -> None:
     """Run over Flower's simulation: every silo is a node, in processes of this machine.
 
     Raises:
@@ -174,19 +172,19 @@ def simulate(experiment: Any) -> None:
 
     app = ServerApp()
     app.main()(lambda grid, context: _run(experiment, grid, None))
-    text = experiment.model_dump_json()
+    content = pickle.dumps(experiment)
     silos, threads = experiment.federate.silos, torch.get_num_threads()
 
     def answer(parts: tuple[str, bytes], context: Context, seconds: float) -> tuple[str, bytes]:
-        return _simulated(parts, text, silos[int(context.node_config["partition-id"])], threads)
+        return _simulated(parts, content, silos[int(context.node_config["partition-id"])], threads)
 
     # A secure round goes on where it was begun: one process plays all nodes.
     one: dict[str, Any] = {"init_args": {"num_cpus": 2}, "client_resources": {"num_cpus": 2, "num_gpus": 0.0}}
     backend = one if experiment.federate.secure else {}
-    run_simulation(app, _client_app(answer), num_supernodes=len(silos), backend_config=backend)
+    run_simulation(app, app_that_says(answer), num_supernodes=len(silos), backend_config=backend)
 
 
-def _simulated(parts: tuple[str, bytes], experiment: str, silo: str, threads: int) -> tuple[str, bytes]:
+def _simulated(parts: tuple[str, bytes], experiment: bytes, silo: str, threads: int) -> tuple[str, bytes]:
     import torch
 
     from fedcmp.federate.engines.flower.daemon import answered
@@ -196,9 +194,8 @@ def _simulated(parts: tuple[str, bytes], experiment: str, silo: str, threads: in
 
 
 @lru_cache
-def _service(experiment: str, silo: str) -> Service:
+def _service(experiment: bytes, silo: str) -> Service:
     """A node's silo; kept in the process that plays the node, which shares the LLM among its nodes."""
     from fedcmp.federate.engines.service import Service
-    from fedcmp.pipeline.config import Experiment
 
-    return Service(Experiment.model_validate_json(experiment), silo)
+    return Service(pickle.loads(experiment), silo)

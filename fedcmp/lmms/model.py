@@ -11,12 +11,12 @@ from typing import Any
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 
+from fedcmp.components import load
 from fedcmp.evaluate.answering import Failure, answers, load_reader
 from fedcmp.evaluate.benchmarks.base import Item
-from fedcmp.evaluate.lmms.lookup import Lookup
 from fedcmp.evaluate.trained import judged, read_manifest, require_encoding
+from fedcmp.lmms.lookup import Lookup
 from fedcmp.pipeline.cache import open_cache
-from fedcmp.pipeline.config import load
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError, did_you_mean
 from fedcmp.pipeline.records import Text, Turn

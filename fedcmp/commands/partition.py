@@ -1,0 +1,54 @@
+"""`fedcmp partition`: one data set into silos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("source")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the silos' files.")
+@click.option(
+    "--by",
+    type=click.Choice(["field", "dirichlet", "quantity", "hash"]),
+    required=True,
+    help="One silo a label; labels spread unevenly; sizes as told; evenly by the image name's SHA-256.",
+)
+@click.option("--field", metavar="KEY", help="Label: a key of the JSON entry; dots go deeper.")
+@click.option(
+    "--component", type=int, metavar="K", help="Label: part K of the image's path, from 0 or from -1."
+)
+@click.option("--pattern", metavar="REGEX", help="Label: the first group of REGEX in the image's path.")
+@click.option("--silos", type=int, help="Number of silos.")
+@click.option("--name", "names", multiple=True, help="A silo's name; repeatable, instead of --silos.")
+@click.option("--alpha", type=float, help="Concentration of the Dirichlet draw; small is uneven.")
+@click.option("--shares", metavar="A,B,...", help="Sizes of --by quantity, in proportion.")
+@click.option("--power", type=float, help="Sizes of --by quantity fall as k^-POWER.")
+@click.option("--min-size", type=int, default=1, show_default=True, help="Images each silo has at least.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--images", metavar="FOLDER", help="Where images are; by default where the source has them.")
+@click.option("--overwrite", is_flag=True, help="Replace another partition.")
+def partition(
+    source: str, out: Path, shares: str | None, images: str | None, overwrite: bool, **options: Any
+) -> None:
+    """Split one data set into silos, all texts of an image in one of them.
+
+    SOURCE is LLaVA JSON or JSON lines, or a .toml with a source's name and options.
+
+    \b
+    Example:
+      fedcmp partition pairs.json --out silos --by field --field hospital
+      fedcmp partition pairs.json --out silos --by dirichlet --component 0 --silos 8 --alpha 0.3 --min-size 50
+      fedcmp partition folder.toml --out silos --by quantity --shares 5,3,2
+    """
+    from fedcmp.extract.partition import Partition
+    from fedcmp.extract.partition import partition as split
+    from fedcmp.pipeline.config import validate
+
+    given = {key: value for key, value in options.items() if value is not None}
+    if shares is not None:
+        given["shares"] = [share.strip() for share in shares.split(",")]
+    split(source, out, validate(Partition, given, "", "fedcmp partition"), images=images, overwrite=overwrite)
