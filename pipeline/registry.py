@@ -93,7 +93,7 @@ class Registry(Generic[T]):
             if match is not None:
                 return self._classes[known], match.groupdict()
         hint = did_you_mean(name, self._classes)
-        folder = self._package.replace(".", "/")
+        folder = self._package.removeprefix("fedcmp.").replace(".", "/")
         hint += "".join(
             f"; {folder}/{file}.py cannot be imported: {why}" for file, why in sorted(self._broken.items())
         )

@@ -58,7 +58,7 @@ def at_once(file: Path) -> set[str]:
 def named(file: Path) -> set[str]:
     """Our modules that a file names in strings which are nothing else, as `import_module` takes them."""
     strings = {node.value for node in nodes(file) if isinstance(node, ast.Constant)}
-    return {text.partition(":")[0] for text in strings if isinstance(text, str)} & set(MODULES)
+    return {text.partition(":")[0] for text in strings if isinstance(text, str)} & (set(MODULES) - {"fedcmp"})
 
 
 def stage(name: str) -> str:

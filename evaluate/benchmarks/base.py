@@ -192,7 +192,7 @@ def undecided(flags: Sequence[bool], taken: str, *, rank: bool) -> tuple[dict[st
     )
 
 
-BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "evaluate.benchmarks")
+BENCHMARKS: Registry[Benchmark] = Registry("benchmark", "fedcmp.evaluate.benchmarks")
 
 
 def read_text_file(path: Path, what: str) -> str:

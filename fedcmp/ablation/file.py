@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedcmp.components import load
+from fedcmp.pipeline import config
 from fedcmp.pipeline.config import Experiment, Name, Options, read_toml, validate
 from fedcmp.pipeline.errors import UserError, did_you_mean
 from fedcmp.pipeline.manifest import fingerprint, read_json
@@ -127,10 +128,8 @@ def _problems(ablation: Ablation) -> Iterator[str]:
     for override in ablation.set:
         if re.match(r"(seed|run|experiment|federate\.strategy)\b", override):
             yield f"set = '{override}': the ablation itself decides this; remove it"
-    runs = {
-        trial(ablation, each, ablation.baseline, 0, ()).experiment.run_path for each in ablation.scenarios
-    }
-    if len(runs) < len(ablation.scenarios):
+    names = {config.load(path, [*ablation.set, "seed=0"]).experiment for path in ablation.scenarios.values()}
+    if len(names) < len(ablation.scenarios):
         yield "two scenarios have the same 'experiment'; name them differently"
 
 
@@ -138,7 +137,7 @@ def experiments(ablation: Ablation) -> list[str]:
     """Every experiment of the ablation, tuning included: a scenario with a seed."""
     seeds = [*ablation.seeds, *(ablation.tuning.seeds if ablation.tuning else ())]
     return [
-        load(scenario, [f"seed={seed}"]).experiment
+        config.load(scenario, [f"seed={seed}"]).experiment
         for scenario in ablation.scenarios.values()
         for seed in seeds
     ]

@@ -71,14 +71,14 @@ def _check(ablation: Ablation) -> None:
     """Find mistakes in options and measures before anything is computed."""
     from fedcmp.evaluate.work import benchmarks_of
     from fedcmp.federate.strategies.base import STRATEGIES
+    from fedcmp.pipeline.config import Component
 
-    for scenario in ablation.scenarios:
-        trial(ablation, scenario, ablation.baseline, ablation.seeds[0], ())
     for strategy in ablation.strategies:
         for options in grid(ablation, strategy):
+            component = Component.model_validate({"name": strategy} | dict(options))
+            STRATEGIES.build(component, f"strategies.{strategy}")
             for scenario in ablation.scenarios:
                 experiment = trial(ablation, scenario, strategy, ablation.seeds[0], options).experiment
-                STRATEGIES.build(experiment.federate.strategy, f"strategies.{strategy}")
                 measures = [*ablation.measures, *([ablation.tuning.measure] if ablation.tuning else [])]
                 benchmarks_of(experiment, _benchmarks(measures))
 
