@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcmp.cli import main
-from fedcmp.extract.partition import Partition, by_hash, deal, dirichlet, portions
+from fedcmp.extract.deal import Partition, by_hash, deal, dirichlet, portions
 from fedcmp.extract.sources.base import SOURCES, Skipped
 from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.errors import UserError

@@ -128,8 +128,9 @@ def _problems(ablation: Ablation) -> Iterator[str]:
     for override in ablation.set:
         if re.match(r"(seed|run|experiment|federate\.strategy)\b", override):
             yield f"set = '{override}': the ablation itself decides this; remove it"
-    names = {config.load(path, [*ablation.set, "seed=0"]).experiment for path in ablation.scenarios.values()}
-    if len(names) < len(ablation.scenarios):
+    same = [*ablation.set, "seed=0", "run=one"]
+    runs = {config.load(path, same).run_path for path in ablation.scenarios.values()}
+    if len(runs) < len(ablation.scenarios):
         yield "two scenarios have the same 'experiment'; name them differently"
 
 

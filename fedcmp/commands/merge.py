@@ -66,8 +66,8 @@ def merge(
       fedcmp merge build/runs/demo/local_only/silos/*.safetensors \\
         --base build/runs/demo/untrained --method fedavg --method pivotmerge --out build/merged
     """
-    from fedcmp.federate.merge.merge import Guide
-    from fedcmp.federate.merge.merge import merge as merge_projectors
+    from fedcmp.federate.merge.guide import Guide
+    from fedcmp.federate.merge.run import merge as merge_projectors
     from fedcmp.pipeline.errors import UserError
 
     if bool(features) != bool(language):

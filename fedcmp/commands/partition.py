@@ -44,7 +44,7 @@ def partition(
       fedcmp partition pairs.json --out silos --by dirichlet --component 0 --silos 8 --alpha 0.3 --min-size 50
       fedcmp partition folder.toml --out silos --by quantity --shares 5,3,2
     """
-    from fedcmp.extract.partition import Partition
+    from fedcmp.extract.deal import Partition
     from fedcmp.extract.partition import partition as split
     from fedcmp.pipeline.config import validate
 
