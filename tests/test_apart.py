@@ -128,7 +128,7 @@ def test_whoever_stops_early_leaves_no_process() -> None:
 
 
 def test_modules_are_those_of_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pipeline.py").write_text("raise SystemExit(9)")
+    (tmp_path / "fedcmp.py").write_text("raise SystemExit(9)")
     (tmp_path / "h5py.py").write_text("raise SystemExit(9)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [each for each in sys.path if each])

@@ -263,7 +263,7 @@ def test_processes_may_share_a_full_memo(tmp_path: Path) -> None:
     """Each writes, recalls and makes room while the others do; nobody stumbles or reads half a file."""
     code = (
         "import sys, torch\nfrom pathlib import Path\n"
-        "from fedcmp.federate.client.step import LocalResult\nfrom federate.memo import Memo\n"
+        "from fedcmp.federate.client.step import LocalResult\nfrom fedcmp.federate.client.memo import Memo\n"
         "memo, me = Memo(Path(sys.argv[1]), 1_000_000, {}), int(sys.argv[2])\n"
         "for number in range(60):\n"
         "    state = {'w': torch.full((20_000,), float(number))}\n"

@@ -109,7 +109,7 @@ def test_a_ledger_that_cannot_be_written_ends_all_releases(tmp_path: Path) -> No
 
 
 WRITER = (
-    "import sys\nfrom pathlib import Path\nfrom federate.privacy.ledger import Ledger, Release\n"
+    "import sys\nfrom pathlib import Path\nfrom fedcmp.federate.privacy.ledger import Ledger, Release\n"
     "from fedcmp.pipeline.config import Ledger as Budget\n"
     "ledger = Ledger(Budget(path=Path(sys.argv[1])))\n"
     "for number in range(int(sys.argv[3])):\n"
