@@ -20,8 +20,8 @@ from fedcmp.evaluate.work import Work, rows_of
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.hashes import canonical
 from fedcmp.pipeline.identity import language_options
-from fedcmp.pipeline.manifest import canonical
 from fedcmp.pipeline.models.device import pick_device
 from fedcmp.pipeline.models.language import FrozenLanguageModel, load_language
 from fedcmp.pipeline.models.projectors.base import Projector

@@ -15,7 +15,8 @@ from typing import Any
 
 from fedcmp.evaluate.benchmarks.base import Answer, Mode
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import canonical, fingerprint, write_atomic
+from fedcmp.pipeline.files import write_atomic
+from fedcmp.pipeline.hashes import canonical, fingerprint
 
 
 def answers_path(folder: Path, projector: str, model: dict[str, Any]) -> Path:

@@ -15,7 +15,7 @@ from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import progress, say, table
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import locked
+from fedcmp.pipeline.files import locked
 
 T = TypeVar("T")
 

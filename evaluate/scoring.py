@@ -17,7 +17,8 @@ from fedcmp.evaluate.work import Work
 from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import fingerprint, read_json, write_atomic, write_json
+from fedcmp.pipeline.files import read_json, write_atomic, write_json
+from fedcmp.pipeline.hashes import fingerprint
 
 FORMAT = {"name": "fedcmp-scores", "version": 3}
 _ELSEWHERE = {"silo", "images", "max_new_tokens"}

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.files import read_json
 from fedcmp.pipeline.identity import language_identity, run_differences, run_identity
-from fedcmp.pipeline.manifest import read_json
 
 if TYPE_CHECKING:
     from fedcmp.pipeline.models.projectors.base import Projector

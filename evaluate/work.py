@@ -15,7 +15,8 @@ from fedcmp.pipeline.cache import FeatureCache, open_cache
 from fedcmp.pipeline.cache.format import QUANT_ARRAYS, shard_name
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError, did_you_mean
-from fedcmp.pipeline.manifest import fingerprint, read_json, write_json
+from fedcmp.pipeline.files import read_json, write_json
+from fedcmp.pipeline.hashes import fingerprint
 
 FORMAT = {"name": "fedcmp-asked", "version": 2}
 

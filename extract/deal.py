@@ -11,8 +11,9 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from fedcmp.pipeline.config import Name, Options
+from fedcmp.pipeline.config import Name
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.options import Options
 
 _DRAWS = 1000
 

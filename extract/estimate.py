@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.options import Component
 
 _POOLS = (1, 2, 3, 4)
 

@@ -19,10 +19,11 @@ from typing import Any
 from fedcmp.extract.deal import Partition, deal
 from fedcmp.extract.sources.base import SOURCES, Pair, Skipped, Source
 from fedcmp.extract.sources.llava_json import LlavaJson
-from fedcmp.pipeline.config import Component, validate
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import fingerprint, locked, read_json, write_atomic, write_json
+from fedcmp.pipeline.files import locked, read_json, write_atomic, write_json
+from fedcmp.pipeline.hashes import fingerprint
+from fedcmp.pipeline.options import Component, validate
 from fedcmp.pipeline.records import Text
 from fedcmp.pipeline.remote import is_url
 

@@ -41,7 +41,8 @@ from fedcmp.pipeline.cache.int8 import SAMPLE_IMAGES
 from fedcmp.pipeline.config import Extract
 from fedcmp.pipeline.console import Task, say
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import fingerprint, provenance
+from fedcmp.pipeline.hashes import fingerprint
+from fedcmp.pipeline.manifest import provenance
 from fedcmp.pipeline.records import Record, improper
 
 if TYPE_CHECKING:

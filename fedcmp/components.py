@@ -12,17 +12,18 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from fedcmp.pipeline import config
-from fedcmp.pipeline.config import Component, Experiment, Options
+from fedcmp.pipeline import toml
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.options import Component, Options
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment file and build every component of it; see `pipeline.config.load`.
+    """Read an experiment file and build every component of it; see `pipeline.toml.load`.
 
     Raises:
         UserError: The file is missing or malformed, or a key, name or value is wrong, in whichever stage.
     """
-    experiment = config.load(path, overrides)
+    experiment = toml.load(path, overrides)
     for where, component in components(experiment):
         component.note_built(build(where, component))
     return experiment

@@ -14,8 +14,10 @@ from fedcmp.pipeline import history
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.files import locked, read_json, write_json
+from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.identity import run_differences, run_identity
-from fedcmp.pipeline.manifest import fingerprint, locked, provenance, read_json, write_json
+from fedcmp.pipeline.manifest import provenance
 from fedcmp.pipeline.models.device import pick_device
 
 if TYPE_CHECKING:

@@ -11,21 +11,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from fedcmp.pipeline.errors import UserError, did_you_mean
-from fedcmp.pipeline.options import Component as Component
-from fedcmp.pipeline.options import Options as Options
-from fedcmp.pipeline.privacy import Ledger as Ledger
-from fedcmp.pipeline.privacy import Privacy as Privacy
+from fedcmp.pipeline.options import Component, Options
+from fedcmp.pipeline.privacy import Ledger, Privacy
 from fedcmp.pipeline.remote import is_url
 
-Model = TypeVar("Model", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -268,118 +262,3 @@ def _mirror_path(url: str) -> Path:
     root = os.environ.get("FEDCMP_CACHE") or Path.home() / ".cache" / "fedcmp"
     readable = re.sub(r"[^A-Za-z0-9.-]+", "_", url)
     return Path(root) / f"{readable}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
-
-
-def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment file; `run` defaults to the file's own name.
-
-    Args:
-        path: TOML file.
-        overrides: `key.sub=value` strings, applied last; values are TOML, or else plain text.
-
-    Raises:
-        UserError: The file is missing or malformed, or a key or value is wrong.
-    """
-    tables = _read(path, ())
-    tables.setdefault("run", path.stem)
-    for override in overrides:
-        tables = _merge(tables, _parse_override(override))
-    for place in ("seed", "experiment"):
-        tables = _fill(tables, f"{{{place}}}", str(tables.get(place, 0)))
-    return validate(Experiment, tables, "", str(path))
-
-
-def _fill(value: Any, placeholder: str, content: str) -> Any:
-    if isinstance(value, dict):
-        return {key: _fill(each, placeholder, content) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_fill(each, placeholder, content) for each in value]
-    return value.replace(placeholder, content) if isinstance(value, str) else value
-
-
-def validate(model: type[Model], values: Mapping[str, Any], where: str, source: str = "") -> Model:
-    """Validate values, turning the first problem into one clear sentence.
-
-    Raises:
-        UserError: Naming the key, the value and, for unknown keys, what was probably meant.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(([where] if where else []) + location)
-    place = f"{source}: " if source else ""
-    if problem["type"] == "extra_forbidden":
-        known = _fields(model, location[:-1])
-        raise UserError(f"{place}unknown key '{key}'{did_you_mean(location[-1], known)}")
-    if problem["type"] == "missing":
-        raise UserError(f"{place}'{key}' is missing; add it to the file or pass --set {key}=...")
-    message = re.sub(r"valid dictionary.*", "table", problem["msg"]).replace("tuple", "list")
-    raise UserError(f"{place}{key} = {problem['input']!r}: {message}")
-
-
-def _fields(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of one file as they stand there.
-
-    Raises:
-        UserError: The file is missing or malformed.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; give the path of an experiment's or ablation's TOML file"
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
-
-
-def files(path: Path) -> list[Path]:
-    """A loadable file after all that it extends, in the order in which they apply."""
-    base = read_toml(path).get("extends")
-    return [path] if base is None else [*files(Path(os.path.normpath(path.parent / base))), path]
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise UserError(f"{path}: 'extends' goes in a circle; remove it from one of the files")
-    tables = read_toml(path)
-    base = tables.pop("extends", None)
-    if base is None:
-        return tables
-    if not isinstance(base, str):
-        raise UserError(f"{path}: extends = {base!r}: expected the path of another file")
-    return _merge(_read(path.parent / base, (*seen, path.resolve())), tables)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    renamed = "name" in above and above["name"] != below.get("name", above["name"])
-    merged = {} if renamed else dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not all(part.strip() for part in key.split(".")):
-        raise UserError(f"--set {override}: expected key.sub=value, e.g. federate.rounds=5")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    for part in reversed(key.split(".")):
-        value = {part.strip(): value}
-    return value

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcmp.pipeline.manifest import write_atomic
+from fedcmp.pipeline.files import write_atomic
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -41,8 +40,3 @@ def read(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
-
-
-def distance(after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> float:
-    """Frobenius norm of the difference of two projectors."""
-    return float(sum(float((after[name] - before[name]).double().square().sum()) for name in before)) ** 0.5

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Experiment
-from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.models.device import pick_device, pick_dtype
 from fedcmp.pipeline.models.gguf import refuse_gguf
 from fedcmp.pipeline.models.saved_model import LANGUAGE_FILES, model_hashes

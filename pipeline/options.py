@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PrivateAttr,
+    ValidationError,
+)
+
+from fedcmp.pipeline.errors import UserError, did_you_mean
 
 
 class Options(BaseModel):
@@ -33,3 +42,37 @@ class Component(BaseModel):
         if self._built is None:
             raise RuntimeError(f"component '{self.name}' was not built; load the experiment by fedcmp.load")
         return self._built
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], values: Mapping[str, Any], where: str, source: str = "") -> Model:
+    """Validate values, turning the first problem into one clear sentence.
+
+    Raises:
+        UserError: Naming the key, the value and, for unknown keys, what was probably meant.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(([where] if where else []) + location)
+    place = f"{source}: " if source else ""
+    if problem["type"] == "extra_forbidden":
+        known = _fields(model, location[:-1])
+        raise UserError(f"{place}unknown key '{key}'{did_you_mean(location[-1], known)}")
+    if problem["type"] == "missing":
+        raise UserError(f"{place}'{key}' is missing; add it to the file or pass --set {key}=...")
+    message = re.sub(r"valid dictionary.*", "table", problem["msg"]).replace("tuple", "list")
+    raise UserError(f"{place}{key} = {problem['input']!r}: {message}")
+
+
+def _fields(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from fedcmp.pipeline.config import Component, Options, validate
 from fedcmp.pipeline.errors import UserError, did_you_mean, one_line
+from fedcmp.pipeline.options import Component, Options, validate
 
 T = TypeVar("T", bound=Options)
 

@@ -19,7 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fedcmp.federate.strategies.base import State, Strategy, Update, data_weights
+from fedcmp.federate.arithmetic.updates import State, Update, data_weights
+from fedcmp.federate.strategies.base import Strategy
 from fedcmp.federate.strategies.fedavg import FedAvg
 from fedcmp.federate.strategies.fedcmp import FedCmp
 

@@ -39,7 +39,7 @@ from fedcmp.extract.run import run as extract
 from fedcmp.federate.run import run as train
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.export.run import export
-from fedcmp.pipeline.manifest import canonical
+from fedcmp.pipeline.hashes import canonical
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.projector import load_projector
 

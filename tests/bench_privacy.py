@@ -22,7 +22,8 @@ from fedcmp.evaluate.run import evaluate_run
 from fedcmp.extract.run import run as extract
 from fedcmp.federate.run import run
 from fedcmp.pipeline.config import Experiment
-from fedcmp.pipeline.manifest import fingerprint, read_json
+from fedcmp.pipeline.files import read_json
+from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.world.write import Amounts, write
 
 BUILD = Path("build")

@@ -38,11 +38,12 @@ from fedcmp.extract.sources.base import Source
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.cache.derive import merge, subset
 from fedcmp.pipeline.cache.verify import verify
-from fedcmp.pipeline.config import Component, Extract
+from fedcmp.pipeline.config import Extract
 from fedcmp.pipeline.console import Task
 from fedcmp.pipeline.handover import hdf5, signature  # noqa: F401
 from fedcmp.pipeline.handover.pack import pack
 from fedcmp.pipeline.handover.unpack import unpack
+from fedcmp.pipeline.options import Component
 from fedcmp.pipeline.records import Record, caption
 
 IMAGES = 48

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcmp.federate.privacy.accounting import composed, delta_of, epsilon_of, multiplier_of, resolved, spent
-from fedcmp.pipeline.config import Privacy
+from fedcmp.pipeline.privacy import Privacy
 
 
 def exact(epsilon: float, multiplier: float) -> float:

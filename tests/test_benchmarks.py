@@ -16,8 +16,8 @@ from official import WRITERS
 
 from fedcmp.evaluate.benchmarks.base import BENCHMARKS, LETTER, SHORT_ANSWER, Benchmark, Item, Problem
 from fedcmp.evaluate.statistics import interval, value_of
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.options import Component
 
 FILES = sorted(WRITERS)
 LONG = "word " * 1000

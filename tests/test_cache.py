@@ -25,7 +25,7 @@ from fedcmp.pipeline.cache import (
     writing,
 )
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import write_atomic
+from fedcmp.pipeline.files import write_atomic
 
 IDENTITY = Identity({"encoder": {"layer": -2}, "dtype": "bfloat16"}, {"files": "abc"})
 

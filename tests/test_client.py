@@ -16,16 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcmp.components import load
+from fedcmp.federate.arithmetic.updates import Objective, State
 from fedcmp.federate.client.memo import Memo, job_key
 from fedcmp.federate.client.step import Job, LocalResult, learning_rate, train_together
 from fedcmp.federate.client.stream import Batch, Stream
 from fedcmp.federate.client.trainer import LocalEngine
 from fedcmp.federate.participation import participants
-from fedcmp.federate.strategies.base import Objective, State
 from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.config import Component, Optimizer
+from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.options import Component
 
 PLAIN_SGD = Optimizer(name="sgd", learning_rate=0.5, warmup=0, max_grad_norm=1e9)
 

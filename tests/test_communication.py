@@ -14,13 +14,13 @@ from test_sites import QUICK, SILOS, FakeLink, over, projector, rows, sites_conf
 from test_strategies import SHAPES, draw
 
 from fedcmp.components import load
+from fedcmp.federate.arithmetic.updates import State
 from fedcmp.federate.engines.service import Service
 from fedcmp.federate.engines.wire import pack, unpack
 from fedcmp.federate.outgoing.compression import compressed, received, restored
 from fedcmp.federate.outgoing.residuals import RESIDUALS, Residuals
 from fedcmp.federate.run import run
 from fedcmp.federate.server.rounds import Progress
-from fedcmp.federate.strategies.base import State
 from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Communication, Experiment
 from fedcmp.pipeline.errors import DivergedError, UserError

@@ -14,12 +14,12 @@ from fedcmp.cli import main
 from fedcmp.components import build, load
 from fedcmp.extract.encoders.base import ENCODERS
 from fedcmp.federate.strategies.base import STRATEGIES
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.files import read_json, write_json
 from fedcmp.pipeline.identity import run_identity
-from fedcmp.pipeline.manifest import read_json, write_json
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.projectors.base import PROJECTORS
+from fedcmp.pipeline.options import Component
 from fedcmp.pipeline.registry import Registry
 
 TYPOS = {

@@ -8,10 +8,11 @@ from conftest import ROOT
 
 from fedcmp.ablation.file import grid, read_ablation, trial
 from fedcmp.federate.strategies.base import STRATEGIES
-from fedcmp.pipeline.config import Component, Options, load
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.hashes import fingerprint
+from fedcmp.pipeline.options import Component, Options
 from fedcmp.pipeline.registry import Registry
+from fedcmp.pipeline.toml import load
 from fedcmp.pipeline.world.scenarios import SCENARIOS
 
 

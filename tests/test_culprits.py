@@ -14,7 +14,7 @@ from test_secure import VECTOR, Clients, Signers, constant, meddling, spoiling
 from fedcmp.federate.secure.replies import digest_of
 from fedcmp.federate.secure.summation import secure_sum
 from fedcmp.pipeline.errors import DroppedOutError, SpoiledError
-from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.hashes import fingerprint
 
 Requests = dict[str, dict[str, Any]]
 

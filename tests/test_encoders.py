@@ -22,8 +22,8 @@ from fedcmp.extract.encoders.open_clip import OpenClip
 from fedcmp.extract.encoders.patches import expand_to_square, pool_squares
 from fedcmp.extract.encoders.transformers import _FAMILIES, Transformers
 from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.options import Component
 
 SIZE = {"height": 32, "width": 32}
 SHAPE: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8}

@@ -17,7 +17,6 @@ from safetensors import safe_open
 
 from fedcmp.cli import main
 from fedcmp.extract.encoders.transformers import Transformers
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.export import hf, llava
 from fedcmp.pipeline.export.subject import Subject
@@ -25,6 +24,7 @@ from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.pretrained import read_weights
 from fedcmp.pipeline.models.prompts import question, tokenise
+from fedcmp.pipeline.options import Component
 from fedcmp.pipeline.records import caption
 
 PICTURES = [picture(seed) for seed in range(2)]

@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_strategies import SHAPES, assert_same, clients, draw, rounds
 
-from fedcmp.federate.arithmetic.matrices import (
-    Matrices,
-    agreement,
+from fedcmp.federate.arithmetic.bases import (
     agreement_by_direction,
     canonical_basis,
     fuse_by_direction,
@@ -21,8 +19,10 @@ from fedcmp.federate.arithmetic.matrices import (
     polar,
     randomised_basis,
 )
+from fedcmp.federate.arithmetic.matrices import Matrices, agreement
 from fedcmp.federate.arithmetic.norms import factors, norm, usual
-from fedcmp.federate.strategies.base import Aggregate, State, Update, data_weights
+from fedcmp.federate.arithmetic.updates import State, Update, data_weights
+from fedcmp.federate.strategies.base import Aggregate
 from fedcmp.federate.strategies.fedavg import FedAvg
 from fedcmp.federate.strategies.fedcmp import FedCmp
 

@@ -20,9 +20,9 @@ from fedcmp.components import load
 from fedcmp.federate.client.stream import Stream
 from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.options import Component
 
 
 def run(config: Path, *overrides: str) -> Result:

@@ -17,7 +17,6 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from fedcmp.extract.encoders.transformers import Transformers
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel, load_language
@@ -32,6 +31,7 @@ from fedcmp.pipeline.models.prompts import (
     question,
     tokenise,
 )
+from fedcmp.pipeline.options import Component
 from fedcmp.pipeline.records import Text, Turn, caption
 
 CPU = "cpu"

@@ -15,8 +15,8 @@ from conftest import ROOT
 
 from fedcmp.federate.privacy.accounting import spent
 from fedcmp.federate.privacy.ledger import Ledger, Release, total
-from fedcmp.pipeline.config import Ledger as Budget
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.privacy import Ledger as Budget
 
 SILO = {"clinic": "abc"}
 

@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcmp.cli import main
+from fedcmp.federate.arithmetic.updates import State, Update
 from fedcmp.federate.client.alignment import alignment_contributions, linear_cka
 from fedcmp.federate.client.stream import Batch, Stream
-from fedcmp.federate.strategies.base import STRATEGIES, State, Update
+from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.federate.strategies.fedavg import FedAvg
 from fedcmp.federate.strategies.pivotmerge import PivotMerge, layer_weights
 from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
+from fedcmp.pipeline.options import Component
 
 D_VISION, D_LLM = 24, 32
 SHAPES = {"linear_1.weight": (6, 4), "linear_1.bias": (6,), "linear_2.weight": (6, 6), "linear_2.bias": (6,)}

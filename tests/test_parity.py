@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from fedcmp.cli import main
 from fedcmp.extract.encoders.patches import expand_to_square
 from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.export.hf import LANGUAGES
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import question, tokenise
+from fedcmp.pipeline.options import Component
 
 SHOWN = (2, 6)
 

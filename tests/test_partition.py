@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from fedcmp.cli import main
 from fedcmp.extract.deal import Partition, by_hash, deal, dirichlet, portions
 from fedcmp.extract.sources.base import SOURCES, Skipped
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.options import Component
 
 words = st.text(min_size=1, max_size=5).filter(str.isprintable)
 labels = st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=80)

@@ -19,9 +19,9 @@ from fedcmp.commands.plan import language_shape
 from fedcmp.components import load
 from fedcmp.extract.estimate import outlines
 from fedcmp.extract.run import run as extract
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from fedcmp.pipeline.options import Component
 
 
 def counted() -> FlopCounterMode:

@@ -13,12 +13,12 @@ from test_sites import projector, sites_config  # noqa: F401
 from test_strategies import draw
 
 from fedcmp.components import load
+from fedcmp.federate.arithmetic.updates import distance
 from fedcmp.federate.engines.local import Here
 from fedcmp.federate.outgoing.poison import poisoned
 from fedcmp.federate.run import run
 from fedcmp.pipeline.config import Poison
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.history import distance
 
 
 def test_what_bad_sites_send() -> None:

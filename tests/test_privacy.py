@@ -16,6 +16,7 @@ from test_strategies import draw
 
 from fedcmp.cli import main
 from fedcmp.components import load
+from fedcmp.federate.arithmetic.updates import distance
 from fedcmp.federate.client.step import Job, LocalResult
 from fedcmp.federate.engines.local import Here
 from fedcmp.federate.engines.service import Service
@@ -29,11 +30,11 @@ from fedcmp.federate.server import rounds as server
 from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.federate.strategies.fedavg import FedAvg
 from fedcmp.pipeline.cache import open_cache
-from fedcmp.pipeline.config import Experiment, Privacy
+from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.history import distance
 from fedcmp.pipeline.models.projector import state_of
 from fedcmp.pipeline.models.prompts import tokenise_all
+from fedcmp.pipeline.privacy import Privacy
 
 TEXTS = ["federate.privacy.unit=text", "federate.privacy.clip=0.05", "federate.privacy.epsilon=4"]
 IMAGES = ["federate.privacy.unit=image", *TEXTS[1:]]
@@ -494,7 +495,7 @@ def test_features_whose_steps_all_pictures_have_set_are_refused(
 
 def test_every_strategy_is_private_or_refused() -> None:
     """Whoever adds a strategy that asks for more has to say what becomes of it."""
-    from fedcmp.pipeline.config import Component
+    from fedcmp.pipeline.options import Component
 
     wanted = {name: STRATEGIES.build(Component(name=name), "here").wants for name in STRATEGIES.names()}
     assert set().union(*wanted.values()) == ALL_WANTED

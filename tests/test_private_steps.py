@@ -16,19 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
+from fedcmp.federate.arithmetic.updates import Objective, State
 from fedcmp.federate.client.step import Job, LocalResult, train_together
 from fedcmp.federate.client.stream import Batch, Stream
 from fedcmp.federate.privacy import noise, steps
 from fedcmp.federate.privacy.noise import standard_normal
 from fedcmp.federate.privacy.steps import NoisySteps, clipped_sum
 from fedcmp.federate.privacy.units import UnitStream, unit_of
-from fedcmp.federate.strategies.base import Objective, State
 from fedcmp.pipeline.cache import CacheWriter, FeatureCache, Identity, Row
-from fedcmp.pipeline.config import Component, Optimizer, Privacy
+from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.errors import DivergedError, UserError
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
+from fedcmp.pipeline.options import Component
+from fedcmp.pipeline.privacy import Privacy
 
 PROJECTORS = [
     Component(name="linear"),

@@ -12,14 +12,15 @@ from safetensors.torch import save_file
 
 from fedcmp.cli import main
 from fedcmp.components import load
-from fedcmp.federate.strategies.base import STRATEGIES, Update
+from fedcmp.federate.arithmetic.updates import Update
+from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.pipeline.cache import differences
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.identity import run_identity
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.pretrained import llava_name, read_weights, start_from
 from fedcmp.pipeline.models.projectors.base import PROJECTORS, Projector
+from fedcmp.pipeline.options import Component
 
 D_VISION, D_LLM, PATCHES = 6, 16, 36
 

@@ -15,8 +15,10 @@ from conftest import ROOT
 
 from fedcmp.cli import main
 from fedcmp.components import load
-from fedcmp.federate.strategies.base import STRATEGIES, Update
-from fedcmp.pipeline.config import Component, Experiment
+from fedcmp.federate.arithmetic.updates import Update
+from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.options import Component
 
 README = (ROOT / "README.md").read_text()
 

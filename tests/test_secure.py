@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_strategies import SHAPES, draw
 
+from fedcmp.federate.arithmetic.updates import Memory, State, Update
 from fedcmp.federate.secure import numbers
 from fedcmp.federate.secure.contribution import Own
 from fedcmp.federate.secure.ledger import Ledger
@@ -27,9 +28,9 @@ from fedcmp.federate.secure.masks import KeyPair, add_mask, seal, unseal
 from fedcmp.federate.secure.party import Party
 from fedcmp.federate.secure.signing import Signing
 from fedcmp.federate.secure.summation import secure_sum, threshold_of
-from fedcmp.federate.strategies.base import STRATEGIES, Memory, State, Strategy, Update
-from fedcmp.pipeline.config import Component
+from fedcmp.federate.strategies.base import STRATEGIES, Strategy
 from fedcmp.pipeline.errors import DroppedOutError, SpoiledError, UserError
+from fedcmp.pipeline.options import Component
 
 VECTOR = np.array([1.5, -2.25, 0.0, 1e-9])
 

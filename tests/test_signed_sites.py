@@ -19,8 +19,8 @@ from fedcmp.federate.engines.flower.keys import signing
 from fedcmp.federate.engines.flower.processes import free_port
 from fedcmp.federate.engines.service import Service
 from fedcmp.federate.run import run
-from fedcmp.pipeline.config import load
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.toml import load
 
 SECURE = ["federate.strategy={name='fedcmp',reliability='none'}", "federate.privacy.secure=true"]
 SWAPPED = (

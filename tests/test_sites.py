@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from fedcmp.cli import main
 from fedcmp.components import load
+from fedcmp.federate.arithmetic.updates import Objective
 from fedcmp.federate.client.step import Job, LocalResult
 from fedcmp.federate.engines.base import terms
 from fedcmp.federate.engines.flower import daemon
@@ -26,7 +27,6 @@ from fedcmp.federate.engines.sites import Failure, Sites
 from fedcmp.federate.engines.wire import Payload, job_as_dict, job_of, pack, result_as_dict, result_of, unpack
 from fedcmp.federate.privacy.accounting import spent
 from fedcmp.federate.run import run
-from fedcmp.federate.strategies.base import Objective
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
 

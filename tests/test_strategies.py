@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Memory, State, Strategy, Update, check
+from fedcmp.federate.arithmetic.updates import Memory, State, Update, check
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 from fedcmp.federate.strategies.fedavg import FedAvg
-from fedcmp.pipeline.config import Component
+from fedcmp.pipeline.options import Component
 
 SHAPES = {"linear_1.weight": (6, 4), "linear_1.bias": (6,), "linear_2.weight": (6, 6), "linear_2.bias": (6,)}
 SAMPLES = (3, 5, 2, 7, 1, 4, 6, 8, 9, 10)

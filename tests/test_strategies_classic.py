@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedcmp.federate.strategies.base import STRATEGIES, Memory, Objective, State, Strategy, Update
+from fedcmp.federate.arithmetic.updates import Memory, Objective, State, Update
+from fedcmp.federate.strategies.base import STRATEGIES, Strategy
 from fedcmp.federate.strategies.dare import Dare
 from fedcmp.federate.strategies.fedadagrad import FedAdagrad
 from fedcmp.federate.strategies.fedadam import FedAdam
@@ -29,7 +30,7 @@ from fedcmp.federate.strategies.scaffold import Scaffold, recall_shares
 from fedcmp.federate.strategies.task_arithmetic import TaskArithmetic
 from fedcmp.federate.strategies.ties import Ties, elect_and_merge, trim
 from fedcmp.federate.strategies.trimmed_mean import TrimmedMean
-from fedcmp.pipeline.config import Component
+from fedcmp.pipeline.options import Component
 
 SHAPES = {"linear.weight": (6, 4), "linear.bias": (6,)}
 CLASSIC = (

@@ -19,7 +19,7 @@ from fedcmp.federate.client.texts import unusable
 from fedcmp.federate.engines.service import Service
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import read_json
+from fedcmp.pipeline.files import read_json
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import problems, tokenise
 from fedcmp.pipeline.records import Text, Turn

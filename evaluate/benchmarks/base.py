@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.config import Options
 from fedcmp.pipeline.errors import UserError, one_line
+from fedcmp.pipeline.options import Options
 from fedcmp.pipeline.records import Text
 from fedcmp.pipeline.registry import Registry
 

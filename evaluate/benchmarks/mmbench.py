@@ -32,7 +32,7 @@ from fedcmp.evaluate.official.spreadsheet import spreadsheet
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError, one_line
-from fedcmp.pipeline.manifest import write_atomic
+from fedcmp.pipeline.files import write_atomic
 from fedcmp.pipeline.models.prompts import question
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -19,7 +19,7 @@ from fedcmp.evaluate.work import Work, benchmarks_of, recall
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import write_atomic, write_json
+from fedcmp.pipeline.files import write_atomic, write_json
 from fedcmp.pipeline.records import IMAGE_PLACEHOLDER
 
 _SAMPLES = 24

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from fedcmp.extract.pictures import Reading
-from fedcmp.pipeline.config import Options
+from fedcmp.pipeline.options import Options
 from fedcmp.pipeline.registry import Registry
 
 if TYPE_CHECKING:

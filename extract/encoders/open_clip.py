@@ -13,7 +13,8 @@ from fedcmp.extract.encoders.base import ENCODERS, LoadedEncoder
 from fedcmp.extract.encoders.crop import CentreCrop
 from fedcmp.extract.encoders.patches import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
 from fedcmp.pipeline.errors import UserError, did_you_mean, one_line
-from fedcmp.pipeline.manifest import fingerprint, read_json, sha256_file
+from fedcmp.pipeline.files import read_json
+from fedcmp.pipeline.hashes import fingerprint, sha256_file
 
 if TYPE_CHECKING:
     import numpy as np

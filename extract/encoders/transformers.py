@@ -13,7 +13,7 @@ from fedcmp.extract.encoders.base import ENCODERS, LoadedEncoder
 from fedcmp.extract.encoders.crop import CentreCrop
 from fedcmp.extract.encoders.patches import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import read_json
+from fedcmp.pipeline.files import read_json
 from fedcmp.pipeline.models.saved_model import model_hashes
 
 if TYPE_CHECKING:

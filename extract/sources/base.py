@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedcmp.pipeline.config import Options
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import fingerprint, sha256_file
+from fedcmp.pipeline.hashes import fingerprint, sha256_file
+from fedcmp.pipeline.options import Options
 from fedcmp.pipeline.records import Record, Text, caption, from_llava
 from fedcmp.pipeline.registry import Registry
 from fedcmp.pipeline.remote import Location, Remote

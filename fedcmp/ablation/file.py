@@ -24,10 +24,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedcmp.components import load
-from fedcmp.pipeline import config
-from fedcmp.pipeline.config import Experiment, Name, Options, read_toml, validate
+from fedcmp.pipeline import toml
+from fedcmp.pipeline.config import Experiment, Name
 from fedcmp.pipeline.errors import UserError, did_you_mean
-from fedcmp.pipeline.manifest import fingerprint, read_json
+from fedcmp.pipeline.files import read_json
+from fedcmp.pipeline.hashes import fingerprint
+from fedcmp.pipeline.options import Options, validate
+from fedcmp.pipeline.toml import read_toml
 
 # Where things lie and how fast they are made changes no result, so such runs may share a directory.
 _WITHOUT_EFFECT = ("memo.", "build=", "features=", "device=", "evaluate.")
@@ -129,7 +132,7 @@ def _problems(ablation: Ablation) -> Iterator[str]:
         if re.match(r"(seed|run|experiment|federate\.strategy)\b", override):
             yield f"set = '{override}': the ablation itself decides this; remove it"
     same = [*ablation.set, "seed=0", "run=one"]
-    runs = {config.load(path, same).run_path for path in ablation.scenarios.values()}
+    runs = {toml.load(path, same).run_path for path in ablation.scenarios.values()}
     if len(runs) < len(ablation.scenarios):
         yield "two scenarios have the same 'experiment'; name them differently"
 
@@ -138,7 +141,7 @@ def experiments(ablation: Ablation) -> list[str]:
     """Every experiment of the ablation, tuning included: a scenario with a seed."""
     seeds = [*ablation.seeds, *(ablation.tuning.seeds if ablation.tuning else ())]
     return [
-        config.load(scenario, [f"seed={seed}"]).experiment
+        toml.load(scenario, [f"seed={seed}"]).experiment
         for scenario in ablation.scenarios.values()
         for seed in seeds
     ]

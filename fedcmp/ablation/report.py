@@ -14,7 +14,8 @@ from fedcmp.ablation.sweep import Finished
 from fedcmp.evaluate.report.charts import dots
 from fedcmp.evaluate.statistics import Difference, holm, paired
 from fedcmp.pipeline.console import say, table
-from fedcmp.pipeline.manifest import provenance, write_atomic
+from fedcmp.pipeline.files import write_atomic
+from fedcmp.pipeline.manifest import provenance
 
 Values = dict[str, list[float]]
 

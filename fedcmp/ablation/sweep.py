@@ -71,7 +71,7 @@ def _check(ablation: Ablation) -> None:
     """Find mistakes in options and measures before anything is computed."""
     from fedcmp.evaluate.work import benchmarks_of
     from fedcmp.federate.strategies.base import STRATEGIES
-    from fedcmp.pipeline.config import Component
+    from fedcmp.pipeline.options import Component
 
     for strategy in ablation.strategies:
         for options in grid(ablation, strategy):

@@ -65,9 +65,9 @@ def extract(
 def _with_benchmark(experiment: Experiment, name: str, images: Path | None) -> Experiment:
     """The experiment with one more silo: the images that a benchmark asks about."""
     from fedcmp.evaluate.images import benchmark_images
-    from fedcmp.pipeline.config import Component
     from fedcmp.pipeline.errors import UserError
-    from fedcmp.pipeline.manifest import write_atomic
+    from fedcmp.pipeline.files import write_atomic
+    from fedcmp.pipeline.options import Component
 
     if name in experiment.extract.silos:
         raise UserError(

@@ -46,7 +46,7 @@ def partition(
     """
     from fedcmp.extract.deal import Partition
     from fedcmp.extract.partition import partition as split
-    from fedcmp.pipeline.config import validate
+    from fedcmp.pipeline.options import validate
 
     given = {key: value for key, value in options.items() if value is not None}
     if shares is not None:

@@ -12,7 +12,8 @@ import click
 from fedcmp.commands.options import experiment_options
 
 if TYPE_CHECKING:
-    from fedcmp.pipeline.config import Component, Experiment
+    from fedcmp.pipeline.config import Experiment
+    from fedcmp.pipeline.options import Component
 
 # Dense bfloat16 peaks of the makers' data sheets, TFLOP/s.
 GPUS = {"h200": 989.0, "h100": 989.0, "a100": 312.0, "l40s": 362.0, "a10": 125.0, "4090": 165.0, "3090": 71.0}

@@ -33,8 +33,8 @@ def show(config: Path, overrides: tuple[str, ...], for_make: bool) -> None:
       fedcmp show configs/demo.toml --make
     """
     from fedcmp.components import written_out
-    from fedcmp.pipeline.config import load, read_toml
     from fedcmp.pipeline.errors import UserError
+    from fedcmp.pipeline.toml import load, read_toml
 
     if "scenarios" in read_toml(config):
         from fedcmp.ablation.file import experiments, read_ablation
@@ -65,8 +65,8 @@ def _variables(config: Path, overrides: tuple[str, ...]) -> Iterator[tuple[str, 
     Raises:
         UserError: The runs do not share caches, two have one name, or make cannot name something.
     """
-    from fedcmp.pipeline.config import files, load
     from fedcmp.pipeline.errors import UserError
+    from fedcmp.pipeline.toml import files, load
 
     experiment = load(config, overrides)
     runs: dict[str, tuple[Path, Experiment]] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedcmp.federate.arithmetic.matrices import Matrices, agreement
 from fedcmp.federate.arithmetic.norms import factors, norm, shortened, usual
-from fedcmp.federate.strategies.base import State, Update, data_weights, deltas, weighted_sum
+from fedcmp.federate.arithmetic.updates import State, Update, data_weights, deltas, weighted_sum
 
 Weights = dict[str, float]
 

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 
 from fedcmp.federate.arithmetic.matrices import inner
-from fedcmp.federate.strategies.base import State, Update
+from fedcmp.federate.arithmetic.updates import State, Update
 
 
 def norm(start: State, state: State) -> float:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedcmp.federate.arithmetic.updates import State
 from fedcmp.federate.client.stream import Batch
-from fedcmp.federate.strategies.base import State
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
 

@@ -25,8 +25,9 @@ from fedcmp.federate.secure.contribution import Own
 from fedcmp.federate.secure.ledger import RELEASES, Ledger
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Communication, Experiment
+from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.identity import FORMAT, federate_options, language_identity, language_options
-from fedcmp.pipeline.manifest import fingerprint, provenance
+from fedcmp.pipeline.manifest import provenance
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.device import device_type, pick_device
 from fedcmp.pipeline.models.language import load_language

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from fedcmp.federate.arithmetic.updates import Objective, Sent, State
 from fedcmp.federate.client.stream import Batch
-from fedcmp.federate.outgoing.compression import Sent
 from fedcmp.federate.privacy.steps import NoisySteps
-from fedcmp.federate.strategies.base import Objective, State
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.errors import DivergedError
 from fedcmp.pipeline.models.language import FrozenLanguageModel

@@ -15,7 +15,7 @@ from fedcmp.federate.client.texts import Counts
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.cache.loader import float_batches
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import tokenise_all
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import progress, say
+from fedcmp.pipeline.files import read_json, write_atomic, write_json
+from fedcmp.pipeline.hashes import fingerprint, sha256_file
 from fedcmp.pipeline.identity import language_identity
-from fedcmp.pipeline.manifest import fingerprint, provenance, read_json, sha256_file, write_atomic, write_json
+from fedcmp.pipeline.manifest import provenance
 from fedcmp.pipeline.models import prompts
 
 if TYPE_CHECKING:

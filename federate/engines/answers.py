@@ -14,11 +14,11 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
 from torch import Tensor
 
+from fedcmp.federate.arithmetic.updates import Sent
 from fedcmp.federate.client.step import Job, LocalResult
 from fedcmp.federate.engines.base import Card
-from fedcmp.federate.outgoing.compression import Sent
 from fedcmp.pipeline.config import Communication, Experiment, Federate
-from fedcmp.pipeline.manifest import canonical
+from fedcmp.pipeline.hashes import canonical
 
 # Of the widest encoders and LLMs there are, with room; a projector is allocated from them.
 _WIDEST = 2**15

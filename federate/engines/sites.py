@@ -21,7 +21,8 @@ from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError, one_line
-from fedcmp.pipeline.manifest import fingerprint, read_json, write_json
+from fedcmp.pipeline.files import read_json, write_json
+from fedcmp.pipeline.hashes import fingerprint
 
 if TYPE_CHECKING:
     from fedcmp.federate.server.rounds import Train

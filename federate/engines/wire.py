@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedcmp.federate.arithmetic.updates import Objective
 from fedcmp.federate.client.step import Job, LocalResult
-from fedcmp.federate.strategies.base import Objective
 
 _TENSOR, _ITEMS = "$tensor", "$items"
 

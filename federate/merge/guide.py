@@ -13,7 +13,7 @@ from fedcmp.pipeline.cache import FeatureCache, same_key
 from fedcmp.pipeline.console import progress, say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.handover.receive import received
-from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.device import device_type, pick_device, pick_dtype
 from fedcmp.pipeline.models.language import FrozenLanguageModel, load_language

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedcmp.federate.strategies.base import State, Update, check
+from fedcmp.federate.arithmetic.updates import State, Update, check
 from fedcmp.pipeline import history
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError

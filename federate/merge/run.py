@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
+from fedcmp.federate.arithmetic.updates import State, distance
 from fedcmp.federate.merge.guide import Guide, _aligned
 from fedcmp.federate.merge.inputs import Inputs, _inputs
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, State, Strategy
-from fedcmp.pipeline import history
-from fedcmp.pipeline.config import Component
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError, did_you_mean
-from fedcmp.pipeline.manifest import provenance, write_json
+from fedcmp.pipeline.files import write_json
+from fedcmp.pipeline.manifest import provenance
 from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.options import Component
 
 FORMAT = {"name": "fedcmp-merge", "version": 1}
 
@@ -168,19 +169,19 @@ def _summary(name: str, inputs: Inputs, merged: State, target: Path) -> None:
         [
             update.client,
             f"{update.samples:,}",
-            f"{history.distance(update.state, inputs.base):.4g}",
+            f"{distance(update.state, inputs.base):.4g}",
             _cosine(update.state, merged, inputs.base),
         ]
         for update in inputs.updates
     ]
     total = sum(update.samples for update in inputs.updates)
-    rows.append(["merged", f"{total:,}", f"{history.distance(merged, inputs.base):.4g}", ""])
+    rows.append(["merged", f"{total:,}", f"{distance(merged, inputs.base):.4g}", ""])
     table(f"{name}: {target}", ["input", "samples", "distance to base", "cosine to merged"], rows)
 
 
 def _cosine(one: State, other: State, base: State) -> str:
     """Cosine of two updates over all weights; `-` where one of them is zero."""
-    norms = history.distance(one, base) * history.distance(other, base)
+    norms = distance(one, base) * distance(other, base)
     product = sum(
         float(((one[name] - old).double() * (other[name] - old).double()).sum()) for name, old in base.items()
     )

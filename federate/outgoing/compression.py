@@ -12,11 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedcmp.federate.arithmetic.matrices import randomised_basis
-from fedcmp.federate.strategies.base import State
+from fedcmp.federate.arithmetic.bases import randomised_basis
+from fedcmp.federate.arithmetic.updates import Sent, State
 from fedcmp.pipeline.config import Communication
-
-Sent = dict[str, dict[str, Tensor]]
 
 _LEVELS = 127
 

@@ -6,9 +6,8 @@ import zlib
 
 import torch
 
-from fedcmp.federate.strategies.base import State
+from fedcmp.federate.arithmetic.updates import State, distance
 from fedcmp.pipeline.config import Poison
-from fedcmp.pipeline.history import distance
 
 
 def poisoned(start: State, state: State, options: Poison, seed: int, client: str, round_: int) -> State:

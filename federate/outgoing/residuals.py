@@ -6,9 +6,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save
 
-from fedcmp.federate.strategies.base import State
+from fedcmp.federate.arithmetic.updates import State
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import write_atomic
+from fedcmp.pipeline.files import write_atomic
 
 RESIDUALS = "residuals"
 

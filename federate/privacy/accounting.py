@@ -17,7 +17,7 @@ from math import exp, inf, log1p, sqrt
 
 from scipy.special import log_ndtr
 
-from fedcmp.pipeline.config import Privacy
+from fedcmp.pipeline.privacy import Privacy
 
 _HALVINGS = 200
 

@@ -16,7 +16,7 @@ from fedcmp.federate.schedule import Plan
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.hashes import fingerprint
 
 
 class Guard:

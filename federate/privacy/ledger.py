@@ -16,10 +16,10 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from fedcmp.federate.privacy.accounting import composed, spent
-from fedcmp.pipeline.config import Ledger as Budget
-from fedcmp.pipeline.config import Options
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import locked, read_json, write_atomic, write_json
+from fedcmp.pipeline.files import locked, read_json, write_atomic, write_json
+from fedcmp.pipeline.options import Options
+from fedcmp.pipeline.privacy import Ledger as Budget
 
 _FORMAT = {"name": "fedcmp-ledger", "version": 1}
 _KEY_BYTES = 32

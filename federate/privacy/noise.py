@@ -11,10 +11,9 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from fedcmp.federate.strategies.base import State
-from fedcmp.pipeline.config import Privacy
+from fedcmp.federate.arithmetic.updates import State, distance
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.history import distance
+from fedcmp.pipeline.privacy import Privacy
 
 # Standard deviations of noise in units of the last place of the float32 numbers that it is to hide.
 LEAST_ULPS = 16

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from fedcmp.federate.privacy.accounting import resolved
 from fedcmp.federate.privacy.noise import LEAST_ULPS, ULP
-from fedcmp.pipeline.config import Experiment, Privacy
+from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.privacy import Privacy
 
 if TYPE_CHECKING:
     from fedcmp.federate.strategies.base import Strategy

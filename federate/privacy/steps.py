@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fedcmp.federate.arithmetic.updates import State
 from fedcmp.federate.privacy.noise import standard_normal
-from fedcmp.federate.strategies.base import State
 
 # Gradients of single units that are held at a time, in numbers: 128 MB in float32.
 _NUMBERS = 2**25

@@ -19,11 +19,11 @@ import torch
 from fedcmp.federate.client.stream import Batch, Stream
 from fedcmp.federate.client.texts import Counts
 from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.config import Privacy
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import tokenise_all
+from fedcmp.pipeline.privacy import Privacy
 
 _Keys = Callable[[str, FeatureCache, Sequence[int]], list[Hashable]]
 # The texts about one picture, each as (silo, text index).

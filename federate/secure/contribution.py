@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedcmp.federate.arithmetic.matrices import Matrices, agreement_with
 from fedcmp.federate.arithmetic.norms import norm
+from fedcmp.federate.arithmetic.updates import State
 from fedcmp.federate.schedule import LEAST
-from fedcmp.federate.strategies.base import State
 
 
 class Own:

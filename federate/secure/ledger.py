@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fedcmp.federate.schedule import LEAST
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import fingerprint, locked, read_json, write_json
+from fedcmp.pipeline.files import locked, read_json, write_json
+from fedcmp.pipeline.hashes import fingerprint
 
 RELEASES = "releases"
 _SUMS = 2

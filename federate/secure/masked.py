@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fedcmp.federate.arithmetic.cohort import Cohort, Gram, Weights
 from fedcmp.federate.arithmetic.norms import factors, usual
+from fedcmp.federate.arithmetic.updates import Memory, State, Update
 from fedcmp.federate.secure.contribution import parts_of
 from fedcmp.federate.secure.summation import Exchange, secure_sum
-from fedcmp.federate.strategies.base import Aggregate, Memory, State, Strategy, Update
+from fedcmp.federate.strategies.base import Aggregate, Strategy
 from fedcmp.pipeline.errors import DroppedOutError, SpoiledError
 
 _ROUNDED = 1 + 1e-6

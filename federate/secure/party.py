@@ -19,7 +19,7 @@ from fedcmp.federate.secure.masks import KeyPair, add_mask, add_pair_masks, deri
 from fedcmp.federate.secure.numbers import SECRET_BYTES, encode, split
 from fedcmp.federate.secure.replies import digest_of
 from fedcmp.federate.secure.signing import Signing
-from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.hashes import fingerprint
 
 Contribute = Callable[[dict[str, Any]], np.ndarray]
 Release = Callable[[dict[str, Any], list[str]], None]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.hashes import fingerprint
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fedcmp.federate.secure.party import context, invited
 from fedcmp.federate.secure.replies import Answers, digest_of, sound, unspoiled
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import DroppedOutError, SpoiledError
-from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.hashes import fingerprint
 
 Exchange = Callable[[Mapping[str, dict[str, Any]]], dict[str, dict[str, Any]]]
 

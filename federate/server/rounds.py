@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedcmp.federate.arithmetic.updates import Memory, State, Update, check, distance
 from fedcmp.federate.client.step import Job, LocalResult
 from fedcmp.federate.outgoing import compression as communication
 from fedcmp.federate.privacy.accounting import spent
-from fedcmp.federate.strategies.base import Aggregate, Memory, State, Strategy, Update, check
+from fedcmp.federate.strategies.base import Aggregate, Strategy
 from fedcmp.pipeline import history
-from fedcmp.pipeline.config import Privacy
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import DivergedError, DroppedOutError, SpoiledError, UserError
-from fedcmp.pipeline.manifest import write_atomic
+from fedcmp.pipeline.files import write_atomic
+from fedcmp.pipeline.privacy import Privacy
 
 if TYPE_CHECKING:
     from fedcmp.federate.secure.summation import Exchange
@@ -272,11 +273,7 @@ def _rows(
             "tokens": result.tokens,
             "seconds": _rounded(result.seconds),
             "recalled": result.recalled,
-            **(
-                {"update_norm": history.distance(result.state, of[result.client].start)}
-                if result.state
-                else {}
-            ),
+            **({"update_norm": distance(result.state, of[result.client].start)} if result.state else {}),
             **{name: figure.get(result.client) for name, figure in aggregate.figures.items()},
         }
         for result in results
@@ -286,7 +283,7 @@ def _rows(
         "client": None,
         "missing": sorted(of.keys() - set(present)),
         **_totals(results),
-        "update_norm": history.distance(aggregate.state, before),
+        "update_norm": distance(aggregate.state, before),
     }
     return [*rows, whole]
 

@@ -8,18 +8,16 @@ from hashlib import sha256
 import torch
 from pydantic import Field
 
-from fedcmp.federate.strategies.base import (
-    STRATEGIES,
-    Aggregate,
+from fedcmp.federate.arithmetic.updates import (
     Memory,
     State,
-    Strategy,
     Update,
     data_weights,
     deltas,
     moved,
     weighted_sum,
 )
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("dare")

@@ -15,9 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedcmp.federate.arithmetic.cohort import Cohort, Gram, Open, Weights
-from fedcmp.federate.arithmetic.matrices import (
-    Matrices,
+from fedcmp.federate.arithmetic.bases import (
     agreement_by_direction,
     canonical_basis,
     fuse_by_direction,
@@ -25,7 +23,10 @@ from fedcmp.federate.arithmetic.matrices import (
     polar,
     randomised_basis,
 )
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Memory, State, Strategy, Update
+from fedcmp.federate.arithmetic.cohort import Cohort, Gram, Open, Weights
+from fedcmp.federate.arithmetic.matrices import Matrices
+from fedcmp.federate.arithmetic.updates import Memory, State, Update
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 
 _FLOOR = 0.02
 _SMOOTHING = 0.6

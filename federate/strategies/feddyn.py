@@ -8,13 +8,10 @@ from math import fsum
 import torch
 from pydantic import Field
 
-from fedcmp.federate.strategies.base import (
-    STRATEGIES,
-    Aggregate,
+from fedcmp.federate.arithmetic.updates import (
     Memory,
     Objective,
     State,
-    Strategy,
     Update,
     deltas,
     mean_update,
@@ -23,6 +20,7 @@ from fedcmp.federate.strategies.base import (
     remember_shares,
     weighted_sum,
 )
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("feddyn")

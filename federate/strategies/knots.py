@@ -9,19 +9,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedcmp.federate.strategies import ties
-from fedcmp.federate.strategies.base import (
-    STRATEGIES,
-    Aggregate,
+from fedcmp.federate.arithmetic.updates import (
     Memory,
     State,
-    Strategy,
     Update,
     data_weights,
     deltas,
     moved,
     weighted_sum,
 )
+from fedcmp.federate.strategies import ties
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("knots")

@@ -6,17 +6,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from fedcmp.federate.strategies.base import (
-    STRATEGIES,
-    Aggregate,
-    Memory,
-    State,
-    Strategy,
-    Update,
-    data_weights,
-    mean_update,
-    moved,
-)
+from fedcmp.federate.arithmetic.updates import Memory, State, Update, data_weights, mean_update, moved
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("krum")

@@ -9,17 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedcmp.federate.strategies.base import (
-    STRATEGIES,
-    Aggregate,
-    Memory,
-    State,
-    Strategy,
-    Update,
-    data_weights,
-    mean_update,
-    moved,
-)
+from fedcmp.federate.arithmetic.updates import Memory, State, Update, data_weights, mean_update, moved
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("muon")

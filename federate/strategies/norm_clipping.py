@@ -8,17 +8,8 @@ from statistics import median
 from pydantic import Field
 
 from fedcmp.federate.arithmetic.norms import norm
-from fedcmp.federate.strategies.base import (
-    STRATEGIES,
-    Aggregate,
-    Memory,
-    State,
-    Strategy,
-    Update,
-    data_weights,
-    mean_update,
-    moved,
-)
+from fedcmp.federate.arithmetic.updates import Memory, State, Update, data_weights, mean_update, moved
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("norm_clipping")

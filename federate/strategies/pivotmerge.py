@@ -24,19 +24,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedcmp.federate.arithmetic.matrices import canonical_basis
-from fedcmp.federate.strategies.base import (
-    STRATEGIES,
-    Aggregate,
+from fedcmp.federate.arithmetic.bases import canonical_basis
+from fedcmp.federate.arithmetic.updates import (
     Memory,
     State,
-    Strategy,
     Update,
     data_weights,
     deltas,
     moved,
     weighted_sum,
 )
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 
 _CANCELLED = 1e-3
 _ROUNDING = 1e-9

@@ -6,16 +6,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from fedcmp.federate.strategies.base import (
-    STRATEGIES,
-    Aggregate,
-    Memory,
-    State,
-    Strategy,
-    Update,
-    mean_update,
-    moved,
-)
+from fedcmp.federate.arithmetic.updates import Memory, State, Update, mean_update, moved
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("task_arithmetic")

@@ -9,16 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedcmp.federate.strategies.base import (
-    STRATEGIES,
-    Aggregate,
-    Memory,
-    State,
-    Strategy,
-    Update,
-    deltas,
-    moved,
-)
+from fedcmp.federate.arithmetic.updates import Memory, State, Update, deltas, moved
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("trimmed_mean")

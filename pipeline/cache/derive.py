@@ -27,8 +27,9 @@ from fedcmp.pipeline.cache.mark import remember_written
 from fedcmp.pipeline.cache.writer import file_table, put_arrays, text_arrays
 from fedcmp.pipeline.console import progress
 from fedcmp.pipeline.errors import UserError, did_you_mean
+from fedcmp.pipeline.files import write_atomic
 from fedcmp.pipeline.handover.receive import received
-from fedcmp.pipeline.manifest import fingerprint, sha256_file, write_atomic
+from fedcmp.pipeline.hashes import fingerprint, sha256_file
 from fedcmp.pipeline.records import KINDS, SPLITS, Text, caption, from_llava
 
 Texts = Sequence[tuple[str, str, str]]

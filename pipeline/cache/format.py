@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import canonical, fingerprint
+from fedcmp.pipeline.hashes import canonical, fingerprint
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from fedcmp.pipeline.manifest import locked, read_json, replace_directory
+from fedcmp.pipeline.files import locked, read_json, replace_directory
 
 
 def partial_path(path: Path) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedcmp.pipeline.manifest import canonical, fingerprint, sha256_file
+from fedcmp.pipeline.hashes import canonical, fingerprint, sha256_file
 
 _LIMIT = 1 << 16
 

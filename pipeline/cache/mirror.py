@@ -13,15 +13,9 @@ from typing import Any
 
 from fedcmp.pipeline.console import progress, say
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.files import locked, read_json, replace_directory, write_atomic, write_json
 from fedcmp.pipeline.handover.signature import SIGNATURE, SIGNATURE_LIMIT, claim_of, misfit
-from fedcmp.pipeline.manifest import (
-    locked,
-    read_json,
-    replace_directory,
-    sha256_file,
-    write_atomic,
-    write_json,
-)
+from fedcmp.pipeline.hashes import sha256_file
 from fedcmp.pipeline.remote import Remote
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -34,7 +34,7 @@ from fedcmp.pipeline.cache.locks import partial_path
 from fedcmp.pipeline.cache.mirror import pull
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError, did_you_mean
-from fedcmp.pipeline.manifest import fingerprint
+from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.records import KINDS, SPLITS, Text, improper
 from fedcmp.pipeline.remote import Remote
 

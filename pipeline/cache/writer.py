@@ -33,14 +33,8 @@ from fedcmp.pipeline.cache.mark import remember_written
 from fedcmp.pipeline.cache.reader import FeatureCache
 from fedcmp.pipeline.cache.stream import stream_shard
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import (
-    canonical,
-    read_json,
-    sha256_file,
-    sync_directory,
-    write_atomic,
-    write_json,
-)
+from fedcmp.pipeline.files import read_json, sync_directory, write_atomic, write_json
+from fedcmp.pipeline.hashes import canonical, sha256_file
 from fedcmp.pipeline.records import KINDS, SPLITS
 
 _RECORD = re.compile(r"[0-9]{5,}\.json")

@@ -10,7 +10,7 @@ from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.export.rope import with_older_rope
 from fedcmp.pipeline.export.subject import Subject
-from fedcmp.pipeline.manifest import read_json, write_atomic, write_json
+from fedcmp.pipeline.files import read_json, write_atomic, write_json
 from fedcmp.pipeline.models.pretrained import llava_name
 from fedcmp.pipeline.models.projectors.linear import LinearProjector
 from fedcmp.pipeline.models.projectors.mlp import MlpProjector

@@ -11,15 +11,9 @@ from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.export.subject import Subject, read_subject, refuse_inexpressible
-from fedcmp.pipeline.manifest import (
-    fingerprint,
-    locked,
-    provenance,
-    read_json,
-    sha256_file,
-    sync_directory,
-    write_json,
-)
+from fedcmp.pipeline.files import locked, read_json, sync_directory, write_json
+from fedcmp.pipeline.hashes import fingerprint, sha256_file
+from fedcmp.pipeline.manifest import provenance
 from fedcmp.pipeline.models.projector import content_hash
 from fedcmp.pipeline.models.saved_model import LANGUAGE_FILES, model_hashes
 

@@ -9,7 +9,7 @@ from typing import Any
 from fedcmp.pipeline.cache import FeatureCache, open_cache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import read_json
+from fedcmp.pipeline.files import read_json
 from fedcmp.pipeline.models.projector import State, load_projector
 from fedcmp.pipeline.models.projectors.base import Projector
 

@@ -33,8 +33,8 @@ from fedcmp.pipeline.cache.format import (
 from fedcmp.pipeline.cache.stream import stream_shard
 from fedcmp.pipeline.console import Task
 from fedcmp.pipeline.errors import UserError, one_line
+from fedcmp.pipeline.files import write_atomic
 from fedcmp.pipeline.handover.signature import SIGNATURE_LIMIT
-from fedcmp.pipeline.manifest import write_atomic
 
 if TYPE_CHECKING:
     from fedcmp.pipeline.handover.pack import Content

@@ -20,8 +20,8 @@ from fedcmp.pipeline.cache.format import rendered
 from fedcmp.pipeline.cache.locks import try_lock
 from fedcmp.pipeline.console import Task, progress
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.files import sync_directory
 from fedcmp.pipeline.handover.signature import SIGNATURE, SIGNATURE_LIMIT, misfit, sign
-from fedcmp.pipeline.manifest import sync_directory
 
 BLOCK = 1 << 20
 _TIME = (1980, 1, 1, 0, 0, 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcmp.pipeline.errors import UserError, one_line
-from fedcmp.pipeline.manifest import canonical
+from fedcmp.pipeline.hashes import canonical
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey

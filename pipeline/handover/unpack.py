@@ -21,6 +21,7 @@ from fedcmp.pipeline.cache.mark import remember_written
 from fedcmp.pipeline.cache.verify import require_whole
 from fedcmp.pipeline.console import progress
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.files import locked, replace_directory, sync_directory, write_atomic
 from fedcmp.pipeline.handover.pack import BLOCK
 from fedcmp.pipeline.handover.receive import last_claim
 from fedcmp.pipeline.handover.signature import (
@@ -31,7 +32,7 @@ from fedcmp.pipeline.handover.signature import (
     require_silo,
     require_trusted,
 )
-from fedcmp.pipeline.manifest import locked, replace_directory, sha256_file, sync_directory, write_atomic
+from fedcmp.pipeline.hashes import sha256_file
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _FRAME_HEADER = 18

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedcmp.pipeline.errors import UserError, one_line
-from fedcmp.pipeline.manifest import read_json
+from fedcmp.pipeline.files import read_json
 from fedcmp.pipeline.models.projector import State, load_projector
 from fedcmp.pipeline.models.projectors.base import Projector
 from fedcmp.pipeline.models.saved_model import weight_files

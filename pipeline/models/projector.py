@@ -18,10 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fedcmp.pipeline.config import Component
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import canonical, read_json, write_atomic
+from fedcmp.pipeline.files import read_json, write_atomic
+from fedcmp.pipeline.hashes import canonical
 from fedcmp.pipeline.models.projectors.base import PROJECTORS, Projector
+from fedcmp.pipeline.options import Component
 
 State = dict[str, Tensor]
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcmp.pipeline.errors import UserError, one_line
-from fedcmp.pipeline.manifest import read_json, sha256_file
+from fedcmp.pipeline.files import read_json
+from fedcmp.pipeline.hashes import sha256_file
 
 _INDEX = ".index.json"
 _WEIGHTS = (

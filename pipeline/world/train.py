@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcmp.pipeline.manifest import write_json
+from fedcmp.pipeline.files import write_json
 from fedcmp.pipeline.world import models, train_language, train_vision
 
 LANGUAGE_STEPS = 5000

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fedcmp.pipeline.manifest import write_atomic, write_json
+from fedcmp.pipeline.files import write_atomic, write_json
 from fedcmp.pipeline.world.scenarios import SCENARIOS, Silo
 from fedcmp.pipeline.world.scenes import Content, Scene, render
 from fedcmp.pipeline.world.texts import COUNTS, caption, exists_questions, short_questions

@@ -24,7 +24,7 @@ from fedcmp.federate.engines.service import Service
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.manifest import locked
+from fedcmp.pipeline.files import locked
 
 APP = Path(__file__).parent / "app"
 _SUPERNODE = (sys.executable, "-m", "fedcmp.federate.engines.flower.supernode")

@@ -142,7 +142,7 @@ def serve(grid: Grid, context: Context, load: Callable[[Path, Sequence[str]], Ex
 
 def _end_with(alive: Path) -> None:
     """End this process with the one that holds a lock; Flower's own watch takes its time to notice."""
-    from fedcmp.pipeline.manifest import locked
+    from fedcmp.pipeline.files import locked
 
     with locked(alive, str(alive), wait=True):
         os._exit(1)

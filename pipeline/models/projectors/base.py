@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fedcmp.pipeline.config import Options
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.options import Options
 from fedcmp.pipeline.registry import Registry
 
 

@@ -1,0 +1,97 @@
+"""Reading an experiment file: what it extends, overrides, placeholders."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.options import validate
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file; `run` defaults to the file's own name.
+
+    Args:
+        path: TOML file.
+        overrides: `key.sub=value` strings, applied last; values are TOML, or else plain text.
+
+    Raises:
+        UserError: The file is missing or malformed, or a key or value is wrong.
+    """
+    tables = _read(path, ())
+    tables.setdefault("run", path.stem)
+    for override in overrides:
+        tables = _merge(tables, _parse_override(override))
+    for place in ("seed", "experiment"):
+        tables = _fill(tables, f"{{{place}}}", str(tables.get(place, 0)))
+    return validate(Experiment, tables, "", str(path))
+
+
+def _fill(value: Any, placeholder: str, content: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _fill(each, placeholder, content) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_fill(each, placeholder, content) for each in value]
+    return value.replace(placeholder, content) if isinstance(value, str) else value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of one file as they stand there.
+
+    Raises:
+        UserError: The file is missing or malformed.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; give the path of an experiment's or ablation's TOML file"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def files(path: Path) -> list[Path]:
+    """A loadable file after all that it extends, in the order in which they apply."""
+    base = read_toml(path).get("extends")
+    return [path] if base is None else [*files(Path(os.path.normpath(path.parent / base))), path]
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: 'extends' goes in a circle; remove it from one of the files")
+    tables = read_toml(path)
+    base = tables.pop("extends", None)
+    if base is None:
+        return tables
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends = {base!r}: expected the path of another file")
+    return _merge(_read(path.parent / base, (*seen, path.resolve())), tables)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    renamed = "name" in above and above["name"] != below.get("name", above["name"])
+    merged = {} if renamed else dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise UserError(f"--set {override}: expected key.sub=value, e.g. federate.rounds=5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in reversed(key.split(".")):
+        value = {part.strip(): value}
+    return value
