@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fedcmp.evaluate.benchmarks.base import Answers, AskedItem, Benchmark, Item, Metric
+from fedcmp.evaluate.benchmarks.base import Answers, AskedItem, Benchmark, Item
+from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.scoring import given, rules_of
 from fedcmp.evaluate.statistics import Gap, gap, holm, mcnemar, pooled, value_of
 from fedcmp.evaluate.trained import read_manifest

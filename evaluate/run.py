@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 from fedcmp.evaluate.answers import answers_path, begin_answers, read_answers
 from fedcmp.evaluate.benchmarks.base import Item
 from fedcmp.evaluate.scoring import Scored, model_of, score, write_scores
-from fedcmp.evaluate.trained import judged, own_projector, read_manifest, require_encoding
+from fedcmp.evaluate.trained import own_projector, read_manifest, require_encoding
 from fedcmp.evaluate.work import Work, benchmarks_of, cache_of, prepare, recall
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import progress, say, table
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import locked
+from fedcmp.pipeline.run_folder import judged
 
 T = TypeVar("T")
 

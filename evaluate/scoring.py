@@ -12,13 +12,13 @@ import numpy as np
 from fedcmp.evaluate.answers import answers_path, read_answers
 from fedcmp.evaluate.benchmarks.base import Answers, Benchmark, Item
 from fedcmp.evaluate.statistics import interval, pooled
-from fedcmp.evaluate.trained import judged
 from fedcmp.evaluate.work import Work
 from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import read_json, write_atomic, write_json
 from fedcmp.pipeline.hashes import fingerprint
+from fedcmp.pipeline.run_folder import judged
 
 FORMAT = {"name": "fedcmp-scores", "version": 3}
 _ELSEWHERE = {"silo", "images", "max_new_tokens"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedcmp.evaluate.benchmarks.base import Metric
+from fedcmp.evaluate.metric import Metric
 
 _DRAWS_IN_MEMORY = 4_000_000
 

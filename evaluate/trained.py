@@ -47,12 +47,6 @@ def _recalled(experiment: Experiment, trained: dict[str, Any]) -> dict[str, Any]
     return here | {"dtype": trained.get("dtype")}
 
 
-def judged(manifest: dict[str, Any]) -> list[str]:
-    """The projectors a run is judged by: its silos' own where it has such, else the global one."""
-    names = list(manifest["projectors"])
-    return [name for name in names if name.startswith("silos/")] or names
-
-
 def require_encoding(experiment: Experiment, cache: FeatureCache, manifest: dict[str, Any]) -> None:
     """A run sees only features such as those it was trained on.
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcmp.evaluate.benchmarks.base import BENCHMARKS, AskedItem, Benchmark, Item, Problem
+from fedcmp.evaluate.benchmarks.base import BENCHMARKS, AskedItem, Benchmark, Item
+from fedcmp.evaluate.official.files import Problem
 from fedcmp.evaluate.overlap import trained_on
 from fedcmp.pipeline.cache import FeatureCache, open_cache
 from fedcmp.pipeline.cache.format import QUANT_ARRAYS, shard_name

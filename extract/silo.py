@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,10 +14,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from PIL import Image
 
+from fedcmp.extract.decode import Decoded, decode, decode_all
 from fedcmp.extract.encoders.base import LoadedEncoder
-from fedcmp.extract.pictures import read_rgb
-from fedcmp.extract.shortage import require_room, shortage
-from fedcmp.extract.sources.base import NO_FILE, Skipped, Source
+from fedcmp.extract.sources.base import Skipped, Source
 from fedcmp.extract.workers import Worker
 from fedcmp.pipeline.cache import (
     STATUS,
@@ -49,8 +46,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
-_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 _BY_OTHERS = "finished by other workers"
 
 
@@ -191,70 +186,13 @@ def _only_records(source: Source, skipped: list[Skipped]) -> Iterator[Record]:
             yield item
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    row: Row
-    pixels: np.ndarray | None
-
-
-def _decode(record: Record, encoder: LoadedEncoder) -> _Decoded:
-    """Read and prepare one picture.
-
-    Raises:
-        UserError: It cannot be read now, but perhaps later.
-        MemoryError: So does whatever else `shortage` knows.
-    """
-    texts = tuple((text.kind, text.split, text.encode().decode()) for text in record.texts)
-
-    def failed(status: str, reason: str, digest: str = "") -> _Decoded:
-        return _Decoded(Row(record.id, digest, STATUS.index(status), reason, texts), None)
-
-    try:
-        data = record.read_image()
-    except OSError as error:
-        if shortage(error):
-            raise
-        if not isinstance(error, NO_FILE) and error.errno not in _NO_NAME:
-            # Anything else may pass, and a hole in the cache would stay.
-            raise UserError(f"{record.id}: cannot be read ({error}); mend that and rerun to go on") from None
-        return failed("missing", str(error))
-    digest = hashlib.sha256(data).hexdigest()
-    try:
-        image, notes = read_rgb(data, encoder.reading)
-        pixels = encoder.preprocess(image)
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        if shortage(error):
-            raise
-        if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(f"{record.id}: cannot be read ({error}); mend that and rerun to go on") from None
-        # Pillow names the buffer by its address, which would differ from run to run.
-        reason = _ADDRESS.sub("it", f"{type(error).__name__}: {error}")
-        return failed("unreadable", reason, digest)
-    return _Decoded(Row(record.id, digest, 0, "", texts, notes), pixels)
-
-
-def _decoded(records: Sequence[Record], first: Iterable[_Decoded], encoder: LoadedEncoder) -> list[_Decoded]:
-    """What threads decoded, once all are idle; what failed is tried again alone before it is given up.
-
-    Raises:
-        MemoryError: There is too little memory to tell damage from the want of it.
-    """
-    decoded = list(first)
-    for place, item in enumerate(decoded):
-        if STATUS[item.row.status] == "unreadable":
-            decoded[place] = _decode(records[place], encoder)
-            if decoded[place].row.status:
-                require_room()
-    return decoded
-
-
 def _calibrate(
     source: Source, encoder: LoadedEncoder, options: Extract, pool: ThreadPoolExecutor
 ) -> Quantiser:
     """Channels of the first readable images."""
     sample: list[np.ndarray] = []
     for records in chunks(_only_records(source, []), options.batch_size):
-        decoded = _decoded(records, pool.map(lambda record: _decode(record, encoder), records), encoder)
+        decoded = decode_all(records, pool.map(lambda record: decode(record, encoder), records), encoder)
         features = _encode(decoded, encoder).numpy()
         readable = [item.pixels is not None for item in decoded]
         sample += [each for each in features[readable] if np.isfinite(each).all()]
@@ -270,16 +208,16 @@ def _encode_shard(
     pool: ThreadPoolExecutor,
     quantiser: Quantiser | None,
 ) -> tuple[np.ndarray, list[Row], list[float] | None]:
-    def decode(batch: Sequence[Record]) -> list[Future[_Decoded]]:
-        return [pool.submit(_decode, record, encoder) for record in batch]
+    def submit(batch: Sequence[Record]) -> list[Future[Decoded]]:
+        return [pool.submit(decode, record, encoder) for record in batch]
 
     features: list[np.ndarray] = []
     rows: list[Row] = []
     measured = [0.0] * 4 if quantiser else None
     batches = list(chunks(records, options.batch_size))
-    ahead = decode(batches[0])
+    ahead = submit(batches[0])
     for batch, following in zip(batches, [*batches[1:], []], strict=True):
-        decoded, ahead = _decoded(batch, (future.result() for future in ahead), encoder), decode(following)
+        decoded, ahead = decode_all(batch, (future.result() for future in ahead), encoder), submit(following)
         encoded = _encode(decoded, encoder)
         known = _rows(decoded, encoded, options.dtype)
         stored = (
@@ -296,7 +234,7 @@ def _encode_shard(
     return np.concatenate(features), rows, measured
 
 
-def _encode(decoded: Sequence[_Decoded], encoder: LoadedEncoder) -> torch.Tensor:
+def _encode(decoded: Sequence[Decoded], encoder: LoadedEncoder) -> torch.Tensor:
     """Features `(images, patches, d_vision)` float32 on the CPU; zero where there is no picture."""
     import torch
 
@@ -308,7 +246,7 @@ def _encode(decoded: Sequence[_Decoded], encoder: LoadedEncoder) -> torch.Tensor
     return features
 
 
-def _rows(decoded: Sequence[_Decoded], features: torch.Tensor, dtype: str) -> list[Row]:
+def _rows(decoded: Sequence[Decoded], features: torch.Tensor, dtype: str) -> list[Row]:
     """What is known of every image, now also whether its features are finite as they are stored."""
     import torch
 

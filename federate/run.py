@@ -8,7 +8,8 @@ from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from fedcmp.federate.client.texts import Counts
-from fedcmp.federate.engines.base import Card, Engine
+from fedcmp.federate.compatible import refuse
+from fedcmp.federate.engines.base import Engine, SiloCard
 from fedcmp.federate.schedule import Plan, plan
 from fedcmp.pipeline import history
 from fedcmp.pipeline.config import Experiment
@@ -21,7 +22,7 @@ from fedcmp.pipeline.manifest import provenance
 from fedcmp.pipeline.models.device import pick_device
 
 if TYPE_CHECKING:
-    from fedcmp.federate.server.rounds import Progress
+    from fedcmp.federate.server.progress import Progress
     from fedcmp.federate.strategies.base import Strategy
     from fedcmp.pipeline.models.projectors.base import Projector
 
@@ -39,11 +40,13 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
     Raises:
         UserError: A cache is missing or of another encoder, or an option is wrong.
     """
-    from fedcmp.federate.engines.local import Here
+    from fedcmp.federate.engines.local import LocalEngine
     from fedcmp.federate.strategies.base import STRATEGIES
 
     strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
-    clients = (engine or Here)(experiment, plan(experiment, strategy))
+    schedule = plan(experiment, strategy)
+    refuse(experiment, strategy, schedule)
+    clients = (engine or LocalEngine)(experiment, schedule)
     out = experiment.run_path
     with locked(out / ".lock", str(out)):
         cards = clients.cards()
@@ -58,7 +61,7 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
                 return out
             say(f"{out}: training again, because {'; '.join(changed)}")
             (out / "manifest.json").unlink()
-        _train(experiment, strategy, clients, cards, wanted)
+        _train(experiment, strategy, schedule, clients, cards, wanted)
     if experiment.federate.rounds:
         _summary(experiment.run, out)
     say(f"Projector and history in {out}")
@@ -80,17 +83,19 @@ def _damaged(out: Path, manifest: Mapping[str, Any]) -> list[str]:
 def _train(
     experiment: Experiment,
     strategy: Strategy,
+    outline: Plan,
     engine: Engine,
-    cards: Mapping[str, Card],
+    cards: Mapping[str, SiloCard],
     wanted: dict[str, Any],
 ) -> None:
     from fedcmp.federate.outgoing.residuals import RESIDUALS
     from fedcmp.federate.privacy.accounting import resolved
-    from fedcmp.federate.server.rounds import Progress, Secure, run_rounds
+    from fedcmp.federate.server.fusion import Secure
+    from fedcmp.federate.server.progress import Progress
+    from fedcmp.federate.server.rounds import run_rounds
     from fedcmp.pipeline.models import projector as projectors
 
     options, out = experiment.federate, experiment.run_path
-    outline = plan(experiment, strategy)
     checkpoint_path, print_of_run = out / "checkpoint.pt", fingerprint(wanted)
     saved = Progress.load(checkpoint_path, print_of_run)
     if saved is not None:
@@ -152,7 +157,7 @@ def _beginning(
     """What a run starts from: initial weights, and the strategy's memory."""
     import torch
 
-    from fedcmp.federate.server.rounds import Progress
+    from fedcmp.federate.server.progress import Progress
     from fedcmp.pipeline.models import projector as projectors
     from fedcmp.pipeline.models.pretrained import start_from
 

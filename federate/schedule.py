@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from fedcmp.federate.participation import participants
-from fedcmp.federate.privacy.rules import refuse
-from fedcmp.pipeline.config import Experiment, Federate
-from fedcmp.pipeline.errors import UserError
+import numpy as np
 
-LEAST = 3
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from fedcmp.federate.strategies.base import Strategy
@@ -58,33 +56,33 @@ def plan(experiment: Experiment, strategy: Strategy) -> Plan:
         )
     if strategy.personal and options.clients_per_round:
         raise UserError(f"{where}: silos that train alone take part in every round; remove it")
-    if options.communication is not None and options.secure:
-        raise UserError(
-            f"federate.communication.payload = '{options.communication.payload}': secure sums are of exact "
-            "numbers; use float32"
-        )
-    if options.secure and find_spec("cryptography") is None:
-        raise UserError("federate.privacy.secure: needs cryptography; run: pip install 'fedcmp[privacy]'")
-    if options.secure:
-        _refuse_insecure(options, made, strategy)
-    refuse(experiment, strategy)
     return made
 
 
-def _refuse_insecure(options: Federate, made: Plan, strategy: Strategy) -> None:
-    """Refuse what cannot be done when the server sees sums alone."""
-    where, name = "federate.privacy.secure", options.strategy.name
-    if strategy.sees() == "updates" or strategy.pooled or strategy.personal:
-        raise UserError(
-            f"{where}: strategy '{name}', as configured, has to see every client's update; use one that "
-            "needs only sums (docs/privacy.md)"
-        )
-    if options.optimizer.carry:
-        raise UserError(f"{where}: moments that clients carry on would reveal their updates; remove carry")
-    least = LEAST + strategy.releases() - 1
-    fewest = min(map(len, made.schedule), default=least)
-    if fewest < least:
-        sums = "a sum" if least == LEAST else f"{strategy.releases()} sums of the same updates"
-        raise UserError(
-            f"{where}: {sums} over {fewest} clients hides nobody; at least {least} must take part"
-        )
+def participants(clients: Sequence[str], rounds: int, per_round: int | None, seed: int) -> list[list[str]]:
+    """Draw clients without replacement, cycle after cycle, so that all take part about equally often.
+
+    Args:
+        clients: All clients.
+        rounds: Number of rounds.
+        per_round: Clients a round; all by default.
+        seed: Seed of the experiment.
+
+    Returns:
+        The clients of every round, in the order of `clients`.
+    """
+    size = min(per_round or len(clients), len(clients))
+    generator = np.random.default_rng([seed, len(clients), size])
+    waiting: list[str] = []
+    schedule = []
+    for _ in range(rounds):
+        chosen = waiting[:size]
+        waiting = waiting[size:]
+        if len(chosen) < size:
+            cycle = [clients[place] for place in generator.permutation(len(clients))]
+            fresh = [client for client in cycle if client not in chosen]
+            again = [client for client in cycle if client in chosen]
+            missing = size - len(chosen)
+            chosen, waiting = chosen + fresh[:missing], fresh[missing:] + again
+        schedule.append([client for client in clients if client in chosen])
+    return schedule

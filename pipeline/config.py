@@ -1,8 +1,5 @@
-"""The experiment file: TOML into frozen models; an unknown key is an error.
+"""What an experiment file may say, as frozen models; an unknown key is an error.
 
-One file is one run. `extends = "../demo.toml"` takes everything from another file and overrides
-parts of it; a table that changes its component's `name` replaces the other's options as a whole.
-`{seed}` and `{experiment}` in any text stand for the file's own, so that seeds may have their own data.
 Paths are relative to the working directory.
 """
 

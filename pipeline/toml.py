@@ -1,4 +1,9 @@
-"""Reading an experiment file: what it extends, overrides, placeholders."""
+"""Reading an experiment file.
+
+One file is one run. `extends = "../demo.toml"` takes everything from another file and overrides
+parts of it; a table that changes its component's `name` replaces the other's options as a whole.
+`{seed}` and `{experiment}` in any text stand for the file's own, so that seeds may have their own data.
+"""
 
 from __future__ import annotations
 

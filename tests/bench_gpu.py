@@ -43,7 +43,7 @@ from fedcmp.commands.plan import GPUS, language_shape
 from fedcmp.components import load
 from fedcmp.extract.encoders.base import ENCODERS
 from fedcmp.extract.run import run as extract
-from fedcmp.federate.client.step import LocalResult
+from fedcmp.federate.messages import LocalResult
 from fedcmp.federate.strategies.fedavg import FedAvg
 from fedcmp.federate.strategies.fedcmp import FedCmp
 from fedcmp.pipeline.cache import open_cache

@@ -39,8 +39,9 @@ from PIL import Image
 from fedcmp.components import load
 from fedcmp.extract.encoders.base import ENCODERS
 from fedcmp.extract.run import run as extract
-from fedcmp.federate.client.step import Job, LocalResult, train_together
+from fedcmp.federate.client.step import train_together
 from fedcmp.federate.client.stream import Batch, Stream
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.pipeline.cache import open_cache
 from fedcmp.pipeline.config import Experiment, Optimizer
 from fedcmp.pipeline.models import projector as projectors

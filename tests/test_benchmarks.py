@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from official import WRITERS
 
-from fedcmp.evaluate.benchmarks.base import BENCHMARKS, LETTER, SHORT_ANSWER, Benchmark, Item, Problem
+from fedcmp.evaluate.benchmarks.base import BENCHMARKS, LETTER, SHORT_ANSWER, Benchmark, Item
+from fedcmp.evaluate.official.files import Problem
 from fedcmp.evaluate.statistics import interval, value_of
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.options import Component

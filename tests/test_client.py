@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from fedcmp.components import load
 from fedcmp.federate.arithmetic.updates import Objective, State
 from fedcmp.federate.client.memo import Memo, job_key
-from fedcmp.federate.client.step import Job, LocalResult, learning_rate, train_together
+from fedcmp.federate.client.step import learning_rate, train_together
 from fedcmp.federate.client.stream import Batch, Stream
-from fedcmp.federate.client.trainer import LocalEngine
-from fedcmp.federate.participation import participants
+from fedcmp.federate.client.trainer import Trainer
+from fedcmp.federate.messages import Job, LocalResult
+from fedcmp.federate.schedule import participants
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.models import projector as projectors
@@ -196,8 +197,8 @@ def test_a_diverging_client_is_named(streams, language) -> None:  # type: ignore
         train([job("clinic"), job("lab", start=broken)], streams, language)
 
 
-def engine(streams, language, memo: Memo | None, together: int = 1) -> LocalEngine:  # type: ignore[no-untyped-def]
-    return LocalEngine(
+def engine(streams, language, memo: Memo | None, together: int = 1) -> Trainer:  # type: ignore[no-untyped-def]
+    return Trainer(
         streams,
         module(),
         language,

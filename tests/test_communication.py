@@ -20,7 +20,7 @@ from fedcmp.federate.engines.wire import pack, unpack
 from fedcmp.federate.outgoing.compression import compressed, received, restored
 from fedcmp.federate.outgoing.residuals import RESIDUALS, Residuals
 from fedcmp.federate.run import run
-from fedcmp.federate.server.rounds import Progress
+from fedcmp.federate.server.progress import Progress
 from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Communication, Experiment
 from fedcmp.pipeline.errors import DivergedError, UserError

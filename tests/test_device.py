@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedcmp.federate.client import trainer as local
-from fedcmp.federate.client.trainer import LocalEngine
+from fedcmp.federate.client.trainer import Trainer
 from fedcmp.pipeline.models.device import in_one_order
 
 
@@ -25,9 +25,9 @@ def test_one_order_is_asked_for_on_cuda_alone(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def engine(language: Any) -> LocalEngine:
+def engine(language: Any) -> Trainer:
     options: Any = None
-    return LocalEngine({}, torch.nn.Identity(), language, options, 1, 1, 1, None, lambda steps: None)
+    return Trainer({}, torch.nn.Identity(), language, options, 1, 1, 1, None, lambda steps: None)
 
 
 def test_what_has_no_order_is_said_and_done(

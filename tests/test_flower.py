@@ -20,11 +20,11 @@ from conftest import ROOT
 from test_sites import SILOS, Echo, projector, sites_config  # noqa: F401
 
 from fedcmp.components import load
-from fedcmp.federate.client.step import Job, LocalResult
 from fedcmp.federate.engines.flower import launch
 from fedcmp.federate.engines.flower.keys import Keys
 from fedcmp.federate.engines.flower.processes import free_port
-from fedcmp.federate.engines.local import Here
+from fedcmp.federate.engines.local import LocalEngine
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.run import run
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
@@ -86,7 +86,7 @@ def missing(experiment: Experiment) -> dict[int, list[str]]:
     return {row["round"]: row["missing"] for row in rows if row["client"] is None}
 
 
-class WithoutSome(Here):
+class WithoutSome(LocalEngine):
     """The local engine with some clients missing in some rounds."""
 
     absent: dict[int, list[str]]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from fedcmp.evaluate.benchmarks.base import Answers, Item, Metric, averaged
+from fedcmp.evaluate.benchmarks.base import Answers, Item, averaged
 from fedcmp.evaluate.benchmarks.captions import Captions
 from fedcmp.evaluate.benchmarks.gqa import Gqa
 from fedcmp.evaluate.benchmarks.mm_vet import MmVet
@@ -21,6 +21,7 @@ from fedcmp.evaluate.benchmarks.pope import Pope
 from fedcmp.evaluate.benchmarks.retrieval import Retrieval, ranks_of
 from fedcmp.evaluate.benchmarks.scienceqa import ScienceQa
 from fedcmp.evaluate.benchmarks.seed_bench import SeedBench
+from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.official.captions import bleu, bleu_score, cider_d, rouge_l
 from fedcmp.evaluate.official.ptb import caption_tokens
 from fedcmp.evaluate.official.short_answers import (

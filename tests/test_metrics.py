@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcmp.evaluate.benchmarks.base import Item, Metric, averaged, mean
+from fedcmp.evaluate.benchmarks.base import Item, averaged
 from fedcmp.evaluate.benchmarks.pope import Pope
 from fedcmp.evaluate.compare import DRAWS
+from fedcmp.evaluate.metric import Metric, mean
 from fedcmp.evaluate.official.captions import object_matches
 from fedcmp.evaluate.official.ptb import caption_tokens
 from fedcmp.evaluate.official.short_answers import pope_label, vqa_accuracy, vqa_normalise

@@ -18,7 +18,7 @@ import torch
 from test_sites import SILOS, FakeLink, over, projector, sites_config  # noqa: F401
 
 from fedcmp.components import load
-from fedcmp.federate.engines.base import Card, terms
+from fedcmp.federate.engines.base import SiloCard, terms
 from fedcmp.federate.engines.service import Service
 from fedcmp.federate.engines.sites import Sites
 from fedcmp.federate.outgoing.compression import compressed
@@ -190,7 +190,7 @@ def rounds_of(
     options = [f"federate.rounds={len(changes)}", "sites.quorum=2", "sites.join_timeout=5"]
     experiment = load(config, [*options, f"build={build}", *more])
     for said in spoken.values():
-        card = Card(**said["hello"]["card"])
+        card = SiloCard(**said["hello"]["card"])
         said["hello"]["terms"] = terms(experiment, card)
     sites = {
         node: Said(spoken[silo], iter(changes) if silo == "lab" else None) for node, silo in enumerate(SILOS)
@@ -293,7 +293,7 @@ def test_odd_greetings_do_not_end_the_server(
     """At the first start all sites are needed; that one is missing is said, as are the others' names."""
     experiment = load(sites_config, [f"build={tmp_path}", "sites.join_timeout=0.1"])
     for said in spoken.values():
-        said["hello"]["terms"] = terms(experiment, Card(**said["hello"]["card"]))
+        said["hello"]["terms"] = terms(experiment, SiloCard(**said["hello"]["card"]))
     for name, change in GREETINGS.items():
         hello = copy.deepcopy(spoken["lab"]["hello"])
         changed = change(hello)
@@ -325,7 +325,7 @@ def test_a_wrong_site_that_comes_first_does_not_turn_away_the_others(
 
     experiment = load(sites_config, ["federate.rounds=1", "sites.quorum=2", f"build={tmp_path}"])
     for said in spoken.values():
-        said["hello"]["terms"] = terms(experiment, Card(**said["hello"]["card"]))
+        said["hello"]["terms"] = terms(experiment, SiloCard(**said["hello"]["card"]))
     wrong = copy.deepcopy(spoken["lab"])
     wrong["hello"]["d_llm"] *= 2
     order = {1: Said(wrong), 0: Said(spoken["clinic"]), 2: Said(spoken["practice"])}
@@ -347,7 +347,7 @@ def test_a_site_cannot_take_the_name_of_another(
     """The key that it signs with says whose site it is; the true one takes part."""
     experiment = load(sites_config, ["federate.rounds=1", "sites.quorum=2", f"build={tmp_path}"])
     for said in spoken.values():
-        said["hello"]["terms"] = terms(experiment, Card(**said["hello"]["card"]))
+        said["hello"]["terms"] = terms(experiment, SiloCard(**said["hello"]["card"]))
     owners = {**dict(enumerate(SILOS)), 7: "former"}
     false = copy.deepcopy(spoken["lab"])
     false["hello"]["card"]["content"] = "0" * 64

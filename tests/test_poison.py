@@ -14,7 +14,7 @@ from test_strategies import draw
 
 from fedcmp.components import load
 from fedcmp.federate.arithmetic.updates import distance
-from fedcmp.federate.engines.local import Here
+from fedcmp.federate.engines.local import LocalEngine
 from fedcmp.federate.outgoing.poison import poisoned
 from fedcmp.federate.run import run
 from fedcmp.pipeline.config import Poison
@@ -65,7 +65,7 @@ def test_with_a_quorum_rounds_go_on_without_them(sites_config: Path, tmp_path: P
     rows = map(json.loads, (bad.run_path / "history.jsonl").read_text().splitlines())
     assert [row["missing"] for row in rows if row["client"] is None] == [["lab"]] * 3
 
-    class Without(Here):
+    class Without(LocalEngine):
         @contextmanager
         def training(self, start: int) -> Iterator[object]:  # type: ignore[override]
             with super().training(start) as train:

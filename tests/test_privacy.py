@@ -17,10 +17,10 @@ from test_strategies import draw
 from fedcmp.cli import main
 from fedcmp.components import load
 from fedcmp.federate.arithmetic.updates import distance
-from fedcmp.federate.client.step import Job, LocalResult
-from fedcmp.federate.engines.local import Here
+from fedcmp.federate.engines.local import LocalEngine
 from fedcmp.federate.engines.service import Service
 from fedcmp.federate.engines.wire import job_as_dict, pack, result_of, unpack
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.accounting import multiplier_of, spent
 from fedcmp.federate.privacy.ledger import Ledger
 from fedcmp.federate.privacy.noise import privatised
@@ -505,7 +505,7 @@ def test_every_strategy_is_private_or_refused() -> None:
 @pytest.mark.parametrize("kept", ["clip=0.1", "secure=true"])
 def test_nothing_but_what_was_agreed_leaves_a_client(private: Callable[..., Experiment], kept: str) -> None:
     experiment = private(f"federate.privacy.{kept}")
-    here = Here(experiment, plan(experiment, FedAvg()))
+    here = LocalEngine(experiment, plan(experiment, FedAvg()))
     with here.training(0) as train:
         start = state_of(train._engine.scratch)  # type: ignore[attr-defined]
         (result,) = train([Job("clinic", start, 0, 0, 3, wants=ALL_WANTED)])

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from fedcmp.federate.arithmetic.updates import Objective, State
-from fedcmp.federate.client.step import Job, LocalResult, train_together
+from fedcmp.federate.client.step import train_together
 from fedcmp.federate.client.stream import Batch, Stream
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy import noise, steps
 from fedcmp.federate.privacy.noise import standard_normal
 from fedcmp.federate.privacy.steps import NoisySteps, clipped_sum

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from fedcmp.cli import main
 from fedcmp.components import load
 from fedcmp.federate.arithmetic.updates import Objective
-from fedcmp.federate.client.step import Job, LocalResult
 from fedcmp.federate.engines.base import terms
 from fedcmp.federate.engines.flower import daemon
+from fedcmp.federate.engines.link import Failure
 from fedcmp.federate.engines.service import Service
-from fedcmp.federate.engines.sites import Failure, Sites
+from fedcmp.federate.engines.sites import Sites
 from fedcmp.federate.engines.wire import Payload, job_as_dict, job_of, pack, result_as_dict, result_of, unpack
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.accounting import spent
 from fedcmp.federate.run import run
 from fedcmp.pipeline.config import Experiment

@@ -14,7 +14,8 @@ from conftest import picture
 from test_benchmarks import build, items_of
 
 from fedcmp.cli import main
-from fedcmp.evaluate.benchmarks.base import Item, Problem
+from fedcmp.evaluate.benchmarks.base import Item
+from fedcmp.evaluate.official.files import Problem
 from fedcmp.evaluate.official.short_answers import mmbench_option
 from fedcmp.evaluate.statistics import value_of
 from fedcmp.pipeline.cache import FeatureCache

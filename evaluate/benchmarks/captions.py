@@ -11,20 +11,11 @@ from pathlib import Path
 import numpy as np
 from pydantic import field_validator
 
-from fedcmp.evaluate.benchmarks.base import (
-    BENCHMARKS,
-    Answers,
-    Benchmark,
-    Item,
-    Metric,
-    Problem,
-    averaged,
-    collect,
-    ratio,
-    to_json,
-)
+from fedcmp.evaluate.benchmarks.base import BENCHMARKS, Answers, Benchmark, Item, averaged, collect
+from fedcmp.evaluate.metric import Metric, ratio
 from fedcmp.evaluate.official.caption_files import Captioned, captioned_images
 from fedcmp.evaluate.official.captions import bleu, bleu_score, cider_d, object_matches, rouge_l
+from fedcmp.evaluate.official.files import Problem, to_json
 from fedcmp.evaluate.official.ptb import caption_tokens
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.models.prompts import CAPTION_PROMPT, question

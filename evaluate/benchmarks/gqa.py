@@ -13,15 +13,11 @@ from fedcmp.evaluate.benchmarks.base import (
     Answers,
     Benchmark,
     Item,
-    Metric,
-    Problem,
     averaged,
     collect,
-    field,
-    file_name,
-    read_json_file,
-    string,
 )
+from fedcmp.evaluate.metric import Metric
+from fedcmp.evaluate.official.files import Problem, field, file_name, read_json_file, string
 from fedcmp.evaluate.official.short_answers import gqa_answer
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError

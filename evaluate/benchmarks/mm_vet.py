@@ -13,20 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from fedcmp.evaluate.benchmarks.base import (
-    BENCHMARKS,
-    Answers,
-    Benchmark,
-    Item,
-    Metric,
-    Problem,
-    collect,
-    field,
-    read_json_file,
-    string,
-    strings,
-    to_json,
-)
+from fedcmp.evaluate.benchmarks.base import BENCHMARKS, Answers, Benchmark, Item, collect
+from fedcmp.evaluate.metric import Metric
+from fedcmp.evaluate.official.files import Problem, field, read_json_file, string, strings, to_json
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.prompts import question

@@ -19,14 +19,12 @@ from fedcmp.evaluate.benchmarks.base import (
     Answers,
     Choice,
     Item,
-    Metric,
-    Problem,
     averaged,
     averaged_by,
     collect,
-    field,
-    read_text_file,
 )
+from fedcmp.evaluate.metric import Metric
+from fedcmp.evaluate.official.files import Problem, field, read_text_file
 from fedcmp.evaluate.official.short_answers import mmbench_option
 from fedcmp.evaluate.official.spreadsheet import spreadsheet
 from fedcmp.pipeline.cache import FeatureCache

@@ -15,14 +15,12 @@ from fedcmp.evaluate.benchmarks.base import (
     Answers,
     Choice,
     Item,
-    Metric,
-    Problem,
     averaged,
     collect,
-    ratio,
-    read_text_file,
     undecided,
 )
+from fedcmp.evaluate.metric import Metric, ratio
+from fedcmp.evaluate.official.files import Problem, read_text_file
 from fedcmp.evaluate.official.short_answers import mme_label
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError

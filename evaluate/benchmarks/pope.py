@@ -16,15 +16,11 @@ from fedcmp.evaluate.benchmarks.base import (
     Answers,
     Choice,
     Item,
-    Metric,
-    Problem,
     collect,
-    field,
-    json_lines,
-    ratio,
-    string,
     undecided,
 )
+from fedcmp.evaluate.metric import Metric, ratio
+from fedcmp.evaluate.official.files import Problem, field, json_lines, string
 from fedcmp.evaluate.official.short_answers import pope_decides, pope_label
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError

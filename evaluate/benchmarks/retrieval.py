@@ -12,19 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedcmp.evaluate.benchmarks.base import (
-    BENCHMARKS,
-    Answers,
-    Benchmark,
-    Item,
-    Metric,
-    Mode,
-    Problem,
-    averaged,
-    collect,
-    mean,
-)
+from fedcmp.evaluate.benchmarks.base import BENCHMARKS, Answers, Benchmark, Item, Mode, averaged, collect
+from fedcmp.evaluate.metric import Metric, mean
 from fedcmp.evaluate.official.caption_files import Captioned, captioned_images
+from fedcmp.evaluate.official.files import Problem
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.models.prompts import CAPTION_PROMPT, question
 

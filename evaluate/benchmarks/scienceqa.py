@@ -13,17 +13,12 @@ from fedcmp.evaluate.benchmarks.base import (
     Answers,
     Choice,
     Item,
-    Metric,
-    Problem,
     averaged,
     averaged_by,
     collect,
-    entries,
-    field,
-    read_json_file,
-    string,
-    strings,
 )
+from fedcmp.evaluate.metric import Metric
+from fedcmp.evaluate.official.files import Problem, entries, field, read_json_file, string, strings
 from fedcmp.evaluate.official.short_answers import scienceqa_letter
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError

@@ -13,12 +13,14 @@ from fedcmp.evaluate.benchmarks.base import (
     Answers,
     Benchmark,
     Item,
-    Metric,
-    Problem,
     annotators,
-    attempt,
     averaged,
     collect,
+)
+from fedcmp.evaluate.metric import Metric
+from fedcmp.evaluate.official.files import (
+    Problem,
+    attempt,
     entries,
     field,
     file_name,

@@ -13,16 +13,13 @@ from fedcmp.evaluate.benchmarks.base import (
     Answers,
     Benchmark,
     Item,
-    Metric,
-    Problem,
     annotators,
     averaged,
     averaged_by,
     collect,
-    entries,
-    string,
-    to_json,
 )
+from fedcmp.evaluate.metric import Metric
+from fedcmp.evaluate.official.files import Problem, entries, string, to_json
 from fedcmp.evaluate.official.short_answers import evalai_normalise, vizwiz_accuracy
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.models.prompts import question

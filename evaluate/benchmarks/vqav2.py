@@ -13,19 +13,13 @@ from fedcmp.evaluate.benchmarks.base import (
     Answers,
     Benchmark,
     Item,
-    Metric,
-    Problem,
     annotators,
-    attempt,
     averaged,
     averaged_by,
     collect,
-    entries,
-    field,
-    file_name,
-    string,
-    to_json,
 )
+from fedcmp.evaluate.metric import Metric
+from fedcmp.evaluate.official.files import Problem, attempt, entries, field, file_name, string, to_json
 from fedcmp.evaluate.official.short_answers import evalai_normalise, vqa_accuracy
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError

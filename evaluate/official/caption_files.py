@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedcmp.evaluate.benchmarks.base import Problem, attempt, field, read_json_file, string
+from fedcmp.evaluate.official.files import Problem, attempt, field, read_json_file, string
 from fedcmp.pipeline.errors import UserError
 
 

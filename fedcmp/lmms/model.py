@@ -14,12 +14,13 @@ from lmms_eval.api.model import lmms
 from fedcmp.components import load
 from fedcmp.evaluate.answering import Failure, answers, load_reader
 from fedcmp.evaluate.benchmarks.base import Item
-from fedcmp.evaluate.trained import judged, read_manifest, require_encoding
+from fedcmp.evaluate.trained import read_manifest, require_encoding
 from fedcmp.lmms.lookup import Lookup
 from fedcmp.pipeline.cache import open_cache
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError, did_you_mean
 from fedcmp.pipeline.records import Text, Turn
+from fedcmp.pipeline.run_folder import judged
 
 _LENGTH = 1024  # as lmms-eval's own models where a task says nothing
 

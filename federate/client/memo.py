@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedcmp.federate.client.step import Job, LocalResult
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.pipeline.files import write_atomic
 from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.models.projector import content_hash

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedcmp.federate.client.memo import Memo
-from fedcmp.federate.client.step import Job, LocalResult
 from fedcmp.federate.client.stream import Stream
 from fedcmp.federate.client.texts import check_texts
-from fedcmp.federate.client.trainer import LocalEngine
+from fedcmp.federate.client.trainer import Trainer
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.outgoing.compression import compressed, restored
 from fedcmp.federate.outgoing.poison import poisoned
 from fedcmp.federate.outgoing.residuals import RESIDUALS, Residuals
@@ -103,7 +103,7 @@ class Site:
         }
         self._signing = signing
         self._parties: dict[str, Party] = {}
-        self._engine = LocalEngine(
+        self._engine = Trainer(
             self.streams,
             scratch.to(device),
             language,

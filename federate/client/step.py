@@ -7,74 +7,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from fedcmp.federate.arithmetic.updates import Objective, Sent, State
+from fedcmp.federate.arithmetic.updates import State
 from fedcmp.federate.client.stream import Batch
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.steps import NoisySteps
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.errors import DivergedError
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.projector import state_of
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the server asks of one client in one round; plain data, so it can travel.
-
-    Attributes:
-        client: Its name.
-        start: Projector to start from.
-        turn: Which part of its stream it trains on; counts the rounds it has taken part in.
-        round: Round of the run, which sets the learning rate.
-        rounds: Rounds in all.
-        objective: What it minimises besides its loss.
-        wants: What it must send besides its projector.
-        optimizer: Moments to go on from, or None.
-        counted: Last round in which its answer counted, or None.
-    """
-
-    client: str
-    start: State
-    turn: int
-    round: int
-    rounds: int
-    objective: Objective = field(default_factory=Objective)
-    wants: frozenset[str] = frozenset()
-    optimizer: dict[str, Any] | None = None
-    counted: int | None = None
-
-
-@dataclass(frozen=True)
-class LocalResult:
-    """A client's projector after its local steps.
-
-    `loss` is the mean negative log-likelihood a supervised token, in nats, over the round;
-    `gradient` the mean clipped gradient of the loss along the path and `alignment` each matrix's
-    contribution to alignment, where they were asked for; `recalled` says that equal training was
-    done before. `sent` is the compressed update in place of `state`. Where it would tell more than may
-    be learnt, there is None. `releases` counts how often the site has answered this round, this time
-    included.
-    """
-
-    client: str
-    state: State
-    loss: float | None
-    samples: int
-    steps: int
-    tokens: int | None
-    seconds: float | None
-    optimizer: dict[str, Any] | None = None
-    gradient: State | None = None
-    alignment: dict[str, float] | None = None
-    recalled: bool = False
-    sent: Sent | None = None
-    releases: int = 1
 
 
 def learning_rate(options: Optimizer, step: int, total: int) -> float:

@@ -10,8 +10,9 @@ from torch import nn
 
 from fedcmp.federate.client.alignment import alignment_contributions
 from fedcmp.federate.client.memo import Memo, job_key
-from fedcmp.federate.client.step import Job, LocalResult, train_together
+from fedcmp.federate.client.step import train_together
 from fedcmp.federate.client.stream import Stream
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.steps import NoisySteps
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.console import say
@@ -23,7 +24,7 @@ _ALIGNMENT_SAMPLES = 256
 
 
 @dataclass(frozen=True)
-class LocalEngine:
+class Trainer:
     """Does the clients' local training of a round.
 
     Attributes:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 from torch import Tensor
 
 from fedcmp.federate.arithmetic.updates import Sent
-from fedcmp.federate.client.step import Job, LocalResult
-from fedcmp.federate.engines.base import Card
+from fedcmp.federate.engines.base import SiloCard
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.pipeline.config import Communication, Experiment, Federate
 from fedcmp.pipeline.hashes import canonical
 
@@ -86,7 +86,7 @@ class _Stepped(_Strict):
     answer: dict[str, Any]
 
 
-def hello(said: Any) -> tuple[str, Card, dict[str, Any], int]:
+def hello(said: Any) -> tuple[str, SiloCard, dict[str, Any], int]:
     """A site's silo, its card, what it has agreed to, and the width of its LLM.
 
     Raises:
@@ -95,7 +95,7 @@ def hello(said: Any) -> tuple[str, Card, dict[str, Any], int]:
     read = _read(_Hello, said)
     for each in (read.card.key, read.card.language, read.terms):
         canonical(each)  # refuses what JSON cannot say
-    return read.silo, Card(**read.card.model_dump()), read.terms, read.d_llm
+    return read.silo, SiloCard(**read.card.model_dump()), read.terms, read.d_llm
 
 
 def stepped(said: Any) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def stepped(said: Any) -> dict[str, Any]:
     return _read(_Stepped, said).answer
 
 
-def trained(said: Any, job: Job, card: Card, experiment: Experiment) -> LocalResult:
+def trained(said: Any, job: Job, card: SiloCard, experiment: Experiment) -> LocalResult:
     """A site's answer to a job.
 
     Args:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Card:
+class SiloCard:
     """What the server has to know of a silo; plain data, and nothing of any image or text.
 
     Attributes:
@@ -41,7 +41,7 @@ class Card:
     left_out: int = 0
 
     @classmethod
-    def of(cls, cache: FeatureCache, experiment: Experiment, counts: Counts | None = None) -> Card:
+    def of(cls, cache: FeatureCache, experiment: Experiment, counts: Counts | None = None) -> SiloCard:
         """The card of a silo on this machine; without counts, its texts have not been looked at."""
         samples, left_out = counts or Counts(len(cache.usable_texts("train")), 0)
         options, content = experiment.federate.clipped, cache.content
@@ -66,7 +66,7 @@ class Engine(ABC):
     """Where the clients of a run are."""
 
     @abstractmethod
-    def cards(self) -> dict[str, Card]:
+    def cards(self) -> dict[str, SiloCard]:
         """Every silo's card.
 
         Raises:
@@ -95,7 +95,7 @@ class Engine(ABC):
         """Width of the LLM's embeddings; known while training."""
 
 
-def terms(experiment: Experiment, card: Card) -> dict[str, Any]:
+def terms(experiment: Experiment, card: SiloCard) -> dict[str, Any]:
     """What server and sites must agree on: all that decides the bytes of a site's results.
 
     The initial projector is the server's alone, as every job brings the weights to start from.

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fedcmp.federate.client.texts import Counts
-from fedcmp.federate.engines.base import Card, Engine
+from fedcmp.federate.engines.base import Engine, SiloCard
 from fedcmp.federate.schedule import Plan
 from fedcmp.pipeline.cache import open_cache, same_key
 from fedcmp.pipeline.config import Experiment
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedcmp.federate.server.rounds import Train
 
 
-class Here(Engine):
+class LocalEngine(Engine):
     """All clients train in this process, one after the other, with one frozen LLM between them.
 
     Args:
@@ -31,10 +31,10 @@ class Here(Engine):
         self._caches = {name: open_cache(experiment, name) for name in experiment.federate.silos}
         self._site: Site | None = None
 
-    def cards(self) -> dict[str, Card]:
+    def cards(self) -> dict[str, SiloCard]:
         """Cards of the caches on this machine."""
         same_key(self._caches)
-        return {name: Card.of(cache, self._experiment) for name, cache in self._caches.items()}
+        return {name: SiloCard.of(cache, self._experiment) for name, cache in self._caches.items()}
 
     @contextmanager
     def training(self, start: int) -> Iterator[Train]:

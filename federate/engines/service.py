@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fedcmp.federate.client.site import Site
-from fedcmp.federate.engines.base import Card, terms
+from fedcmp.federate.compatible import refuse, refuse_over_sites
+from fedcmp.federate.engines.base import SiloCard, terms
 from fedcmp.federate.engines.wire import job_of, result_as_dict
 from fedcmp.federate.schedule import plan
 from fedcmp.federate.secure.signing import Signing
@@ -30,15 +31,17 @@ class Service:
 
     def __init__(self, experiment: Experiment, silo: str, signing: Signing | None = None) -> None:
         strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
-        check_sites(experiment, strategy.pooled)
+        refuse_over_sites(experiment, strategy)
         if silo not in experiment.federate.silos:
             raise UserError(
                 f"--silo {silo}: not in federate.silos; there are {', '.join(experiment.federate.silos)}"
             )
+        made = plan(experiment, strategy)
+        refuse(experiment, strategy, made)
         cache = open_cache(experiment, silo)
         self.silo = silo
-        self._site = Site(experiment, plan(experiment, strategy), {silo: cache}, signing=signing)
-        self._card = Card.of(cache, experiment, self._site.counts[silo])
+        self._site = Site(experiment, made, {silo: cache}, signing=signing)
+        self._card = SiloCard.of(cache, experiment, self._site.counts[silo])
         self._terms = terms(experiment, self._card)
 
     def handle(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -66,21 +69,3 @@ class Service:
                 f"site '{self.silo}' refuses a task it has not agreed to ({'; '.join(found)}); give server "
                 "and site the same experiment, LLM and encoder"
             )
-
-
-def check_sites(experiment: Experiment, pooled: bool) -> None:
-    """Refuse what cannot run over sites.
-
-    Raises:
-        UserError: Silos would have to be pooled, or trained together.
-    """
-    if pooled:
-        raise UserError(
-            f"federate.strategy.name = '{experiment.federate.strategy.name}': it pools the silos' data, "
-            "which stay at their sites; use --engine local"
-        )
-    if experiment.federate.together > 1:
-        raise UserError(
-            f"federate.together = {experiment.federate.together}: sites train alone; set it to 1, as the "
-            "bytes of a run depend on it"
-        )

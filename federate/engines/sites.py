@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from fedcmp.federate.client.step import Job, LocalResult
 from fedcmp.federate.client.texts import Counts
+from fedcmp.federate.compatible import refuse_over_sites
 from fedcmp.federate.engines import answers
-from fedcmp.federate.engines.base import Card, Engine, terms
-from fedcmp.federate.engines.service import check_sites
+from fedcmp.federate.engines.base import Engine, SiloCard, terms
+from fedcmp.federate.engines.link import Failure, Link
 from fedcmp.federate.engines.wire import Payload, job_as_dict, pack, unpack
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.schedule import Plan
 from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.pipeline.cache import differences
@@ -33,32 +34,11 @@ _SITES = "sites.json"
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A site's answer that it could not do what was asked; `gone` where nobody was there to do it."""
-
-    reason: str
-    gone: bool = False
-
-
-class Link(Protocol):
-    """How messages travel; nodes are the transport's names for connected sites."""
-
-    def nodes(self) -> set[int]:
-        """Who is connected."""
-
-    def send(self, node: int, kind: str, payload: Payload, seconds: float) -> str:
-        """Send a message that is void after so many seconds; returns its name."""
-
-    def receive(self, messages: Iterable[str]) -> dict[str, Payload | Failure]:
-        """Answers to messages that have arrived since."""
-
-
-@dataclass(frozen=True)
 class _Offer:
     """What a site says of itself, and where it is."""
 
     node: int
-    card: Card
+    card: SiloCard
     terms: dict[str, Any]
     d_llm: int
 
@@ -107,10 +87,10 @@ class Sites(Engine):
         self, experiment: Experiment, plan: Plan, link: Link, owners: Mapping[int, str] | None = None
     ) -> None:
         strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
-        check_sites(experiment, strategy.pooled)
+        refuse_over_sites(experiment, strategy)
         self._experiment, self._plan, self._link = experiment, plan, link
         self._owners = owners
-        self._cards: dict[str, Card] = {}
+        self._cards: dict[str, SiloCard] = {}
         self._offers: dict[str, _Offer] = {}
         self._outvoted: dict[str, str] = {}
         self._node: dict[str, int] = {}
@@ -121,7 +101,7 @@ class Sites(Engine):
         self._d_llm = 0
         self._voted: tuple[str, dict[str, Any]] | None = None
         self._model: tuple[str, dict[str, Any]] | None = None  # once the run has begun
-        self._begun_with: dict[str, Card] = {}
+        self._begun_with: dict[str, SiloCard] = {}
         self._looked = float("-inf")
         self._sent = self._received = 0
 
@@ -130,11 +110,11 @@ class Sites(Engine):
         """Width of the LLM's embeddings."""
         return self._d_llm
 
-    def cards(self) -> dict[str, Card]:
+    def cards(self) -> dict[str, SiloCard]:
         """Wait for the sites; those known from before an interruption may be missing up to the quorum."""
         silos, options = self._experiment.federate.silos, self._experiment.sites
         path = self._experiment.run_path / _SITES
-        known = {name: Card(**card) for name, card in (read_json(path) or {}).items()}
+        known = {name: SiloCard(**card) for name, card in (read_json(path) or {}).items()}
         needed = self._quorum(len(silos)) if known.keys() >= set(silos) else len(silos)
         if (self._experiment.run_path / "checkpoint.pt").exists():
             self._begun_with = known

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedcmp.federate.arithmetic.updates import Objective
-from fedcmp.federate.client.step import Job, LocalResult
+from fedcmp.federate.messages import Job, LocalResult
 
 _TENSOR, _ITEMS = "$tensor", "$items"
 

@@ -40,7 +40,7 @@ class Guide:
     texts: int
 
 
-def _aligned(inputs: Inputs, guide: Guide) -> Inputs:
+def aligned(inputs: Inputs, guide: Guide) -> Inputs:
     """The inputs with the alignments of their updates."""
     from fedcmp.federate.client.alignment import alignment_contributions
 

@@ -42,7 +42,7 @@ class Inputs:
     guided: dict[str, Any] | None = None
 
 
-def _inputs(paths: Sequence[Path], base: Path | None, weights: str | None) -> Inputs:
+def read_inputs(paths: Sequence[Path], base: Path | None, weights: str | None) -> Inputs:
     """Read what is to be merged, and refuse what cannot be."""
     sources = _sources(paths)
     start, base_path = _base(base, sources[0])

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from fedcmp.federate.arithmetic.updates import State, distance
-from fedcmp.federate.merge.guide import Guide, _aligned
-from fedcmp.federate.merge.inputs import Inputs, _inputs
+from fedcmp.federate.merge.guide import Guide, aligned
+from fedcmp.federate.merge.inputs import Inputs, read_inputs
 from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError, did_you_mean
@@ -52,11 +52,11 @@ def merge(
     """
     strategies = {name: _method(name, overrides, methods) for name in methods}
     targets = _targets(out, list(strategies))
-    inputs = _inputs(paths, base, weights)
+    inputs = read_inputs(paths, base, weights)
     _refuse_overwriting(inputs, targets)
     wanting = [name for name, strategy in strategies.items() if "alignment" in strategy.wants]
     if guide and wanting:
-        inputs = _aligned(inputs, guide)
+        inputs = aligned(inputs, guide)
     elif wanting:
         say(f"{', '.join(wanting)}: without --features and --language, alignments do not weight the layers")
     elif guide:

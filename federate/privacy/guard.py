@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 
-from fedcmp.federate.client.step import Job, LocalResult
 from fedcmp.federate.client.stream import Stream
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.accounting import resolved
 from fedcmp.federate.privacy.ledger import Ledger, Release
 from fedcmp.federate.privacy.noise import privatised

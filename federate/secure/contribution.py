@@ -13,7 +13,7 @@ from torch import Tensor
 from fedcmp.federate.arithmetic.matrices import Matrices, agreement_with
 from fedcmp.federate.arithmetic.norms import norm
 from fedcmp.federate.arithmetic.updates import State
-from fedcmp.federate.schedule import LEAST
+from fedcmp.federate.secure.numbers import LEAST
 
 
 class Own:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedcmp.federate.schedule import LEAST
+from fedcmp.federate.secure.numbers import LEAST
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import locked, read_json, write_json
 from fedcmp.pipeline.hashes import fingerprint

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+# Clients that a sum hides behind each other.
+LEAST = 3
+
 SECRET_BYTES = 32
 _FRACTION_BITS = 40
 _WHOLE_BITS = 13  # so that a thousand clients' sum fits into the 23 bits before the point

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedcmp.federate.schedule import LEAST
 from fedcmp.federate.secure.checks import sealed_up
 from fedcmp.federate.secure.masks import KeyPair, add_mask, add_pair_masks, derive, seal, unseal
-from fedcmp.federate.secure.numbers import SECRET_BYTES, encode, split
+from fedcmp.federate.secure.numbers import LEAST, SECRET_BYTES, encode, split
 from fedcmp.federate.secure.replies import digest_of
 from fedcmp.federate.secure.signing import Signing
 from fedcmp.pipeline.hashes import fingerprint

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fedcmp.federate.schedule import LEAST
 from fedcmp.federate.secure.checks import opened
 from fedcmp.federate.secure.masks import KeyPair, add_mask, add_pair_masks, derive
-from fedcmp.federate.secure.numbers import decode, recover
+from fedcmp.federate.secure.numbers import LEAST, decode, recover
 from fedcmp.federate.secure.party import context, invited
 from fedcmp.federate.secure.replies import Answers, digest_of, sound, unspoiled
 from fedcmp.pipeline.console import say

@@ -2,84 +2,25 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fedcmp.federate.arithmetic.updates import Memory, State, Update, check, distance
-from fedcmp.federate.client.step import Job, LocalResult
-from fedcmp.federate.outgoing import compression as communication
+from fedcmp.federate.arithmetic.updates import State, distance
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.accounting import spent
+from fedcmp.federate.server.fusion import Secure, aggregated, usable
+from fedcmp.federate.server.progress import Progress
 from fedcmp.federate.strategies.base import Aggregate, Strategy
 from fedcmp.pipeline import history
 from fedcmp.pipeline.console import say
-from fedcmp.pipeline.errors import DivergedError, DroppedOutError, SpoiledError, UserError
-from fedcmp.pipeline.files import write_atomic
 from fedcmp.pipeline.privacy import Privacy
 
 if TYPE_CHECKING:
-    from fedcmp.federate.secure.summation import Exchange
-
-_REMEDY = "lower federate.optimizer.learning_rate or the strategy's step"
-
-
-@dataclass
-class Progress:
-    """All that a run carries from round to round; a checkpoint is just this.
-
-    Random order is derived from the seed and names, never from a running generator, so there is
-    no generator state to keep.
-    """
-
-    state: State
-    round: int = 0
-    memory: Memory = field(default_factory=dict)
-    personal: dict[str, State] = field(default_factory=dict)
-    optimizers: dict[str, dict[str, Any]] = field(default_factory=dict)
-    noise: dict[str, list[float]] = field(default_factory=dict)
-    counted: dict[str, int] = field(default_factory=dict)
-
-    def save(self, path: Path, fingerprint: str) -> None:
-        """Write a checkpoint atomically."""
-        buffer = io.BytesIO()
-        torch.save({"fingerprint": fingerprint, **vars(self)}, buffer)
-        write_atomic(path, buffer.getvalue())
-
-    @classmethod
-    def load(cls, path: Path, fingerprint: str) -> Progress | None:
-        """Read a checkpoint, or None where there is none of this configuration.
-
-        Raises:
-            UserError: The file is no checkpoint.
-        """
-        if not path.is_file():
-            return None
-        try:
-            saved = torch.load(path, weights_only=True)
-            ours = saved.pop("fingerprint") == fingerprint
-        except Exception:
-            raise UserError(f"{path}: damaged, not a checkpoint; delete it to train from the start") from None
-        return cls(**saved) if ours else None
+    pass
 
 
 Train = Callable[[Sequence[Job]], Sequence[LocalResult]]
-
-
-@dataclass(frozen=True)
-class Secure:
-    """How clients that keep their updates are reached.
-
-    Attributes:
-        exchange: Takes a step of the protocol with some clients.
-        threshold: Share of a round's clients of which more have to stay until its end.
-    """
-
-    exchange: Exchange
-    threshold: float
 
 
 def run_rounds(
@@ -137,11 +78,11 @@ def run_rounds(
         ]
         results = list(train(jobs))
         if secure is None:
-            results = _counted(jobs, results, quorum)
+            results = usable(jobs, results, quorum)
         # A sum in which all count alike is as sensitive as one client's clipped update.
         alike = privacy is not None and privacy.unit == "client"
         samples = {result.client: 1 if alike else result.samples for result in results}
-        aggregate = _aggregated(strategy, progress, results, samples, secure)
+        aggregate = aggregated(strategy, progress, results, samples, secure)
         # Who drops out within a secure sum is not in it, and neither is its noise.
         present = samples.keys() if secure is None else aggregate.figures["weight"].keys()
         rows, noise = _rows(jobs, results, present, progress.state, aggregate), dict(progress.noise)
@@ -169,35 +110,6 @@ def run_rounds(
     return progress
 
 
-def _restored(start: State, result: LocalResult) -> LocalResult:
-    """The result with the projector that a compressed update stands for."""
-    if result.sent is None:
-        return result
-    return replace(result, state=communication.received(start, result.sent, result.client), sent=None)
-
-
-def _counted(jobs: Sequence[Job], results: Sequence[LocalResult], quorum: int | None) -> list[LocalResult]:
-    """Results whose updates are sound, with the projectors that compressed ones stand for."""
-    start = {job.client: job.start for job in jobs}
-    sound, reasons = [], []
-    for result in results:
-        try:
-            whole = _restored(start[result.client], result)
-            check(start[result.client], [_update(whole, whole.samples)])
-            sound.append(whole)
-        except ValueError as error:
-            reasons.append(str(error))
-    if reasons and len(sound) < min(quorum or len(jobs), len(jobs)):
-        raise DivergedError(f"round {jobs[0].round}: {'; '.join(reasons)}; {_REMEDY}")
-    for reason in reasons:
-        say(f"round {jobs[0].round + 1} goes on without it: {reason}")
-    return sound
-
-
-def _update(result: LocalResult, samples: int) -> Update:
-    return Update(result.client, result.state, samples, result.steps, result.gradient, result.alignment)
-
-
 def _tell(rows: Sequence[dict[str, Any]], noise: Mapping[str, Sequence[float]], privacy: Privacy) -> None:
     """Write every client's ε into its row, and the greatest into the round's; None without noise.
 
@@ -215,44 +127,6 @@ def _tell(rows: Sequence[dict[str, Any]], noise: Mapping[str, Sequence[float]], 
             f"round {rows[-1]['round'] + 1}: epsilon = {rows[-1]['epsilon']:.2f} at delta = "
             f"{privacy.delta:g} for every {privacy.unit}"
         )
-
-
-def _fused(
-    strategy: Strategy,
-    progress: Progress,
-    results: Sequence[LocalResult],
-    samples: Mapping[str, int],
-    secure: Secure | None,
-) -> Aggregate:
-    if secure is None:
-        updates = [_update(result, samples[result.client]) for result in results]
-        return strategy.aggregate(progress.state, updates, progress.memory)
-    from fedcmp.federate.secure.masked import aggregate
-    from fedcmp.federate.secure.summation import threshold_of
-
-    threshold = threshold_of(len(samples), secure.threshold, strategy.releases())
-    return aggregate(strategy, secure.exchange, progress.state, samples, threshold, progress.memory)
-
-
-def _aggregated(
-    strategy: Strategy,
-    progress: Progress,
-    results: Sequence[LocalResult],
-    samples: Mapping[str, int],
-    secure: Secure | None,
-) -> Aggregate:
-    try:
-        aggregate = _fused(strategy, progress, results, samples, secure)
-    except DroppedOutError:
-        raise
-    except SpoiledError as error:
-        raise SpoiledError(f"round {progress.round + 1}: {error}") from None
-    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-        raise DivergedError(f"round {progress.round}: {error}; {_REMEDY}") from None
-    for name, tensor in aggregate.state.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise DivergedError(f"round {progress.round}: the aggregated {name} is not finite; {_REMEDY}")
-    return aggregate
 
 
 def _rows(

@@ -37,7 +37,7 @@ from fedcmp.pipeline.files import write_atomic
 from fedcmp.pipeline.handover.signature import SIGNATURE_LIMIT
 
 if TYPE_CHECKING:
-    from fedcmp.pipeline.handover.pack import Content
+    from fedcmp.pipeline.handover.archive import Content
 
 _IMAGES_AT_ONCE = 16
 

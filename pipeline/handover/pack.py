@@ -9,11 +9,10 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fedcmp.pipeline.cache import CorruptCacheError, FeatureCache
+from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.cache.derive import with_texts
 from fedcmp.pipeline.cache.files import Folder
 from fedcmp.pipeline.cache.format import rendered
@@ -21,41 +20,10 @@ from fedcmp.pipeline.cache.locks import try_lock
 from fedcmp.pipeline.console import Task, progress
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import sync_directory
+from fedcmp.pipeline.handover.archive import Content, Packed, copy_hashed
 from fedcmp.pipeline.handover.signature import SIGNATURE, SIGNATURE_LIMIT, misfit, sign
 
-BLOCK = 1 << 20
 _TIME = (1980, 1, 1, 0, 0, 0)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """What was written.
-
-    Attributes:
-        manifest: The SHA-256 to read out on the phone.
-        signed: With the key that was given, or the one that the cache came with.
-        left_out: Why the signature that the cache came with is not in it, None where it is or there was none.
-    """
-
-    path: Path
-    size: int
-    manifest: str
-    signed: bool
-    left_out: str | None
-    texts: int
-
-
-@dataclass(frozen=True)
-class Content:
-    """What goes into a pack: the manifest's bytes, and where each of its files lies.
-
-    Attributes:
-        files: By name, path, size and SHA-256.
-    """
-
-    manifest: bytes
-    signature: bytes | None
-    files: dict[str, tuple[Path, int, str]]
 
 
 def pack(
@@ -193,21 +161,3 @@ def compressor(to: IO[bytes], size: int) -> Any:
     except ImportError:
         raise UserError("--zstd needs zstandard; pip install 'fedcmp[handover]'") from None
     return zstandard.ZstdCompressor(level=1).stream_writer(to, size=size, closefd=False)
-
-
-def copy_hashed(path: Path, to: Any, size: int, digest: str) -> None:
-    """Copy a file of the cache block by block.
-
-    Raises:
-        CorruptCacheError: It is not what the manifest says.
-    """
-    found, copied = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-            to.write(block)
-            copied += len(block)
-    if copied != size or found.hexdigest() != digest:
-        raise CorruptCacheError(
-            f"{path}: bytes 0 to {copied} are not what the manifest says; see 'fedcmp cache verify'"
-        )

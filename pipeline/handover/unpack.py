@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +20,7 @@ from fedcmp.pipeline.cache.verify import require_whole
 from fedcmp.pipeline.console import progress
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import locked, replace_directory, sync_directory, write_atomic
-from fedcmp.pipeline.handover.pack import BLOCK
+from fedcmp.pipeline.handover.archive import BLOCK, Archive, Unpacked
 from fedcmp.pipeline.handover.receive import last_claim
 from fedcmp.pipeline.handover.signature import (
     SIGNATURE,
@@ -39,32 +37,6 @@ _FRAME_HEADER = 18
 _WINDOW = 1 << 27
 # Features shrink by a third at most; what grows twentyfold is no features but an attack.
 _GROWTH = 20
-
-
-@dataclass(frozen=True)
-class Unpacked:
-    """What was received; `manifest` is the SHA-256 that the sender can read out."""
-
-    path: Path
-    images: int
-    texts: int
-    manifest: str
-    signed: bool
-
-
-@dataclass(frozen=True)
-class Archive:
-    """A packed cache.
-
-    Attributes:
-        manifest: Bytes of its manifest.
-        signature: Of these bytes, None where there is none.
-        restore: Write one of its files to a path; raises a UserError where it is not what it should be.
-    """
-
-    manifest: bytes
-    signature: bytes | None
-    restore: Callable[[str, Path, int, str], None]
 
 
 def unpack(

@@ -25,8 +25,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedcmp.federate.engines.flower.daemon import SiteGoneError, ask
 
 if TYPE_CHECKING:
+    from fedcmp.federate.engines.link import Failure
     from fedcmp.federate.engines.service import Service
-    from fedcmp.federate.engines.sites import Failure
     from fedcmp.federate.engines.wire import Payload
     from fedcmp.pipeline.config import Experiment
 
@@ -66,7 +66,7 @@ class FlowerLink:
 
     def receive(self, messages: Iterable[str]) -> dict[str, Payload | Failure]:
         """Pull replies."""
-        from fedcmp.federate.engines.sites import Failure
+        from fedcmp.federate.engines.link import Failure
 
         received: dict[str, Payload | Failure] = {}
         # One by one: an answer that Flower cannot put together is one site's failure.
@@ -84,7 +84,7 @@ class FlowerLink:
 
 
 def _read(reply: Message) -> Payload | Failure:
-    from fedcmp.federate.engines.sites import Failure
+    from fedcmp.federate.engines.link import Failure
     from fedcmp.federate.engines.wire import Payload
 
     if reply.has_error():

@@ -1,0 +1,71 @@
+"""Every combination of options that is refused before a run."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from fedcmp.federate.privacy import rules
+from fedcmp.federate.schedule import Plan
+from fedcmp.federate.secure.numbers import LEAST
+from fedcmp.pipeline.config import Experiment, Federate
+from fedcmp.pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from fedcmp.federate.strategies.base import Strategy
+
+
+def refuse(experiment: Experiment, strategy: Strategy, plan: Plan) -> None:
+    """Refuse what would not be what its options say.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    options = experiment.federate
+    if options.communication is not None and options.secure:
+        raise UserError(
+            f"federate.communication.payload = '{options.communication.payload}': secure sums are of exact "
+            "numbers; use float32"
+        )
+    if options.secure and find_spec("cryptography") is None:
+        raise UserError("federate.privacy.secure: needs cryptography; run: pip install 'fedcmp[privacy]'")
+    if options.secure:
+        _refuse_insecure(options, plan, strategy)
+    rules.refuse(experiment, strategy)
+
+
+def refuse_over_sites(experiment: Experiment, strategy: Strategy) -> None:
+    """Refuse what cannot run over sites.
+
+    Raises:
+        UserError: Silos would have to be pooled, or trained together.
+    """
+    if strategy.pooled:
+        raise UserError(
+            f"federate.strategy.name = '{experiment.federate.strategy.name}': it pools the silos' data, "
+            "which stay at their sites; use --engine local"
+        )
+    if experiment.federate.together > 1:
+        raise UserError(
+            f"federate.together = {experiment.federate.together}: sites train alone; set it to 1, as the "
+            "bytes of a run depend on it"
+        )
+
+
+def _refuse_insecure(options: Federate, plan: Plan, strategy: Strategy) -> None:
+    """Refuse what cannot be done when the server sees sums alone."""
+    where, name = "federate.privacy.secure", options.strategy.name
+    if strategy.sees() == "updates" or strategy.pooled or strategy.personal:
+        raise UserError(
+            f"{where}: strategy '{name}', as configured, has to see every client's update; use one that "
+            "needs only sums (docs/privacy.md)"
+        )
+    if options.optimizer.carry:
+        raise UserError(f"{where}: moments that clients carry on would reveal their updates; remove carry")
+    least = LEAST + strategy.releases() - 1
+    fewest = min(map(len, plan.schedule), default=least)
+    if fewest < least:
+        sums = "a sum" if least == LEAST else f"{strategy.releases()} sums of the same updates"
+        raise UserError(
+            f"{where}: {sums} over {fewest} clients hides nobody; at least {least} must take part"
+        )

@@ -1,0 +1,110 @@
+"""From a round's answers to the next projector: what is counted, restored and fused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedcmp.federate.arithmetic.updates import State, Update, check
+from fedcmp.federate.messages import Job, LocalResult
+from fedcmp.federate.outgoing import compression as communication
+from fedcmp.federate.server.progress import Progress
+from fedcmp.federate.strategies.base import Aggregate, Strategy
+from fedcmp.pipeline.console import say
+from fedcmp.pipeline.errors import DivergedError, DroppedOutError, SpoiledError
+
+if TYPE_CHECKING:
+    from fedcmp.federate.secure.summation import Exchange
+
+
+_REMEDY = "lower federate.optimizer.learning_rate or the strategy's step"
+
+
+@dataclass(frozen=True)
+class Secure:
+    """How clients that keep their updates are reached.
+
+    Attributes:
+        exchange: Takes a step of the protocol with some clients.
+        threshold: Share of a round's clients of which more have to stay until its end.
+    """
+
+    exchange: Exchange
+    threshold: float
+
+
+def _restored(start: State, result: LocalResult) -> LocalResult:
+    """The result with the projector that a compressed update stands for."""
+    if result.sent is None:
+        return result
+    return replace(result, state=communication.received(start, result.sent, result.client), sent=None)
+
+
+def usable(jobs: Sequence[Job], results: Sequence[LocalResult], quorum: int | None) -> list[LocalResult]:
+    """Results whose updates are sound, with the projectors that compressed ones stand for."""
+    start = {job.client: job.start for job in jobs}
+    sound, reasons = [], []
+    for result in results:
+        try:
+            whole = _restored(start[result.client], result)
+            check(start[result.client], [_update(whole, whole.samples)])
+            sound.append(whole)
+        except ValueError as error:
+            reasons.append(str(error))
+    if reasons and len(sound) < min(quorum or len(jobs), len(jobs)):
+        raise DivergedError(f"round {jobs[0].round}: {'; '.join(reasons)}; {_REMEDY}")
+    for reason in reasons:
+        say(f"round {jobs[0].round + 1} goes on without it: {reason}")
+    return sound
+
+
+def _update(result: LocalResult, samples: int) -> Update:
+    return Update(result.client, result.state, samples, result.steps, result.gradient, result.alignment)
+
+
+def _fused(
+    strategy: Strategy,
+    progress: Progress,
+    results: Sequence[LocalResult],
+    samples: Mapping[str, int],
+    secure: Secure | None,
+) -> Aggregate:
+    if secure is None:
+        updates = [_update(result, samples[result.client]) for result in results]
+        return strategy.aggregate(progress.state, updates, progress.memory)
+    from fedcmp.federate.secure.masked import aggregate
+    from fedcmp.federate.secure.summation import threshold_of
+
+    threshold = threshold_of(len(samples), secure.threshold, strategy.releases())
+    return aggregate(strategy, secure.exchange, progress.state, samples, threshold, progress.memory)
+
+
+def aggregated(
+    strategy: Strategy,
+    progress: Progress,
+    results: Sequence[LocalResult],
+    samples: Mapping[str, int],
+    secure: Secure | None,
+) -> Aggregate:
+    """The round's aggregate, which is finite.
+
+    Raises:
+        DivergedError: It is not.
+        SpoiledError: A secure sum is not what clients added.
+        DroppedOutError: Too few clients are left in a secure sum.
+    """
+    try:
+        aggregate = _fused(strategy, progress, results, samples, secure)
+    except DroppedOutError:
+        raise
+    except SpoiledError as error:
+        raise SpoiledError(f"round {progress.round + 1}: {error}") from None
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise DivergedError(f"round {progress.round}: {error}; {_REMEDY}") from None
+    for name, tensor in aggregate.state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DivergedError(f"round {progress.round}: the aggregated {name} is not finite; {_REMEDY}")
+    return aggregate
