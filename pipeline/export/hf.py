@@ -16,7 +16,7 @@ from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.export.hf_processor import (
     IMAGE_TOKEN,
     compare_prompts,
-    load_tokenizer,
+    llava_tokenizer,
     quiet,
     write_processor,
     write_tokenizer,
@@ -62,7 +62,7 @@ def write(out: Path, subject: Subject, encoder: Path, language: Path, template: 
     text = _text_config(language)
     with quiet():
         tower, llm = _tower(encoder), _language(language)
-        tokenizer = load_tokenizer(language)
+        tokenizer = llava_tokenizer(language)
     image = int(cast("int", tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)))
     tied = bool(llm.config.tie_word_embeddings)
     parts = {f"model.vision_tower.{name}": tensor for name, tensor in tower.state_dict().items()}

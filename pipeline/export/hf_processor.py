@@ -45,7 +45,7 @@ _FLATTEN = (
 )
 
 
-def load_tokenizer(language: Path) -> PreTrainedTokenizerBase:
+def llava_tokenizer(language: Path) -> PreTrainedTokenizerBase:
     """The LLM's tokenizer, with a token for pictures."""
     from transformers import AddedToken
 
