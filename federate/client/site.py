@@ -15,16 +15,14 @@ from fedcmp.federate.client.stream import Stream
 from fedcmp.federate.client.texts import check_texts
 from fedcmp.federate.client.trainer import Trainer
 from fedcmp.federate.messages import Job, LocalResult
-from fedcmp.federate.outgoing.compression import compressed, restored
-from fedcmp.federate.outgoing.poison import poisoned
-from fedcmp.federate.outgoing.residuals import RESIDUALS, Residuals
+from fedcmp.federate.outgoing.steps import outgoing
 from fedcmp.federate.privacy.guard import Guard
 from fedcmp.federate.privacy.units import UnitStream, unit_of
 from fedcmp.federate.schedule import Plan
 from fedcmp.federate.secure.contribution import Own
 from fedcmp.federate.secure.ledger import RELEASES, Ledger
 from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.config import Communication, Experiment
+from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.identity import FORMAT, federate_options, language_identity, language_options
 from fedcmp.pipeline.manifest import provenance
@@ -91,9 +89,7 @@ class Site:
             silo: counts for stream in self.streams.values() for silo, counts in stream.counts.items()
         }
         self._secure, self._guard = options.secure, Guard(experiment, plan, caches)
-        self._poison, self._seed = poison, experiment.seed
-        self._communication = options.communication
-        self._residuals = Residuals(experiment.run_path / RESIDUALS)
+        self._outgoing = outgoing(experiment, self._guard)
         self._own: dict[str, Own] = {}
         self._round: dict[str, int] = {}
         agreed = {"federate": options.model_dump(mode="json", exclude={"initial"}), "seed": experiment.seed}
@@ -103,7 +99,7 @@ class Site:
         }
         self._signing = signing
         self._parties: dict[str, Party] = {}
-        self._engine = Trainer(
+        self._trainer = Trainer(
             self.streams,
             scratch.to(device),
             language,
@@ -119,13 +115,9 @@ class Site:
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Train the clients of a round; in secure runs their projectors stay here."""
         jobs = self._guard.admitted(jobs, self.streams)
-        results = self._engine(jobs)
-        if self._poison:
-            results = [self._poisoned(*pair) for pair in zip(jobs, results, strict=True)]
-        results = self._guard.released(jobs, results)
-        if self._communication is not None:
-            pairs = zip(jobs, results, strict=True)
-            return [self._compressed(*pair, self._communication) for pair in pairs]
+        results = self._trainer(jobs)
+        for step in self._outgoing:
+            results = [step(*pair) for pair in zip(jobs, results, strict=True)]
         if not self._secure:
             return results
         for job, result in zip(jobs, results, strict=True):
@@ -135,23 +127,6 @@ class Site:
         return [
             replace(result, state={}, gradient=None, alignment=None, optimizer=None) for result in results
         ]
-
-    def _poisoned(self, job: Job, result: LocalResult) -> LocalResult:
-        if job.client not in self._poison:
-            return result
-        options = self._poison[job.client]
-        state = poisoned(job.start, result.state, options, self._seed, job.client, job.round)
-        return replace(result, state=state)
-
-    def _compressed(self, job: Job, result: LocalResult, options: Communication) -> LocalResult:
-        left = self._residuals.after(job.client, job.counted)
-        update = {name: result.state[name] - old for name, old in job.start.items()}
-        update = {name: x + left[name] if left else x for name, x in update.items()}
-        sent = compressed(update, options, f"{self._seed}/{job.client}/{job.round}")
-        there = restored(sent)
-        left = {name: x - there[name] for name, x in update.items()}
-        self._residuals.keep(job.client, job.round, left, job.counted)
-        return replace(result, state={}, sent=sent)
 
     def secure(self, client: str, request: dict[str, Any]) -> dict[str, Any]:
         """Take a step of a secure round for a client.

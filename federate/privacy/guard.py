@@ -120,17 +120,12 @@ class Guard:
         clients = len(self._plan.schedule[job.round])
         return threshold_of(clients, self._options.threshold) if self._options.secure else 1
 
-    def released(self, jobs: Sequence[Job], results: Sequence[LocalResult]) -> list[LocalResult]:
-        """Results as they may leave.
+    def released(self, job: Job, result: LocalResult) -> LocalResult:
+        """A private client's result as it may leave.
 
         A projector that private steps have made is free to go, and so is all that was computed from their
         gradients alone. How many units and steps there are is public.
         """
-        if self._options is None:
-            return list(results)
-        return [self._cleared(*pair) for pair in zip(jobs, results, strict=True)]
-
-    def _cleared(self, job: Job, result: LocalResult) -> LocalResult:
         options = self._options
         assert options is not None
         cleared = LocalResult(
