@@ -43,7 +43,7 @@ def score_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> None
     _finish(_tried(runs, lambda experiment: _score_run(experiment, only)), len(runs), "runs")
 
 
-def _tried(things: Sequence[tuple[str, T]], do: Callable[[T], None]) -> list[str]:
+def _tried(things: Sequence[tuple[str, T]], do: Callable[[T], object]) -> list[str]:
     """Do something with each thing by its name; the names of those that failed, which is said.
 
     A single one fails as it is.
@@ -65,8 +65,11 @@ def _finish(failed: Sequence[str], number: int, what: str) -> None:
         raise UserError(f"{len(failed)} of {number} {what} failed, as said above: {', '.join(failed)}")
 
 
-def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> None:
+def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Answer what is not yet answered, score, and print the scores; one benchmark stops no other.
+
+    Returns:
+        The content of every benchmark's file of scores.
 
     Raises:
         UserError: The run cannot be judged; or, at the end, a benchmark could not be evaluated.
@@ -84,8 +87,9 @@ def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> None:
 
     unread = _tried([(name, name) for name in benchmarks], read)
     _answer(experiment, manifest, works)
-    unscored = _score(experiment, manifest, [work for work, _ in works])
+    scores, unscored = _score(experiment, manifest, [work for work, _ in works])
     _finish([*unread, *unscored], len(benchmarks), "benchmarks")
+    return scores
 
 
 def _score_run(experiment: Experiment, only: tuple[str, ...]) -> None:
@@ -97,7 +101,7 @@ def _score_run(experiment: Experiment, only: tuple[str, ...]) -> None:
         works.append(recall(experiment, name, benchmarks[name]))
 
     unread = _tried([(name, name) for name in benchmarks], read)
-    unscored = _score(experiment, manifest, works)
+    _, unscored = _score(experiment, manifest, works)
     _finish([*unread, *unscored], len(benchmarks), "benchmarks")
 
 
@@ -138,12 +142,16 @@ def _answer(
                 answer(work, items, reader, path, task.advance)
 
 
-def _score(experiment: Experiment, manifest: dict[str, Any], works: Sequence[Work]) -> list[str]:
-    """Score works and print the scores; the names of those that could not be scored."""
+def _score(
+    experiment: Experiment, manifest: dict[str, Any], works: Sequence[Work]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Score works and print the scores; what was scored, and the names of what could not be."""
+    scores: dict[str, dict[str, Any]] = {}
     rows: list[list[str]] = []
 
     def one(work: Work) -> None:
         scored = score(experiment, manifest, work)
+        scores[work.name] = scored.content
         for path in write_scores(experiment, work, scored):
             say(f"{work.name}: for the official evaluation: {path}")
         for name, each in scored.content["metrics"].items():
@@ -155,7 +163,7 @@ def _score(experiment: Experiment, manifest: dict[str, Any], works: Sequence[Wor
     if works:
         table(f"Scores of {experiment.run}", ["metric", "value", "95 % interval", "n"], rows)
         say(f"Answers and scores in {experiment.scores_path}")
-    return failed
+    return scores, failed
 
 
 def _say_counts(work: Work, scored: Scored) -> None:

@@ -23,7 +23,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         UserError: The file is missing or malformed, or a key, name or value is wrong, in whichever stage.
     """
-    experiment = toml.load(path, overrides)
+    return built(toml.load(path, overrides))
+
+
+def built(experiment: Experiment) -> Experiment:
+    """An experiment whose components know what they were built with.
+
+    Raises:
+        UserError: A name is unknown, or an option is unknown or wrong.
+    """
     for where, component in components(experiment):
         component.note_built(build(where, component))
     return experiment

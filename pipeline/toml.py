@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,40 @@ from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.options import validate
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+def load(path: Path, overrides: Sequence[str] = (), *, changes: Iterable[dict[str, Any]] = ()) -> Experiment:
     """Read an experiment file; `run` defaults to the file's own name.
 
     Args:
         path: TOML file.
         overrides: `key.sub=value` strings, applied last; values are TOML, or else plain text.
+        changes: Tables to put over those of the file.
 
     Raises:
         UserError: The file is missing or malformed, or a key or value is wrong.
     """
     tables = _read(path, ())
     tables.setdefault("run", path.stem)
-    for override in overrides:
-        tables = _merge(tables, _parse_override(override))
+    return experiment_of(tables, [*changes, *map(_parse_override, overrides)], str(path))
+
+
+def experiment_of(
+    tables: dict[str, Any], changes: Iterable[dict[str, Any]] = (), source: str = ""
+) -> Experiment:
+    """The experiment of some tables.
+
+    Args:
+        tables: As they stand in a file.
+        changes: Tables to put over them, one after the other.
+        source: Where they are from, for messages.
+
+    Raises:
+        UserError: A key or value is wrong.
+    """
+    for change in changes:
+        tables = _merge(tables, change)
     for place in ("seed", "experiment"):
         tables = _fill(tables, f"{{{place}}}", str(tables.get(place, 0)))
-    return validate(Experiment, tables, "", str(path))
+    return validate(Experiment, tables, "", source)
 
 
 def _fill(value: Any, placeholder: str, content: str) -> Any:
@@ -97,6 +114,11 @@ def _parse_override(override: str) -> dict[str, Any]:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    return nested(key, value)
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """Tables that hold one value: `a.b` and 1 are `{"a": {"b": 1}}`."""
     for part in reversed(key.split(".")):
         value = {part.strip(): value}
-    return value
+    return dict(value)
