@@ -197,7 +197,7 @@ def _described(dtype: torch.dtype, shape: Collection[int]) -> str:
 
 
 def _check_sent(sent: Sent, job: Job, options: Communication) -> None:
-    """What `federate.communication.compressed` makes of an update of these shapes."""
+    """What `outgoing.compression.compressed` makes of an update of these shapes."""
     _keys(sent, job.start, "its update")
     for name, old in job.start.items():
         parts, what, shape = sent[name], f"its update's {name}", tuple(old.shape)
