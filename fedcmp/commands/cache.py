@@ -231,7 +231,7 @@ def pack(
     texts = f", {packed.texts:,} texts" if packed.texts else ""
     say(
         f"It holds image names, hashes of the image files, where they came from{texts}, and features from "
-        "which pictures can be redrawn roughly: hand it only to whom you would show the pictures "
+        "which pictures can be redrawn roughly: hand it only to people you would show the pictures "
         "(docs/reveals.md)."
     )
 

@@ -77,7 +77,7 @@ def _with_benchmark(experiment: Experiment, name: str, images: Path | None) -> E
 
     if name in experiment.extract.silos:
         raise UserError(
-            f"--benchmark {name}: a silo is called so too; extract that with --silo {name}, or give the "
+            f"--benchmark {name}: a silo has this name, too; extract that with --silo {name}, or give the "
             "benchmark another name"
         )
     folder, names = benchmark_images(experiment, name, images)

@@ -234,5 +234,5 @@ def number(value: Any, least: float, most: float) -> float:
         ValueError: It is none.
     """
     if type(value) not in (int, float) or not isfinite(value) or not least <= value <= most:
-        raise ValueError(f"{str(value)[:40]} is no number from {least:g} to {most:g}")
+        raise ValueError(f"{str(value)[:40]} is not a number from {least:g} to {most:g}")
     return float(value)
