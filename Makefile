@@ -27,7 +27,7 @@ BENCHES := cache aggregation training generation sites gpu
 
 export TOKENIZERS_PARALLELISM := false
 
-OTHERS := help ablate results bench $(BENCHES:%=bench-%) world test test-newest test-oldest check lint constraints clean
+OTHERS := help ablate results bench $(BENCHES:%=bench-%) world cli-reference test test-newest test-oldest check lint constraints clean
 .PHONY: extract federate evaluate $(OTHERS) FORCE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -46,6 +46,7 @@ help:
 	@echo "make test-oldest  tests with the oldest releases that pyproject.toml allows"
 	@echo "make constraints  pin today's newest releases in constraints.txt"
 	@echo "make world        train the embedded default's two small models again"
+	@echo "make cli-reference  write docs/cli.md from the commands' help"
 	@echo "make clean        remove build/"
 	@echo
 	@echo "EXPERIMENT=$(EXPERIMENT) has the runs:" \
@@ -115,6 +116,9 @@ $(BENCHES:%=bench-%): bench-%: | $(READY)
 
 world: $(READY)
 	$(FEDCMP) world train
+
+cli-reference: | $(READY)
+	$(PYTHON) tests/cli_reference.py
 
 lint: $(TOOLS)
 	$(PYTHON) -m ruff check

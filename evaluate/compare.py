@@ -59,7 +59,9 @@ def compare_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> li
         UserError: There are no pairs, pairs differ in more than the seed, or answers are missing.
     """
     if len(experiments) < 2 or len(experiments) % 2:
-        raise UserError(f"{len(experiments)} runs are no pairs; give a run and the run it is compared with")
+        raise UserError(
+            f"{len(experiments)} runs do not form pairs; give a run and the one it is compared with"
+        )
     pairs = list(zip(experiments[::2], experiments[1::2], strict=True))
     manifests = [read_manifest(experiment, asking=False) for experiment in experiments]
     _require_seeds(pairs, manifests)
@@ -115,7 +117,7 @@ def _require_seeds(
             found = differences(_method(theirs[0]), _method(manifest))
             if found:
                 raise UserError(
-                    f"'{runs[0].run}' and '{run.run}' are no seeds of one method ({'; '.join(found)}); "
+                    f"'{runs[0].run}' and '{run.run}' are not seeds of one method ({'; '.join(found)}); "
                     "compare them pair by pair"
                 )
         seeds = [run.seed for run in runs]

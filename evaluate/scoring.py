@@ -1,4 +1,4 @@
-"""Scores from saved answers, with all that they were made of, so that stale ones are told."""
+"""Scores from saved answers, with all that they were made of, so that stale ones are detected."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def require_encoding(experiment: Experiment, cache: FeatureCache, manifest: dict
     """
     if cache.cache_key != manifest["cache_key"]:
         raise UserError(
-            f"{cache.path}: encoded in another way than the silos of {experiment.run_path}; "
+            f"{cache.path}: encoded differently from the silos of {experiment.run_path}; "
             "extract it with the run's configuration"
         )
 

@@ -150,7 +150,7 @@ def _shares(options: Partition, silos: int, rng: np.random.Generator) -> Sequenc
     ways = {"--shares": options.shares or None, "--alpha": options.alpha, "--power": options.power}
     given = [way for way, value in ways.items() if value is not None]
     if len(given) > 1:
-        raise UserError(f"--by quantity: {' and '.join(given)} both say the sizes; pass one")
+        raise UserError(f"--by quantity: {' and '.join(given)} both give the sizes; pass one")
     if options.shares:
         if not all(np.isfinite(options.shares)) or min(options.shares) < 0 or sum(options.shares) <= 0:
             raise UserError(f"--shares {options.shares}: expected shares from 0 with a positive sum")

@@ -59,7 +59,7 @@ def decode(record: Record, encoder: LoadedEncoder) -> Decoded:
             raise
         if not isinstance(error, NO_FILE) and error.errno not in _NO_NAME:
             # Anything else may pass, and a hole in the cache would stay.
-            raise UserError(f"{record.id}: cannot be read ({error}); mend that and rerun to go on") from None
+            raise UserError(f"{record.id}: cannot be read ({error}); fix that and rerun to go on") from None
         return failed("missing", str(error))
     digest = hashlib.sha256(data).hexdigest()
     try:
@@ -69,7 +69,7 @@ def decode(record: Record, encoder: LoadedEncoder) -> Decoded:
         if shortage(error):
             raise
         if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(f"{record.id}: cannot be read ({error}); mend that and rerun to go on") from None
+            raise UserError(f"{record.id}: cannot be read ({error}); fix that and rerun to go on") from None
         # Pillow names the buffer by its address, which would differ from run to run.
         reason = _ADDRESS.sub("it", f"{type(error).__name__}: {error}")
         return failed("unreadable", reason, digest)
@@ -80,7 +80,7 @@ def decode_all(records: Sequence[Record], first: Iterable[Decoded], encoder: Loa
     """What threads decoded, once all are idle; what failed is tried again alone before it is given up.
 
     Raises:
-        MemoryError: There is too little memory to tell damage from the want of it.
+        MemoryError: There is too little memory to tell damage from a lack of memory.
     """
     decoded = list(first)
     for place, item in enumerate(decoded):

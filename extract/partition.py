@@ -135,7 +135,7 @@ def _labeller(options: Partition, *, has_fields: bool) -> Any:
     ways = {"--field": options.field, "--component": options.component, "--pattern": options.pattern}
     given = [way for way, value in ways.items() if value is not None]
     if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} both say the label; pass one")
+        raise UserError(f"{' and '.join(given)} both give the label; pass one")
     if not given and options.by in ("field", "dirichlet"):
         raise UserError(f"--by {options.by} needs a label: pass --field, --component or --pattern")
     if options.field is not None:

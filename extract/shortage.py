@@ -40,7 +40,7 @@ def shortage(error: BaseException) -> str | None:
 
 
 def require_room() -> None:
-    """Make sure that memory for one large picture is left: some decoders call the want of it damage.
+    """Make sure that memory for one large picture is left: some decoders report a lack of it as damage.
 
     Raises:
         MemoryError: There is none.

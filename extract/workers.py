@@ -49,7 +49,7 @@ def _from_environment(environment: Mapping[str, str]) -> Worker:
         try:
             return int(environment.get(name, default))
         except ValueError:
-            raise UserError(f"--worker auto: {name}={environment[name]} is no number") from None
+            raise UserError(f"--worker auto: {name}={environment[name]} is not a number") from None
 
     slurm = f"{_SLURM}ID" in environment and f"{_SLURM}COUNT" in environment
     ranks = "RANK" in environment and "WORLD_SIZE" in environment

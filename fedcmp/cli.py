@@ -14,7 +14,7 @@ import click
 
 # Each is in the module of its name in `commands`, which is imported when it is called.
 COMMANDS = {
-    "show": "Print an experiment as it is understood, defaults written out.",
+    "show": "Print an experiment with every default written out.",
     "plan": "Estimate disk, GPU hours and memory before there are any data.",
     "extract": "Encode every silo's images once and cache their patch features.",
     "partition": "Split one data set into silos.",
@@ -25,8 +25,8 @@ COMMANDS = {
     "score": "Score saved answers again; no model is needed.",
     "compare": "Test whether one run is better than another.",
     "report": "Compare the runs of an experiment on one page.",
-    "export": "Write a projector as Hugging Face or LLaVA reads it.",
-    "cache": "Look at feature caches, check them, hand them over.",
+    "export": "Export a projector for Hugging Face or LLaVA.",
+    "cache": "Inspect, verify and hand over feature caches.",
     "ablate": "Compare strategies over scenarios and seeds.",
     "world": "Write the embedded default's data, or train its models.",
 }

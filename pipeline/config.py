@@ -92,7 +92,7 @@ class Federate(Options):
     """Stage two: one pass over every silo's training texts, split evenly over its rounds.
 
     `clients_per_round` silos take part in a round, all by default. Samples of `together` clients go
-    through the LLM in one pass, in micro-batches of `micro_batch` samples of like length
+    through the LLM in one pass, in micro-batches of `micro_batch` samples of similar length
     (`batch_size` by default): faster for small models, equal up to rounding. `initial` is what the
     projector starts from instead of random weights: a LLaVA `mm_projector.bin`, a directory of Hugging
     Face's LLaVA, or a run or projector of ours. `checkpointing` keeps only the inputs of the LLM's

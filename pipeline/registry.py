@@ -70,7 +70,7 @@ class Registry(Generic[T]):
         options: dict[str, Any] = component.model_extra or {}
         twice = sorted(named.keys() & options.keys())
         if twice:
-            raise UserError(f"{where}.{twice[0]}: the name '{component.name}' says it; remove the option")
+            raise UserError(f"{where}.{twice[0]}: the name '{component.name}' sets it; remove the option")
         return validate(cls, options | named, where)
 
     def written_out(self, component: Component, where: str) -> dict[str, Any]:

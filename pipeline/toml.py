@@ -86,7 +86,7 @@ def files(path: Path) -> list[Path]:
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
-        raise UserError(f"{path}: 'extends' goes in a circle; remove it from one of the files")
+        raise UserError(f"{path}: 'extends' forms a circle; remove it from one of the files")
     tables = read_toml(path)
     base = tables.pop("extends", None)
     if base is None:

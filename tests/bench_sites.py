@@ -99,7 +99,7 @@ def main() -> None:
         app.mkdir()
         code = APP.replace("SIZES_", repr(SIZES)).replace("ROUNDS", str(ROUNDS)).replace("SITES", str(SITES))
         (app / "bench.py").write_text(code)
-        toml = (ROOT / "federate/engines/app/pyproject.toml").read_text()
+        toml = (ROOT / "federate/engines/flower/app/pyproject.toml").read_text()
         toml = toml.replace("fedcmp.federate.engines.flower.link", "bench").replace('config = ""', 'out = ""')
         (app / "pyproject.toml").write_text(toml)
         (home / "config.toml").write_text(f'[superlink.run]\naddress = "{address}"\ninsecure = true\n')

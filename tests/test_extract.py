@@ -333,7 +333,7 @@ def test_a_failing_disk_leaves_no_hole(
     monkeypatch.setattr(Record, "read_image", failing)
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2
-    assert "011.png: cannot be read ([Errno 5] Input/output error); mend that and rerun" in result.output
+    assert "011.png: cannot be read ([Errno 5] Input/output error); fix that and rerun" in result.output
     assert not (tmp_path / "clinic.zarr").exists()
     monkeypatch.setattr(Record, "read_image", read)
     assert CliRunner().invoke(main, words).exit_code == 0
@@ -344,4 +344,4 @@ def test_a_benchmark_takes_no_silos_place(workplace: Path) -> None:
     words = ["extract", str(workplace / "experiment.toml"), "--benchmark", "clinic", "--images", "x"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 2
-    assert "--benchmark clinic: a silo is called so too" in result.output
+    assert "--benchmark clinic: a silo has this name, too" in result.output

@@ -259,9 +259,9 @@ def test_an_address_that_is_taken(sites_config: Path) -> None:  # noqa: F811
 
 def test_without_keys_there_is_this_machine_alone(sites_config: Path) -> None:  # noqa: F811
     insecure = Keys(insecure=True)
-    with pytest.raises(UserError, match=r"--address 0.0.0.0:1: --insecure is for 127.0.0.1 alone"):
+    with pytest.raises(UserError, match=r"--address 0.0.0.0:1: --insecure is for 127.0.0.1 only"):
         launch.federate(load(sites_config), sites_config, (), "0.0.0.0:1", insecure)
-    with refused(r"--superlink 10.0.0.1:1: --insecure is for 127.0.0.1 alone"):
+    with refused(r"--superlink 10.0.0.1:1: --insecure is for 127.0.0.1 only"):
         launch.site(Echo(), "clinic", "10.0.0.1:1", insecure, 1)  # type: ignore[arg-type]
 
 

@@ -297,7 +297,7 @@ def test_a_superlink_that_is_not_there(
     "address", ["0.0.0.0:1", "192.168.1.5:1", "[::]:1", "server.example.org:1", "10.0.0.1:1"]
 )
 def test_without_encryption_there_is_this_machine_alone(address: str) -> None:
-    with pytest.raises(UserError, match=r"--address .*: --insecure is for 127.0.0.1 alone"):
+    with pytest.raises(UserError, match=r"--address .*: --insecure is for 127.0.0.1 only"):
         check_place("--address", address, insecure=True)
     check_place("--address", address, insecure=False)
     for here in ("127.0.0.1:1", "[::1]:1", "localhost:1", "127.8.8.8:1"):

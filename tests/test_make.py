@@ -73,7 +73,7 @@ def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
     return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
 
 
-def test_the_whole_road(house: House) -> None:
+def test_the_whole_pipeline(house: House) -> None:
     report = house.report()
     assert report["experiment"] == "demo"
     assert set(report["runs"]) == {"fedavg", "local_only"}

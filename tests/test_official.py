@@ -174,7 +174,7 @@ def test_compare_prints_differences_with_their_tests(answered: Path) -> None:
     assert "p (Holm)" in result.output
     odd = call("compare", answered / "one.toml")
     assert odd.exit_code == 2
-    assert "no pairs" in odd.output
+    assert "do not form pairs" in odd.output
 
 
 def test_what_does_not_fit_or_is_damaged_is_counted(answered: Path) -> None:

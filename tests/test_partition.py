@@ -237,7 +237,7 @@ def test_any_source_can_be_split(tmp_path: Path) -> None:
     ("how", "message"),
     [
         (["--by", "field"], "needs a label"),
-        (["--by", "field", "--field", "a", "--component", 1], "both say the label"),
+        (["--by", "field", "--field", "a", "--component", 1], "both give the label"),
         (["--by", "field", "--pattern", "("], "not a regular expression"),
         (["--by", "field", "--field", "nothing"], "it has no 'nothing'"),
         (["--by", "hash", "--silos", 0], "silos = 0"),

@@ -128,7 +128,7 @@ def test_a_model_that_nobody_knows_is_named(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("federate.projector.name=mlp2x_gleu", "no projector is called 'mlp2x_gleu'"),
-        ("federate.projector.name=pixel_shuffle_mlp", "81 cached patches are no square grid"),
+        ("federate.projector.name=pixel_shuffle_mlp", "81 cached patches do not form a square grid"),
     ],
 )
 def test_a_projector_that_does_not_fit_is_named(change: str, message: str) -> None:

@@ -132,7 +132,7 @@ def test_pixel_shuffle_joins_neighbours() -> None:
     [
         ("mlp0x_gelu", {}, "federate.projector.depth = '0'"),
         ("mlpx_gelu", {}, r"no projector is called 'mlpx_gelu'; did you mean 'mlp\{depth\}x_gelu'"),
-        ("mlp2x_gelu", {"depth": 3}, "federate.projector.depth: the name 'mlp2x_gelu' says it"),
+        ("mlp2x_gelu", {"depth": 3}, "federate.projector.depth: the name 'mlp2x_gelu' sets it"),
         ("linear", {"scale": 2}, "unknown key 'federate.projector.scale'"),
         ("pixel_shuffle_mlp", {"scale": 0}, "federate.projector.scale = 0"),
         ("resampler", {"heads": 3}, "federate.projector.heads = 3: does not divide the LLM's width 16"),
@@ -146,7 +146,7 @@ def test_wrong_options_are_named(name: str, options: dict, message: str) -> None
 
 @pytest.mark.parametrize("patches", [37, 25])
 def test_patches_that_form_no_grid_are_refused(patches: int) -> None:
-    with pytest.raises(UserError, match=f"scale = 2: {patches} cached patches are no square grid"):
+    with pytest.raises(UserError, match=f"scale = 2: {patches} cached patches do not form a square grid"):
         made("pixel_shuffle_mlp").tokens(patches)
 
 

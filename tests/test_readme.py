@@ -85,13 +85,5 @@ def test_the_tree_of_the_readme_is_there() -> None:
     assert found > 30
 
 
-def test_the_readme_names_real_commands() -> None:
-    for command in re.findall(r"^    fedcmp (\w+)", README, re.MULTILINE):
-        assert main.get_command(None, command) is not None  # type: ignore[arg-type,attr-defined]
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for line in re.findall(r"^    make ([^#\n]+)", README, re.MULTILINE):
-        assert all(word in targets for word in line.split() if "=" not in word)
-
-
 def test_no_placeholder_is_left() -> None:
     assert not re.findall(r"@[A-Z]+@", README)

@@ -320,7 +320,7 @@ def test_seeds_of_a_comparison_are_of_one_method(place: Path) -> None:
     assert "20,000 draws" in output
     for names, told in (
         (("one", "other", "two", "longer"), "federate.rounds: 3 here, 2 there"),
-        (("one", "other", "other2", "two"), "'one' and 'other2' are no seeds of one method"),
+        (("one", "other", "other2", "two"), "'one' and 'other2' are not seeds of one method"),
         (("one", "other", "one", "other"), "seeds 1, 1 of 'one': each may come once"),
         (("one", "other2", "two", "other"), "'one' has seed 1 and 'other2' seed 2"),
     ):

@@ -148,7 +148,7 @@ def test_each_local_rank_has_its_gpu(
     assert device.pick_dtype("auto", wanted) == "bfloat16"
     assert provenance(wanted)["device"] == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "first")
-    with pytest.raises(UserError, match="LOCAL_RANK=first is no number"):
+    with pytest.raises(UserError, match="LOCAL_RANK=first is not a number"):
         device.pick_device("auto")
 
 
@@ -186,5 +186,5 @@ def test_a_failing_disk_below_hdf5_stops_the_run(
         raise error
 
     monkeypatch.setattr(hdf5.Hdf5, "_records", fail)
-    with pytest.raises(UserError, match="mend that and rerun to go on"):
+    with pytest.raises(UserError, match="fix that and rerun to go on"):
         list(source.records_here())

@@ -425,7 +425,7 @@ def test_a_site_that_never_came_is_named(
     experiment = load(sites_config, [*QUICK, "sites.quorum=1", f"build={tmp_path}"])
     link = FakeLink({node: services[node] for node in (10, 11)})
     with pytest.raises(
-        UserError, match=r"only 2 of 3 sites came within sites.join_timeout = 1 s; missing: practice"
+        UserError, match=r"only 2 of 3 sites joined within sites.join_timeout = 1 s; missing: practice"
     ):
         run(experiment, over(link))
 

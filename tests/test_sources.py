@@ -432,7 +432,5 @@ def test_a_failing_disk_is_no_damaged_shard(tmp_path: Path, monkeypatch: pytest.
 
     whole = shard.read_bytes()
     monkeypatch.setattr(Path, "open", lambda self, mode="r": Failing(whole))
-    with pytest.raises(
-        UserError, match=r"0.tar: cannot be read \(.*Stale file handle\); mend that and rerun"
-    ):
+    with pytest.raises(UserError, match=r"0.tar: cannot be read \(.*Stale file handle\); fix that and rerun"):
         list(WebDataset(path=str(shard)).records())

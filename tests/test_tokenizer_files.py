@@ -98,5 +98,5 @@ def test_a_tokenizer_of_another_kind_than_its_file_is_refused(
     other = PreTrainedTokenizerFast(tokenizer_object=words(), bos_token="<s>", eos_token="</s>")
     for name in ("AutoTokenizer", "PreTrainedTokenizerFast"):
         monkeypatch.setattr(f"fedcmp.pipeline.models.loading.{name}.from_pretrained", lambda *_, **__: other)
-    with pytest.raises(UserError, match=r"splits words in another way than tokenizer\.json"):
+    with pytest.raises(UserError, match=r"splits words differently from tokenizer\.json"):
         load_tokenizer(path)

@@ -76,7 +76,7 @@ def test_a_slow_tokenizer_is_refused(llama_dir: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         "fedcmp.pipeline.models.loading.AutoTokenizer.from_pretrained", lambda *_, **__: tokenizer
     )
-    with pytest.raises(UserError, match=r"no fast tokenizer.*add a tokenizer\.json"):
+    with pytest.raises(UserError, match=r"not a fast tokenizer.*add a tokenizer\.json"):
         FrozenLanguageModel(llama_dir, dtype="float32", device=CPU)
 
 

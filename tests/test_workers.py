@@ -277,7 +277,7 @@ def test_who_is_who(text: str, environment: dict[str, str], worker: Worker) -> N
         ("0/0", {}, "numbered from 0"),
         ("-1/3", {}, "expected i/n"),
         ("auto", {}, "SLURM_ARRAY_TASK_ID"),
-        ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x is no number"),
+        ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x is not a number"),
         ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "not below"),
         ("auto", {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3"}, "--array=0-N"),
     ],

@@ -102,8 +102,8 @@ def test_images_go_into_their_folder_alone(tmp_path: Path, capsys: pytest.Captur
     found = benchmark.items(None)
     problems = [each.reason for each in found if isinstance(each, Problem)]
     assert [reason.partition(": ")[2] for reason in problems] == [
-        "index '../../x' is no number",
-        "index '/tmp/x' is no number",
+        "index '../../x' is not a number",
+        "index '/tmp/x' is not a number",
     ]
 
 

@@ -88,7 +88,7 @@ class MmBench(Choice):
         ]
         answer = row.get("answer") or ""
         if not shown or answer not in (*_LETTERS, *_NONE):
-            raise UserError(f"{place}: no options, or the answer {answer!r} is no letter")
+            raise UserError(f"{place}: no options, or the answer {answer!r} is not a letter")
         if answer not in (*choices, *_NONE):
             raise UserError(f"{place}: the answer {answer!r} is none of the options {', '.join(choices)}")
         hint = row.get("hint") or ""
@@ -181,11 +181,11 @@ def _index(row: Any, place: str) -> int:
     """A row's number, which names its image's file.
 
     Raises:
-        UserError: It is no number.
+        UserError: It is not a number.
     """
     index = str(field(row, "index", place)).strip()
     if not (index.isascii() and index.isdigit()):
-        raise UserError(f"{place}: index {index!r} is no number")
+        raise UserError(f"{place}: index {index!r} is not a number")
     return int(index)
 
 

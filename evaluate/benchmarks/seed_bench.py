@@ -55,7 +55,7 @@ class SeedBench(Choice):
             options = [string(entry, f"choice_{letter}", place) for letter in "abcd"]
             answer = string(entry, "answer", place)
             if answer not in ("A", "B", "C", "D"):
-                raise UserError(f"{place}: answer {answer!r} is no letter from A to D")
+                raise UserError(f"{place}: answer {answer!r} is not a letter from A to D")
             asked = [string(entry, "question", place)]
             asked += [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)]
             truth = {"answer": answer, "type": names.get(str(kind), f"type {kind}")}

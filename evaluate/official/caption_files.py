@@ -35,7 +35,7 @@ def captioned_images(path: Path, split: str) -> Iterator[tuple[str, Captioned | 
     content, place = read_json_file(path, "captions"), str(path)
     images = field(content, "images", place)
     if not isinstance(images, list):
-        raise UserError(f"{path}: 'images' is no list; is this the official file?")
+        raise UserError(f"{path}: 'images' is not a list; is this the official file?")
     if "annotations" not in content:
         for number, entry in enumerate(images):
             if not isinstance(entry, dict) or entry.get("split") == split:

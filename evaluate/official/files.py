@@ -126,7 +126,7 @@ def strings(entry: Any, name: str, place: str) -> list[str]:
     """
     values = field(entry, name, place)
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-        raise UserError(f"{place}: '{name}' is no list of texts")
+        raise UserError(f"{place}: '{name}' is not a list of texts")
     return values
 
 

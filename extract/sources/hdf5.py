@@ -77,7 +77,7 @@ class Hdf5(Source):
                             if shortage(error) or (isinstance(error, OSError) and _SYSTEM.search(str(error))):
                                 # It may pass, and a hole in the cache would stay.
                                 raise UserError(
-                                    f"{place}: cannot be read ({error}); mend that and rerun to go on"
+                                    f"{place}: cannot be read ({error}); fix that and rerun to go on"
                                 ) from None
                             yield Skipped(place, f"damaged: {one_line(error)}")
 
@@ -196,7 +196,7 @@ class Hdf5(Source):
                 raise UserError(f"{self.path}: '{part}' in '{name}' is a link; copy the data into the file")
             found = found[part]
         if not isinstance(found, h5py.Dataset) or not found.shape:
-            raise UserError(f"{self.path}: {option} = '{name}' is no dataset of rows")
+            raise UserError(f"{self.path}: {option} = '{name}' is not a dataset of rows")
         if found.is_virtual or found.external:
             raise UserError(f"{self.path}: '{name}' takes its data from other files; copy them into this one")
         at_once = max(_row_bytes(found), prod(found.chunks or ()) * found.dtype.itemsize)

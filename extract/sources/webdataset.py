@@ -169,7 +169,7 @@ class WebDataset(Source):
 
 
 class _Names:
-    """Names of a silo's pictures: keys that start again in every shard are told apart by its path."""
+    """Names of a silo's pictures: keys that start again in every shard are distinguished by its path."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
@@ -209,7 +209,7 @@ def _named(shard: str, name: str, data: bytes, problems: list[Skipped]) -> _File
 
 
 def _damage(shard: Path | Remote, error: Exception) -> Skipped:
-    """What is told of a damaged shard.
+    """What is reported of a damaged shard.
 
     Raises:
         UserError: It cannot be read now, but perhaps later: what that hides would be skipped for good.
@@ -218,7 +218,7 @@ def _damage(shard: Path | Remote, error: Exception) -> Skipped:
     if isinstance(error, UserError) or shortage(error):
         raise error
     if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
-        raise UserError(f"{shard}: cannot be read ({error}); mend that and rerun to go on") from None
+        raise UserError(f"{shard}: cannot be read ({error}); fix that and rerun to go on") from None
     return Skipped(str(shard), f"damaged shard: {one_line(error)}")
 
 

@@ -148,7 +148,7 @@ def _each(
                 task.advance()
         except BrokenProcessPool:
             raise UserError(
-                f"{title}: a process was killed, perhaps for want of memory; run the same command with "
+                f"{title}: a process was killed, perhaps for lack of memory; run the same command with "
                 "fewer --jobs to go on"
             ) from None
     return failures

@@ -1,4 +1,4 @@
-"""`fedcmp cache`: look at feature caches, check them, hand them over."""
+"""`fedcmp cache`: inspect, verify and hand over feature caches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for scr
 
 @click.group()
 def cache() -> None:
-    """Look at feature caches, check them, hand them over.
+    """Inspect, verify and hand over feature caches.
 
     \b
     Example:
@@ -68,7 +68,7 @@ def ls(places: tuple[Path, ...], as_json: bool) -> None:
 
 @cache.command()
 @click.argument("path", type=_PATH)
-@click.option("--sample", default=64, show_default=True, help="Images whose features are looked at.")
+@click.option("--sample", default=64, show_default=True, help="Images to compute statistics of.")
 @click.option("--texts", default=3, show_default=True, help="Texts to show.")
 @_JSON
 def inspect(path: Path, sample: int, texts: int, as_json: bool) -> None:
@@ -116,7 +116,7 @@ def inspect(path: Path, sample: int, texts: int, as_json: bool) -> None:
 def verify(paths: tuple[Path, ...], allow_older: bool, as_json: bool) -> None:
     """Check every byte of caches: hashes, checksums, structure, shapes, NaN; exit code 1 if one is bad.
 
-    What is whole is not verified again before it is used.
+    A cache that passes is not verified again before it is used.
 
     \b
     Example:
@@ -150,7 +150,7 @@ def verify(paths: tuple[Path, ...], allow_older: bool, as_json: bool) -> None:
 @click.argument("second", type=_PATH)
 @_JSON
 def diff(first: Path, second: Path, as_json: bool) -> None:
-    """Say in which fields and files two caches differ; exit code 1 if they do.
+    """List the fields and files in which two caches differ; exit code 1 if they do.
 
     Caches that differ in their key cannot be trained on together.
 
@@ -178,7 +178,7 @@ def diff(first: Path, second: Path, as_json: bool) -> None:
 
 @cache.command()
 @click.argument("path", type=_PATH)
-@click.option("--out", type=_PATH, help="File to write; by default <cache>.zip or <cache>.h5 right here.")
+@click.option("--out", type=_PATH, help="File to write; by default CACHE.zip or CACHE.h5 in this folder.")
 @click.option("--hdf5", is_flag=True, help="Write HDF5 with contiguous datasets instead of a zip.")
 @click.option(
     "--zstd", is_flag=True, help="Compress: about a fifth smaller, but must be unpacked to be read."
@@ -199,7 +199,7 @@ def pack(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Put a cache into one file to hand over, checking its hashes on the way.
+    """Pack a cache into one file to hand over, checking its hashes on the way.
 
     \b
     Example:
@@ -231,7 +231,7 @@ def pack(
     texts = f", {packed.texts:,} texts" if packed.texts else ""
     say(
         f"It holds image names, hashes of the image files, where they came from{texts}, and features from "
-        "which pictures can be redrawn roughly: hand it only to whom you would show the pictures "
+        "which pictures can be redrawn roughly: hand it only to people you would show the pictures "
         "(docs/reveals.md)."
     )
 
@@ -293,8 +293,8 @@ def unpack(
 @click.option("--out", type=_PATH, required=True, help="Folder of the new cache.")
 @click.option("--ids", type=click.File(encoding="utf-8-sig"), help="File with one image id a line.")
 @click.option("--split", help="Only texts of this split, and images that have one.")
-@click.option("--number", type=click.IntRange(min=1), help="So many readable images, drawn at random.")
-@click.option("--seed", default=0, show_default=True, help="Decides which.")
+@click.option("--number", type=click.IntRange(min=1), help="This many readable images, drawn at random.")
+@click.option("--seed", default=0, show_default=True, help="Seed of that draw.")
 def subset(path: Path, out: Path, ids: Any, split: str | None, number: int | None, seed: int) -> None:
     """Make a cache of some of a cache's images.
 
@@ -340,9 +340,9 @@ def texts(path: Path, listing: Path) -> None:
 @cache.command()
 @click.argument("paths", type=_PATH, nargs=-1, required=True)
 @click.option("--out", type=_PATH, required=True, help="Folder of the new cache.")
-@click.option("--prefix", is_flag=True, help="Call images <silo>/<id>, so that ids may meet.")
+@click.option("--prefix", is_flag=True, help="Name images SILO/ID, so that equal ids do not collide.")
 def merge(paths: tuple[Path, ...], out: Path, prefix: bool) -> None:
-    """Put caches of one encoder together.
+    """Join caches made with one encoder.
 
     \b
     Example:

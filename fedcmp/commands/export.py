@@ -9,7 +9,7 @@ import click
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--to", "form", required=True, type=click.Choice(["hf", "llava"]), help="What to write.")
+@click.option("--to", "form", required=True, type=click.Choice(["hf", "llava"]), help="Format to write.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
 @click.option("--config", type=click.Path(path_type=Path), help="Experiment file, for what is not given.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of --config.")
@@ -24,7 +24,7 @@ def export(
     encoder: str | None,
     language: Path | None,
 ) -> None:
-    """Write a run's directory or projector as others read it.
+    """Export a run's projector for Hugging Face or LLaVA; RUN is its directory or a projector's file.
 
     `hf` is a whole model for transformers' LlavaForConditionalGeneration, `llava` the projector and
     configuration that the LLaVA repository takes.

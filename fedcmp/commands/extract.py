@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 @experiment_options
 @click.option("--silo", "silos", multiple=True, metavar="NAME", help="Only this silo; repeatable.")
 @click.option("--overwrite", is_flag=True, help="Encode again what is there already.")
-@click.option("--benchmark", "benchmarks", multiple=True, metavar="NAME", help="Its images; repeatable.")
+@click.option(
+    "--benchmark",
+    "benchmarks",
+    multiple=True,
+    metavar="NAME",
+    help="Encode this benchmark's images; repeatable.",
+)
 @click.option(
     "--images", type=click.Path(path_type=Path), metavar="FOLDER", help="Where the benchmark's images are."
 )
@@ -71,7 +77,7 @@ def _with_benchmark(experiment: Experiment, name: str, images: Path | None) -> E
 
     if name in experiment.extract.silos:
         raise UserError(
-            f"--benchmark {name}: a silo is called so too; extract that with --silo {name}, or give the "
+            f"--benchmark {name}: a silo has this name, too; extract that with --silo {name}, or give the "
             "benchmark another name"
         )
     folder, names = benchmark_images(experiment, name, images)

@@ -15,7 +15,8 @@ import click
     "--by",
     type=click.Choice(["field", "dirichlet", "quantity", "hash"]),
     required=True,
-    help="One silo a label; labels spread unevenly; sizes as told; evenly by the image name's SHA-256.",
+    help="field: a silo for each label; dirichlet: labels spread unevenly; quantity: given sizes; hash: "
+    "evenly, by the SHA-256 of the image's name.",
 )
 @click.option("--field", metavar="KEY", help="Label: a key of the JSON entry; dots go deeper.")
 @click.option(
@@ -27,8 +28,8 @@ import click
 @click.option("--alpha", type=float, help="Concentration of the Dirichlet draw; small is uneven.")
 @click.option("--shares", metavar="A,B,...", help="Sizes of --by quantity, in proportion.")
 @click.option("--power", type=float, help="Sizes of --by quantity fall as k^-POWER.")
-@click.option("--min-size", type=int, default=1, show_default=True, help="Images each silo has at least.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--min-size", type=int, default=1, show_default=True, help="Fewest images of a silo.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of every draw.")
 @click.option("--images", metavar="FOLDER", help="Where images are; by default where the source has them.")
 @click.option("--overwrite", is_flag=True, help="Replace another partition.")
 def partition(

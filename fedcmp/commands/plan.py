@@ -25,7 +25,9 @@ _STORED = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 @experiment_options
 @click.option("--images", default=558_000, show_default="LLaVA's 558k", help="Image-text pairs of all silos.")
 @click.option("--text-tokens", default=32, show_default=True, help="Tokens of a text.")
-@click.option("--gpu", type=click.Choice(list(GPUS)), default="h100", show_default=True)
+@click.option(
+    "--gpu", type=click.Choice(list(GPUS)), default="h100", show_default=True, help="GPU to estimate for."
+)
 @click.option(
     "--utilisation",
     type=click.FloatRange(0, 1, min_open=True),

@@ -24,7 +24,7 @@ _PLAIN = re.compile(r"[\w./@+][\w./@+-]*")
 def show(config: Path, overrides: tuple[str, ...], for_make: bool) -> None:
     """Print an experiment or ablation as TOML: `extends` merged, defaults written out.
 
-    What is printed is an experiment file itself, of the same meaning.
+    The output is itself a valid experiment file of the same meaning.
 
     \b
     Example:

@@ -30,10 +30,10 @@ def world() -> None:
     type=click.Choice(("demo", "content", "domain", "quantity", "many")),
     help="How data differ between silos.",
 )
-@click.option("--seed", default=0, show_default=True)
-@click.option("--silo-images", default=1152, show_default=True, help="A sixth of all silos' images.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the data.")
+@click.option("--silo-images", default=1152, show_default=True, help="A sixth of the silos' images.")
 @click.option("--heldout-images", default=600, show_default=True, help="Images nobody trains on.")
-@click.option("--validation-images", default=0, show_default=True, help="Images to choose options by.")
+@click.option("--validation-images", default=0, show_default=True, help="Images to tune options on.")
 def write(out: Path, **amounts: Any) -> None:
     """Write silos, held-out images and benchmark files.
 
@@ -78,9 +78,9 @@ def demo(folder: Path, silo_images: int) -> None:
 
 @world.command()
 @click.argument("out", type=click.Path(path_type=Path), default=WEIGHTS)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--language-steps", default=None, type=int, help="Shorter or longer than the recipe.")
-@click.option("--vision-steps", default=None, type=int, help="Shorter or longer than the recipe.")
+@click.option("--seed", default=0, show_default=True, help="Seed of data and weights.")
+@click.option("--language-steps", default=None, type=int, help="LLM's steps; by default the recipe's.")
+@click.option("--vision-steps", default=None, type=int, help="Encoder's steps; by default the recipe's.")
 def train(out: Path, seed: int, language_steps: int | None, vision_steps: int | None) -> None:
     """Train the tiny vision encoder and the tiny LLM from scratch.
 
@@ -115,11 +115,17 @@ def train(out: Path, seed: int, language_steps: int | None, vision_steps: int | 
 
 
 @world.command()
-@click.option("--out", type=click.Path(path_type=Path), default="redrawn.png", show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="redrawn.png",
+    show_default=True,
+    help="Picture to write.",
+)
 @click.option("--pictures", default=4000, show_default=True, help="Pictures a decoder is trained on.")
-@click.option("--held-out", default=600, show_default=True, help="Other pictures, which are redrawn.")
+@click.option("--held-out", default=600, show_default=True, help="Other pictures, to redraw.")
 @click.option("--steps", default=1500, show_default=True, help="Steps a decoder is trained for.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Seed of pictures and decoders.")
 def redraw(out: Path, pictures: int, held_out: int, steps: int, seed: int) -> None:
     """Redraw pictures from their cached features, to see what handing a cache over reveals.
 

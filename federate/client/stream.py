@@ -113,7 +113,7 @@ class Stream:
             others = sum(cache.texts for cache in self._caches)
             raise UserError(
                 f"silo {', '.join(caches)} has no training text ({others} texts of other splits or without "
-                "a readable image); remove it from federate.silos, or mend its source and extract it again"
+                "a readable image); remove it from federate.silos, or fix its source and extract it again"
             )
         if len(samples) < turns:
             without_them = f" (besides {len(reasons)} that cannot be trained on)" if reasons else ""

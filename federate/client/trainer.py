@@ -1,4 +1,4 @@
-"""The local engine: all clients train in this process, one frozen LLM between them."""
+"""All clients of this process train here and share one frozen LLM."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def _described(dtype: torch.dtype, shape: Collection[int]) -> str:
 
 
 def _check_sent(sent: Sent, job: Job, options: Communication) -> None:
-    """What `federate.communication.compressed` makes of an update of these shapes."""
+    """What `outgoing.compression.compressed` makes of an update of these shapes."""
     _keys(sent, job.start, "its update")
     for name, old in job.start.items():
         parts, what, shape = sent[name], f"its update's {name}", tuple(old.shape)
@@ -234,5 +234,5 @@ def number(value: Any, least: float, most: float) -> float:
         ValueError: It is none.
     """
     if type(value) not in (int, float) or not isfinite(value) or not least <= value <= most:
-        raise ValueError(f"{str(value)[:40]} is no number from {least:g} to {most:g}")
+        raise ValueError(f"{str(value)[:40]} is not a number from {least:g} to {most:g}")
     return float(value)

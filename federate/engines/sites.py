@@ -135,7 +135,7 @@ class Sites(Engine):
         if len(self._cards) < needed:
             absent = ", ".join(silo for silo in silos if silo not in self._cards)
             raise UserError(
-                f"only {len(self._cards)} of {len(silos)} sites came within sites.join_timeout = "
+                f"only {len(self._cards)} of {len(silos)} sites joined within sites.join_timeout = "
                 f"{options.join_timeout:g} s; missing: {absent}; start them with 'fedcmp site', then run "
                 "this again"
             )

@@ -88,7 +88,7 @@ def unpack(payload: Payload) -> Any:
 
 
 def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not a number")
 
 
 def job_as_dict(job: Job) -> dict[str, Any]:

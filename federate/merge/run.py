@@ -82,7 +82,7 @@ def _merge(name: str, strategy: Strategy, inputs: Inputs, target: Path) -> None:
 def _method(name: str, overrides: Sequence[str], methods: Sequence[str]) -> Strategy:
     """A strategy that can merge what is on disk, with its options."""
     if name not in STRATEGIES.names():
-        raise UserError(f"--method {name}: no method is called so{did_you_mean(name, STRATEGIES.names())}")
+        raise UserError(f"--method {name}: there is no such method{did_you_mean(name, STRATEGIES.names())}")
     options = _options(name, overrides, methods)
     strategy = STRATEGIES.build(Component(name=name, **options), name)
     if strategy.pooled:

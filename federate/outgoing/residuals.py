@@ -41,7 +41,7 @@ class Residuals:
         if not path.is_file():
             raise UserError(
                 f"{path}: missing, so what client '{client}' has not sent yet is lost; put the file back, or "
-                "begin the run anew"
+                "start the run over"
             )
         return load_file(path)
 

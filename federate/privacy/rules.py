@@ -39,7 +39,7 @@ def _clients(experiment: Experiment, strategy: Strategy) -> None:
         )
     if options.communication is not None:
         raise UserError(
-            f"federate.communication.payload = '{options.communication.payload}': what privacy takes away "
+            f"federate.communication.payload = '{options.communication.payload}': what clipping removes "
             "must not be sent later; use float32"
         )
     if options.optimizer.carry:

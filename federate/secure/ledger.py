@@ -52,7 +52,7 @@ class Ledger:
             if entry["start"] != digest.hexdigest() and (entry["sums"] or entry["cosines"]):
                 raise UserError(
                     f"client '{self._client}' has given sums of round {round_ + 1} from another projector; "
-                    f"a run that begins anew needs another name, or its site's consent: remove {self._path}"
+                    f"a run that starts over needs another name, or its site's consent: remove {self._path}"
                 )
             entry["start"] = digest.hexdigest()
             write_json(self._path, book)

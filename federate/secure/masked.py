@@ -95,7 +95,7 @@ class Masked(Cohort):
         return self._first[0]
 
     def shorten(self, longest: float) -> Weights:
-        """Every client says its norm; whoever does not is left out of the round."""
+        """Every client reports its norm; one that does not is left out of the round."""
         replies = self._exchange({client: {"step": "norm"} for client in self._samples})
         norms = {client: float(replies[client]["norm"]) for client in sorted(replies)}
         for client, each in norms.items():

@@ -20,7 +20,7 @@ def encode(values: np.ndarray) -> np.ndarray:
     """Reals as integers modulo 2^64 with 40 bits after the point, uint64.
 
     Raises:
-        ValueError: A value is not finite, or too large for sums of it to be told apart.
+        ValueError: A value is not finite, or too large for sums of it to be distinguished.
     """
     limit = 2.0**_WHOLE_BITS
     largest = float(np.abs(values).max(initial=0))

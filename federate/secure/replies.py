@@ -85,7 +85,7 @@ def unspoiled(answers: Answers, told: str, part: str, digest: Callable[[Any], st
         )
         say(
             f"{client} dropped out of the secure sum: {wrong} (SHA-256 {there[:16]} there, {here[:16]} "
-            "here); a bit fell over at one of the two machines or between them"
+            "here); a bit flipped at one of the two machines or between them"
         )
     return kept
 

@@ -133,7 +133,7 @@ def _split(message: str, path: Path) -> tuple[str, str]:
 
 
 def _listing(files: Files, listed: set[str]) -> Iterator[Problem]:
-    """Files that nobody announced, links, pipes and other things that are no files."""
+    """Files that the manifest does not list, links, pipes and other irregular files."""
     if isinstance(files, StoredZip):
         found = {name: True for name in files.members}
     else:

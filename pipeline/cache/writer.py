@@ -346,7 +346,7 @@ def open_writer(
         The writer; None where the others committed the very cache in the meantime.
 
     Raises:
-        UserError: A process is at work that shares with nobody, or others make another cache.
+        UserError: Another process writes it alone, or others make a different cache.
     """
     if not together:
         with writing(path):

@@ -128,7 +128,7 @@ def compare_prompts(out: Path, language: Path, template: str, image: int) -> Non
     theirs = written(prompt.replace(IMAGE_TOKEN, 2 * IMAGE_TOKEN), add_special_tokens=not begun)["input_ids"]
     if list(theirs) != ours:
         say(
-            "Note: transformers' processor gives other token ids for a question than evaluation here, "
+            "Note: transformers' processor gives different token ids for a question than evaluation here, "
             f"{list(theirs)} instead of {ours}; answers may differ a little"
         )
 

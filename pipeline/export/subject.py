@@ -84,7 +84,7 @@ def _features(
     cache: FeatureCache = open_cache(experiment, experiment.federate.silos[0])
     if run and run["cache_key"] != cache.cache_key:
         raise UserError(
-            f"{cache.path}: encoded in another way than the silos of {file.parent}; give its own --config"
+            f"{cache.path}: encoded differently from the silos of {file.parent}; give its own --config"
         )
     if cache.d_vision != projector.d_vision:
         raise UserError(

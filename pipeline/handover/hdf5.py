@@ -124,7 +124,7 @@ def _read(path: Path, part: _Part) -> bytes:
         file.seek(part.offset)
         data = file.read(part.size)
     if len(data) != part.size:
-        raise UserError(f"{path}: it ends within what it should hold; have it sent again")
+        raise UserError(f"{path}: it is truncated; have it sent again")
     return data
 
 
@@ -199,7 +199,7 @@ def _dataset(file: Any, name: str, path: Path) -> Any:
 
 def _bytes(dataset: Any, limit: int, path: Path) -> _Part:
     if dataset.dtype != np.uint8 or dataset.ndim != 1 or dataset.size > limit:
-        raise UserError(f"{path}: '{dataset.name}' is no list of at most {limit} bytes; do not use it")
+        raise UserError(f"{path}: '{dataset.name}' is not a list of at most {limit} bytes; do not use it")
     return _part(dataset, path)
 
 

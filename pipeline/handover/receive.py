@@ -1,7 +1,7 @@
 """A cache is verified wholly before it is used for the first time here, and so is whatever changed since.
 
-What a cache's rows say when they are read, their crc32c, finds damage alone: whoever changes a text
-makes it fit. Only the manifest's SHA-256 of every file finds that.
+The crc32c of a row, checked when it is read, detects damage only: whoever changes a text can recompute
+it. Only the manifest's SHA-256 of every file detects that.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def pick_device(name: str) -> str:
     """`cpu`, `cuda`, or `cuda:N` for a process that torchrun started; `auto` is CUDA where torch can use it.
 
     Raises:
-        UserError: CUDA is asked for and torch sees none, or `LOCAL_RANK` is no number.
+        UserError: CUDA is asked for and torch sees none, or `LOCAL_RANK` is not a number.
     """
     usable = name != "cpu" and _has_driver() and _torch_sees_cuda()
     if name == "cuda" and not usable:
@@ -63,7 +63,7 @@ def _own_gpu() -> str:
     if rank is None:
         return "cuda"
     if not rank.isdecimal():
-        raise UserError(f"LOCAL_RANK={rank} is no number; unset it, or start with torchrun")
+        raise UserError(f"LOCAL_RANK={rank} is not a number; unset it, or start with torchrun")
     # A launcher may show every process its own GPU alone, or start more processes than there are GPUs.
     return f"cuda:{int(rank) % _gpus()}"
 

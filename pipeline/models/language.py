@@ -161,7 +161,7 @@ class FrozenLanguageModel:
 
     @cached_property
     def _compiled_body(self) -> Any:
-        """What takes embeddings, compiled as a whole where its layers cannot be told."""
+        """What takes embeddings, compiled as a whole where its layers cannot be identified."""
         return self.body if self._layers else torch.compile(self.body)
 
     @contextmanager

@@ -47,8 +47,8 @@ def load_tokenizer(path: Path) -> Any:
         )
     if not tokenizer.is_fast:
         raise UserError(
-            f"language.path = {path}: {type(tokenizer).__name__} is no fast tokenizer, which says where each "
-            "token ends in a text; add a tokenizer.json"
+            f"language.path = {path}: {type(tokenizer).__name__} is not a fast tokenizer, which says where "
+            "each token ends in a text; add a tokenizer.json"
         )
     return _as_written(path, tokenizer)
 
@@ -69,7 +69,7 @@ def _as_written(path: Path, tokenizer: Any) -> Any:
     plain: Any = PreTrainedTokenizerFast.from_pretrained(path)
     if not _splits_as(file, plain):
         raise UserError(
-            f"language.path = {path}: {type(tokenizer).__name__} splits words in another way than "
+            f"language.path = {path}: {type(tokenizer).__name__} splits words differently from "
             "tokenizer.json says; set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json"
         )
     return plain

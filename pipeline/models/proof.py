@@ -154,7 +154,7 @@ class _Case:
         if bool(self._wanted.isnan().any()):
             raise UserError(
                 f"language.path = {language.path}: its logits are not numbers in {language.model.dtype}; "
-                "mend its weights, or change language.dtype"
+                "repair its weights, or change language.dtype"
             )
 
     def _whole(self) -> tuple[bool, Tensor]:

@@ -52,7 +52,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def llama(vocab_size: int, *, bos: int, eos: int, pad: int) -> LlamaForCausalLM:
     """Llama of width 128 and 3 layers, initialised so that attention starts by matching content.
 
-    With `W_k = W_q` and `W_o = W_v^T` a position attends to positions of like content and copies
+    With `W_k = W_q` and `W_o = W_v^T` a position attends to positions of similar content and copies
     what it finds, which is the circuit that answering questions about a context needs.
     """
     import torch

@@ -1,8 +1,8 @@
 """What sites reach of a server: the calls of Flower's fleet, from sites whose keys are known.
 
-A SuperLink serves whoever submits apps on the port where it serves sites, and asks them for nothing. So
-it listens on the loopback, and this listens outside, with TLS. A request goes through whole or not at
-all, rebuilt from what was understood of it.
+A SuperLink serves sites and app submitters on one port, and does not authenticate the latter. So it
+listens on the loopback, and this listens outside, with TLS. A request passes as a whole or not at all,
+rebuilt from what was parsed.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def check_place(option: str, address: str, insecure: bool) -> None:
         here = host == "localhost"
     if insecure and not here:
         raise UserError(
-            f"{option} {address}: --insecure is for 127.0.0.1 alone, as whoever reaches that port could run "
+            f"{option} {address}: --insecure is for 127.0.0.1 only, as whoever reaches that port could run "
             "the study's sites; give certificates and keys"
         )
 

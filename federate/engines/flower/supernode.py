@@ -1,6 +1,6 @@
 """Flower's SuperNode, made to accept one app and no other, and to end when it has given up.
 
-    python -m federate.engines.supernode ARGUMENTS...
+    python -m fedcmp.federate.engines.flower.supernode ARGUMENTS...
 
 A SuperNode runs the app that its server sends. Flower's own pins (`--trusted-entities`) are signatures of
 its hub, which apps submitted from a folder do not have. Where Flower no longer has what is replaced here,

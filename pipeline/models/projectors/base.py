@@ -63,7 +63,7 @@ def side_of(patches: int, scale: int) -> int:
     side = math.isqrt(patches)
     if side * side != patches or side % scale:
         raise UserError(
-            f"federate.projector.scale = {scale}: {patches} cached patches are no square grid that it "
+            f"federate.projector.scale = {scale}: {patches} cached patches do not form a square grid that it "
             "divides; choose another scale, or extract without the CLS token"
         )
     return side
