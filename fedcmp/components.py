@@ -12,7 +12,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from fedcmp.pipeline import toml
+from fedcmp.pipeline import plugins, toml
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.options import Component, Options
 
@@ -24,8 +24,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
         UserError: The file is missing or malformed, or a key, name or value is wrong, in whichever stage.
     """
     experiment = toml.load(path, overrides)
+    files = tuple(plugins.read(each) for each in experiment.plugins)
     for where, component in components(experiment):
-        component.note_built(build(where, component))
+        component.note_plugins(files)
+        component.note_built(build(where, component), _registry(where).provenance(component, where))
     return experiment
 
 
