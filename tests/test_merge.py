@@ -477,7 +477,7 @@ def test_mistakes_are_one_clear_line(
         ([a, b, a, *average], f"{a}: is given twice"),
         (
             [a, b, "--method", "fedavgg", "--out", out],
-            "fedavgg.name: no strategy is called 'fedavgg'; did you",
+            "no strategy is called 'fedavgg'; did you",
         ),
         ([a, b, "--method", "centralised", "--out", out], "--method centralised: trains one client on all"),
         ([a, b, *average, "--weights", "1,2,3"], "number of weights is 3, of projectors 2"),

@@ -53,13 +53,11 @@ def merge(
     Raises:
         UserError: A file, method, option or number is wrong.
     """
-    strategies = {
-        name: _method(Component(name=name, **_options(name, overrides, methods)).with_plugins(plugins))
+    components = {
+        name: Component(name=name, **_options(name, overrides, methods)).with_plugins(plugins)
         for name in methods
     }
-    files = {
-        name: STRATEGIES.provenance(Component(name=name).with_plugins(plugins), name) for name in methods
-    }
+    strategies = {name: _method(component) for name, component in components.items()}
     targets = _targets(out, list(strategies))
     inputs = read_inputs(paths, base, weights, plugins)
     _refuse_overwriting(inputs, targets)
@@ -71,7 +69,8 @@ def merge(
     elif guide:
         say(f"--features and --language are not used: {', '.join(strategies)} takes no alignments")
     for name, strategy in strategies.items():
-        _merge(name, strategy, inputs, targets[name], files[name])
+        plugin = STRATEGIES.provenance(components[name], name)
+        _merge(name, strategy, inputs, targets[name], plugin)
     return list(targets.values())
 
 
