@@ -144,7 +144,12 @@ def _require_rules(name: str, benchmarks: Sequence[Benchmark], runs: Sequence[Ex
         UserError: Benchmarks of one name have other options.
     """
     conditions = [
-        {**rules_of(each, [])["options"], "max_new_tokens": each.max_new_tokens} for each in benchmarks
+        {
+            **rules_of(each, [])["options"],
+            "max_new_tokens": each.max_new_tokens,
+            **run.evaluate.benchmarks[name].provenance,
+        }
+        for each, run in zip(benchmarks, runs, strict=True)
     ]
     for run, options in zip(runs[1:], conditions[1:], strict=True):
         found = differences(conditions[0], options)

@@ -88,6 +88,7 @@ def made_of(experiment: Experiment, work: Work, given: Given) -> dict[str, Any]:
     """What scores are made of, as JSON: equal values have equal scores."""
     return {
         **rules_of(work.benchmark, given.items),
+        **experiment.evaluate.benchmarks[work.name].provenance,
         "bootstrap": experiment.evaluate.bootstrap,
         "seed": experiment.seed,
         "answers": fingerprint([[each[item.id] for item in given.items] for each in given.answers]),

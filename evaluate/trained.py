@@ -69,7 +69,7 @@ def own_projector(experiment: Experiment, manifest: dict[str, Any], name: str) -
     from fedcmp.pipeline.models.projector import content_hash, load_projector
 
     path = experiment.run_path / name
-    projector, state = load_projector(path)
+    projector, state = load_projector(path, experiment.federate.projector.plugins)
     if content_hash(state) != manifest["projectors"][name]:
         raise UserError(f"{path}: the run was trained again meanwhile; run the same command again")
     return projector

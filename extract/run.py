@@ -55,7 +55,7 @@ def run(
     compute_dtype = pick_dtype(options.compute_dtype, device)
     key = {
         "format": FORMAT,
-        "encoder": encoder.identity(),
+        "encoder": encoder.identity() | options.encoder.provenance,
         "compute_dtype": compute_dtype,
         "dtype": options.dtype,
     }
@@ -67,7 +67,7 @@ def run(
     outcomes = []
     for name, source in sources.items():
         path = experiment.cache_path(name)
-        identity = Identity(key, source.identity())
+        identity = Identity(key, source.identity() | options.silos[name].provenance)
         if experiment.store is not None and not overwrite:
             _take_over(Remote(experiment.store) / path.name, path, identity)
         done = current(path, identity, overwrite=overwrite)

@@ -83,7 +83,11 @@ def current(path: Path, identity: Identity, *, overwrite: bool) -> FeatureCache 
     except CorruptCacheError as error:
         say(str(error))
         return None
-    return cache if cache.manifest["source"] == identity.source else None
+    changed = differences(identity.source, cache.manifest["source"])
+    if changed:
+        say(f"{path}: encoding again, because {'; '.join(changed)}")
+        return None
+    return cache
 
 
 def extract_silo(

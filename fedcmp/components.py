@@ -12,7 +12,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from fedcmp.pipeline import toml
+from fedcmp.pipeline import plugins, toml
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.options import Component, Options
 
@@ -32,8 +32,10 @@ def built(experiment: Experiment) -> Experiment:
     Raises:
         UserError: A name is unknown, or an option is unknown or wrong.
     """
+    files = tuple(plugins.read(each) for each in experiment.plugins)
     for where, component in components(experiment):
-        component.note_built(build(where, component))
+        component.note_plugins(files)
+        component.note_built(build(where, component), _registry(where).provenance(component, where))
     return experiment
 
 

@@ -33,8 +33,7 @@ def load(source: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | No
     """
     over = [toml.nested(key, value) for key, value in (changes or {}).items()]
     if isinstance(source, Mapping):
-        tables = {"run": "run", **source}
-        experiment = toml.experiment_of(tables, over)
+        experiment = toml.experiment_of({"run": "run"}, [dict(source), *over])
     else:
         experiment = toml.load(Path(source), changes=over)
     return Study(components.built(experiment))

@@ -55,7 +55,7 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
         }
         manifest = read_json(out / "manifest.json")
         if manifest is not None:
-            changed = run_differences(wanted, manifest.get("identity", {})) or _damaged(out, manifest)
+            changed = run_differences(wanted, manifest.get("identity", {})) or _damaged(experiment, manifest)
             if not changed:
                 say(f"{out}: nothing to do, this run is what the configuration asks for")
                 return out
@@ -68,13 +68,13 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
     return out
 
 
-def _damaged(out: Path, manifest: Mapping[str, Any]) -> list[str]:
+def _damaged(experiment: Experiment, manifest: Mapping[str, Any]) -> list[str]:
     """Why the projectors of a finished run are not those that it ended with."""
     from fedcmp.pipeline.models import projector as projectors
 
     for name in manifest["projectors"]:
         try:
-            projectors.load_projector(out / name)
+            projectors.load_projector(experiment.run_path / name, experiment.federate.projector.plugins)
         except UserError:
             return [f"{name} is missing or not the one of its manifest"]
     return []
@@ -164,7 +164,7 @@ def _beginning(
     if experiment.federate.initial is None:
         projectors.initialise(projector, torch.Generator().manual_seed(experiment.seed))
     else:
-        start_from(experiment.federate.initial, projector)
+        start_from(experiment.federate.initial, projector, experiment.federate.projector.plugins)
     state = projectors.state_of(projector)
     initial = experiment.federate.initial
     if initial and projectors.content_hash(state) != wanted["federate"]["initial"]:

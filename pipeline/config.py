@@ -1,6 +1,6 @@
 """What an experiment file may say, as frozen models; an unknown key is an error.
 
-Paths are relative to the working directory.
+Paths are relative to the working directory, but those of plugins.
 """
 
 from __future__ import annotations
@@ -108,10 +108,10 @@ class Federate(Options):
     micro_batch: int | None = Field(None, ge=1)
     checkpointing: bool = False
     compile: bool = False
-    projector: Component = Component(name="mlp2x_gelu")
+    projector: Component = Field(default_factory=lambda: Component(name="mlp2x_gelu"))
     initial: Path | None = None
     optimizer: Optimizer = Optimizer()
-    strategy: Component = Component(name="fedavg")
+    strategy: Component = Field(default_factory=lambda: Component(name="fedavg"))
     privacy: Privacy | None = None
     poison: dict[Name, Poison] | None = None
     communication: Communication | None = None
@@ -193,6 +193,7 @@ class Experiment(Options):
     Caches lie in `features`, with `store` also behind a URL, of which `features` is then a verified
     copy. A URL in `features` is short for that with a folder in `$FEDCMP_CACHE` or `~/.cache/fedcmp`.
     `trust` gives silos a public key: their caches are used only as signed by its owner, as that silo's.
+    `plugins` are Python files with further components, from the folder of the file that names them.
     """
 
     experiment: Name
@@ -203,6 +204,7 @@ class Experiment(Options):
     store: str | None = None
     build: Path = Path("build")
     memo: Memo | None = None
+    plugins: tuple[Path, ...] = ()
     ledger: Ledger = Ledger()
     extract: Extract
     language: Language

@@ -10,7 +10,7 @@ class UserError(ValueError):
     """A mistake the user can mend; the command line prints it without traceback, exit code 2."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The beginning of an error's message on one line, or its type where it has none."""
     message = " ".join(str(error).split())
     return message[:200] or type(error).__name__

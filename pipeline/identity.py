@@ -11,6 +11,7 @@ from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.models.device import pick_device, pick_dtype
 from fedcmp.pipeline.models.gguf import refuse_gguf
 from fedcmp.pipeline.models.saved_model import LANGUAGE_FILES, model_hashes
+from fedcmp.pipeline.plugins import Plugin
 
 # 2: of the files that are loaded, and of components as they are built.
 FORMAT = {"name": "fedcmp-run", "version": 2}
@@ -66,7 +67,9 @@ def run_identity(experiment: Experiment, language: dict[str, Any] | None = None)
     """
     federate = federate_options(experiment)
     if experiment.federate.initial is not None:
-        federate["initial"] = _initial_content(experiment.federate.initial)
+        federate["initial"] = _initial_content(
+            experiment.federate.initial, experiment.federate.projector.plugins
+        )
     return {
         "format": FORMAT,
         "seed": experiment.seed,
@@ -83,9 +86,9 @@ def run_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return differences(ours, {name: theirs.get(name) for name in ours})
 
 
-def _initial_content(path: Path) -> str:
+def _initial_content(path: Path, plugins: tuple[Plugin, ...]) -> str:
     """What the initial weights are, wherever they lie."""
     from fedcmp.pipeline.models.pretrained import read_weights
     from fedcmp.pipeline.models.projector import content_hash
 
-    return content_hash(read_weights(path)[1])
+    return content_hash(read_weights(path, plugins)[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from fedcmp.pipeline.errors import UserError, did_you_mean
+from fedcmp.pipeline.plugins import Plugin
 
 
 class Options(BaseModel):
@@ -28,13 +29,36 @@ class Component(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
     name: str
     _built: dict[str, Any] | None = PrivateAttr(None)
+    _plugins: tuple[Plugin, ...] = PrivateAttr(())
+    _provenance: dict[str, str] = PrivateAttr(default_factory=dict)
 
-    def note_built(self, component: Options) -> None:
-        """Keep all options, defaults included, as the component's own class has them."""
-        self._built = {"name": self.name, **component.model_dump(mode="json")}
+    @property
+    def plugins(self) -> tuple[Plugin, ...]:
+        """Plugin files of its experiment, which may have the component."""
+        return self._plugins
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What identities hold of the plugin that has the component; empty where none has."""
+        return self._provenance
+
+    def with_plugins(self, plugins: tuple[Plugin, ...]) -> Self:
+        """The same component, looked for in plugin files, too."""
+        copy = self.model_copy()
+        copy._plugins = plugins
+        return copy
+
+    def note_plugins(self, plugins: tuple[Plugin, ...]) -> None:
+        """Keep the plugin files of the experiment."""
+        self._plugins = plugins
+
+    def note_built(self, component: Options, provenance: dict[str, str]) -> None:
+        """Keep all options, defaults included, as the component's own class has them, and its plugin."""
+        self._built = {"name": self.name, **component.model_dump(mode="json"), **provenance}
+        self._provenance = provenance
 
     def as_built(self) -> dict[str, Any]:
-        """JSON value of the name and of all options, as identities hold them.
+        """JSON value of the name, of all options and of the plugin, as identities hold them.
 
         Raises:
             RuntimeError: The experiment was read, but its components were not built (`fedcmp.load` does).

@@ -2,6 +2,7 @@
 
 One file is one run. `extends = "../demo.toml"` takes everything from another file and overrides
 parts of it; a table that changes its component's `name` replaces the other's options as a whole.
+`plugins` of a file come on top of those of the other, as neither can replace what another registers.
 `{seed}` and `{experiment}` in any text stand for the file's own, so that seeds may have their own data.
 """
 
@@ -48,7 +49,7 @@ def experiment_of(
         UserError: A key or value is wrong.
     """
     for change in changes:
-        tables = _merge(tables, change)
+        tables = _over(tables, located(change, Path()))
     for place in ("seed", "experiment"):
         tables = _fill(tables, f"{{{place}}}", str(tables.get(place, 0)))
     return validate(Experiment, tables, "", source)
@@ -87,13 +88,30 @@ def files(path: Path) -> list[Path]:
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: 'extends' forms a circle; remove it from one of the files")
-    tables = read_toml(path)
+    tables = located(read_toml(path), path.parent)
     base = tables.pop("extends", None)
     if base is None:
         return tables
     if not isinstance(base, str):
         raise UserError(f"{path}: extends = {base!r}: expected the path of another file")
-    return _merge(_read(path.parent / base, (*seen, path.resolve())), tables)
+    return _over(_read(path.parent / base, (*seen, path.resolve())), tables)
+
+
+def located(tables: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tables with absolute paths of plugins, which are found from the folder of their file."""
+    named = tables.get("plugins")
+    if not isinstance(named, list):
+        return tables
+    paths = [os.path.abspath(folder / each) if isinstance(each, str) else each for each in named]
+    return tables | {"plugins": paths}
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """One file's tables over another's, or an override; plugins are those of both."""
+    merged, lists = _merge(below, above), [tables.get("plugins", []) for tables in (below, above)]
+    if merged.get("plugins") and all(isinstance(each, list) for each in lists):
+        merged["plugins"] = [*lists[0], *(each for each in lists[1] if each not in lists[0])]
+    return merged
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -108,10 +108,13 @@ def test_registry_refuses_a_second_of_the_same_name() -> None:
     class Two(Options):
         pass
 
-    with pytest.raises(ValueError, match="registered twice"):
-        registry.register("one")(Two)
     assert registry.build(Component(name="one", size=3), "here") == One(size=3)  # type: ignore[call-arg]
     with pytest.raises(UserError, match=r"unknown key 'here.sise'; did you mean 'size'"):
         registry.build(Component(name="one", sise=3), "here")  # type: ignore[call-arg]
     with pytest.raises(UserError, match=r"here.name: no thing is called 'on'; did you mean 'one'"):
         registry.build(Component(name="on"), "here")
+    registry.register("one")(Two)
+    registry.register("two")(Two)
+    with pytest.raises(UserError, match=r"here.name: thing 'one' is registered twice, by .*One and .*Two"):
+        registry.build(Component(name="one"), "here")
+    assert registry.build(Component(name="two"), "here") == Two()

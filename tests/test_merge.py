@@ -475,7 +475,10 @@ def test_mistakes_are_one_clear_line(
         ([a, nan, *average], f"{nan}: cannot be merged: client 'nan' sent values that are not finite"),
         ([a, b, "--base", nan, *average], f"{nan}: cannot be the base: values that are not finite"),
         ([a, b, a, *average], f"{a}: is given twice"),
-        ([a, b, "--method", "fedavgg", "--out", out], "--method fedavgg: there is no such method; did you"),
+        (
+            [a, b, "--method", "fedavgg", "--out", out],
+            "no strategy is called 'fedavgg'; did you",
+        ),
         ([a, b, "--method", "centralised", "--out", out], "--method centralised: trains one client on all"),
         ([a, b, *average, "--weights", "1,2,3"], "number of weights is 3, of projectors 2"),
         ([a, b, *average, "--weights", "1,0"], "--weights 1,0: expected whole numbers above 0"),

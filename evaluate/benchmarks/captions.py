@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import field_validator
 
-from fedcmp.evaluate.benchmarks.base import BENCHMARKS, Answers, Benchmark, Item, averaged, collect
+from fedcmp.evaluate.benchmarks import BENCHMARKS, Answers, Benchmark, Item, averaged, collect
 from fedcmp.evaluate.metric import Metric, ratio
 from fedcmp.evaluate.official.caption_files import Captioned, captioned_images
 from fedcmp.evaluate.official.captions import bleu, bleu_score, cider_d, object_matches, rouge_l

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcmp.evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks import (
     BENCHMARKS,
     SHORT_ANSWER,
     Answers,

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from fedcmp.evaluate.benchmarks.base import BENCHMARKS, Answers, Benchmark, Item, Mode
+from fedcmp.evaluate.benchmarks import BENCHMARKS, Answers, Benchmark, Item, Mode
 from fedcmp.evaluate.metric import Metric, mean
 from fedcmp.evaluate.official.files import Problem
 from fedcmp.pipeline.cache import FeatureCache

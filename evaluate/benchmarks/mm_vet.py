@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcmp.evaluate.benchmarks.base import BENCHMARKS, Answers, Benchmark, Item, collect
+from fedcmp.evaluate.benchmarks import BENCHMARKS, Answers, Benchmark, Item, collect
 from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.official.files import Problem, field, read_json_file, string, strings, to_json
 from fedcmp.pipeline.cache import FeatureCache

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcmp.evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks import (
     BENCHMARKS,
     LETTER,
     Answers,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcmp.evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks import (
     BENCHMARKS,
     SHORT_ANSWER,
     YES_NO,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from fedcmp.evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks import (
     BENCHMARKS,
     SHORT_ANSWER,
     YES_NO,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedcmp.evaluate.benchmarks.base import BENCHMARKS, Answers, Benchmark, Item, Mode, averaged, collect
+from fedcmp.evaluate.benchmarks import BENCHMARKS, Answers, Benchmark, Item, Mode, averaged, collect
 from fedcmp.evaluate.metric import Metric, mean
 from fedcmp.evaluate.official.caption_files import Captioned, captioned_images
 from fedcmp.evaluate.official.files import Problem

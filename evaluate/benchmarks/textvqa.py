@@ -7,31 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedcmp.evaluate.benchmarks.base import (
+from fedcmp.evaluate.benchmarks import (
     BENCHMARKS,
     SHORT_ANSWER,
     Answers,
     Benchmark,
+    FeatureCache,
     Item,
+    Metric,
+    Problem,
+    UserError,
     annotators,
+    attempt,
     averaged,
     collect,
-)
-from fedcmp.evaluate.metric import Metric
-from fedcmp.evaluate.official.files import (
-    Problem,
-    attempt,
     entries,
     field,
     file_name,
     json_lines,
+    question,
     string,
     strings,
 )
 from fedcmp.evaluate.official.short_answers import textvqa_accuracy
-from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.models.prompts import question
 
 _OCR = "Reference OCR token: "
 

@@ -117,8 +117,9 @@ def _mark_others(runs: Sequence[Judged]) -> None:
         for name, content in run.contents.items():
             model = first.setdefault(name, run)
             theirs = model.contents[name]["made_of"]
-            ours = {key: value for key, value in content["made_of"].items() if key not in _OF_THE_RUN}
-            changed = [key for key, value in ours.items() if theirs[key] != value]
+            ours = content["made_of"]
+            keys = [key for key in dict.fromkeys([*ours, *theirs]) if key not in _OF_THE_RUN]
+            changed = [key for key in keys if theirs.get(key) != ours.get(key)]
             if changed:
                 note = f"not comparable with '{model.result.name}': other {', '.join(changed)}"
                 run.result.notes[name] = "; ".join(filter(None, [note, run.result.notes[name]]))

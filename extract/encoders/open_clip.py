@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from fedcmp.extract.encoders.base import ENCODERS, LoadedEncoder
+from fedcmp.extract.encoders import ENCODERS, LoadedEncoder
 from fedcmp.extract.encoders.crop import CentreCrop
 from fedcmp.extract.encoders.patches import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
 from fedcmp.pipeline.errors import UserError, did_you_mean, one_line

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 from pydantic import Field
 
-from fedcmp.extract.encoders.base import Encoder, LoadedEncoder
+from fedcmp.extract.encoders import Encoder, LoadedEncoder, Reading, UserError
 from fedcmp.extract.encoders.crop import MOST_PIXELS, CentreCrop
-from fedcmp.extract.pictures import FULL_RANGE, Reading
-from fedcmp.pipeline.errors import UserError
+from fedcmp.extract.pictures import FULL_RANGE
 from fedcmp.pipeline.models.device import device_type
 from fedcmp.pipeline.models.saved_model import why_unloadable
 

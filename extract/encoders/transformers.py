@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from fedcmp.extract.encoders.base import ENCODERS, LoadedEncoder
+from fedcmp.extract.encoders import ENCODERS, LoadedEncoder, UserError
 from fedcmp.extract.encoders.crop import CentreCrop
 from fedcmp.extract.encoders.patches import LoadedPatchEncoder, PatchEncoder, check_layer, unloadable
-from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import read_json
 from fedcmp.pipeline.models.saved_model import model_hashes
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedcmp.extract.sources.base import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, Skipped, printable
+from fedcmp.extract.sources import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, Skipped, printable
 from fedcmp.pipeline.remote import Location, Remote
 
 

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 
 from fedcmp.extract.shortage import shortage
-from fedcmp.extract.sources.base import SOURCES, Skipped, Source, stat_files, texts_of
+from fedcmp.extract.sources import SOURCES, Record, Skipped, Source, UserError, stat_files, texts_of
 from fedcmp.pipeline.apart import apart
-from fedcmp.pipeline.errors import UserError, did_you_mean, one_line
-from fedcmp.pipeline.records import Record
+from fedcmp.pipeline.errors import did_you_mean, one_line
 
 _ROWS_AT_ONCE = 32
 # How HDF5 quotes an error of the system, where damage has none.

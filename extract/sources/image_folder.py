@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedcmp.extract.sources.base import (
+from fedcmp.extract.sources import (
     IMAGE_SUFFIXES,
     SOURCES,
     Pair,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from fedcmp.extract.sources.base import (
+from fedcmp.extract.sources import (
     SOURCES,
     Pair,
     Skipped,

@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from fedcmp.extract.sources.base import Skipped, printable
+from fedcmp.extract.sources import Skipped, printable
 
 # No picture that Pillow opens is longer: it refuses more than 179 million pixels.
 _LARGEST_FILE = 1 << 29

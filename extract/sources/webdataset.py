@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcmp.extract.shortage import shortage
-from fedcmp.extract.sources.base import (
+from fedcmp.extract.sources import (
     IMAGE_SUFFIXES,
     OTHER_IMAGE_SUFFIXES,
     SOURCES,

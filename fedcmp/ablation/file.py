@@ -24,16 +24,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedcmp.components import load
-from fedcmp.pipeline import toml
+from fedcmp.pipeline import plugins, toml
 from fedcmp.pipeline.config import Experiment, Name
 from fedcmp.pipeline.errors import UserError, did_you_mean
 from fedcmp.pipeline.files import read_json
 from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.options import Options, validate
+from fedcmp.pipeline.plugins import Plugin
 from fedcmp.pipeline.toml import read_toml
 
 # Where things lie and how fast they are made changes no result, so such runs may share a directory.
-_WITHOUT_EFFECT = ("memo.", "build=", "features=", "device=", "evaluate.")
+_WITHOUT_EFFECT = ("memo.", "build=", "features=", "device=", "evaluate.", "plugins=")
 
 Chosen = tuple[tuple[str, Any], ...]
 Measure = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+: .+$")]
@@ -51,7 +52,8 @@ class Ablation(Options):
 
     Measures are written `benchmark: metric`; the first one is tested, the others are shown. Differences
     are taken to `baseline`, and from `subject` to every other strategy; `bounds` are shown, but are
-    nobody's rivals. `set` holds overrides of every run, as `--set` takes them.
+    nobody's rivals. `set` holds overrides of every run, as `--set` takes them, and `plugins` the files of
+    strategies that are not ours.
     """
 
     name: Name
@@ -66,6 +68,7 @@ class Ablation(Options):
     strategies: dict[Name, dict[str, Any]] = Field(min_length=1)
     tuning: Tuning | None = None
     set: tuple[str, ...] = ()
+    plugins: tuple[Path, ...] = ()
 
     @property
     def sign(self) -> int:
@@ -103,7 +106,7 @@ def read_ablation(path: Path) -> Ablation:
     Raises:
         UserError: It is missing or malformed, or names things that are not there.
     """
-    ablation = validate(Ablation, read_toml(path), "", str(path))
+    ablation = validate(Ablation, toml.located(read_toml(path), path.parent), "", str(path))
     for problem in _problems(ablation):
         raise UserError(f"{path}: {problem}")
     return ablation
@@ -147,6 +150,18 @@ def experiments(ablation: Ablation) -> list[str]:
     ]
 
 
+def plugins_of(ablation: Ablation, scenario: str) -> tuple[Plugin, ...]:
+    """The plugin files that a scenario's strategies may come from."""
+    files = toml.load(ablation.scenarios[scenario], _common(ablation)).plugins
+    return tuple(plugins.read(each) for each in files)
+
+
+def _common(ablation: Ablation) -> list[str]:
+    """Overrides of every run."""
+    named = [str(each) for each in ablation.plugins]
+    return [*ablation.set, *([f"plugins={json.dumps(named)}"] if named else [])]
+
+
 def grid(ablation: Ablation, strategy: str) -> Iterator[Chosen]:
     """Every combination of a strategy's options."""
     options = ablation.strategies[strategy]
@@ -162,6 +177,6 @@ def trial(ablation: Ablation, scenario: str, strategy: str, seed: int, options: 
     changes = [override for override in ablation.set if not override.startswith(_WITHOUT_EFFECT)]
     parts = [strategy, *([fingerprint([own, changes] if changes else own)[:8]] if own or changes else [])]
     run = "-".join([*parts, f"seed{seed}"])
-    overrides = [f"seed={seed}", *ablation.set, f"run={run}"]
+    overrides = [f"seed={seed}", *_common(ablation), f"run={run}"]
     overrides += [f"federate.strategy.{name}={json.dumps(value)}" for name, value in component.items()]
     return Trial(scenario, strategy, seed, options, load(ablation.scenarios[scenario], overrides))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcmp.ablation.file import Ablation, Chosen, Trial, grid, trial
+from fedcmp.ablation.file import Ablation, Chosen, Trial, grid, plugins_of, trial
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
@@ -73,11 +73,12 @@ def _check(ablation: Ablation) -> None:
     from fedcmp.federate.strategies.base import STRATEGIES
     from fedcmp.pipeline.options import Component
 
+    plugins = {scenario: plugins_of(ablation, scenario) for scenario in ablation.scenarios}
     for strategy in ablation.strategies:
         for options in grid(ablation, strategy):
             component = Component.model_validate({"name": strategy} | dict(options))
-            STRATEGIES.build(component, f"strategies.{strategy}")
             for scenario in ablation.scenarios:
+                STRATEGIES.build(component.with_plugins(plugins[scenario]), f"strategies.{strategy}")
                 experiment = trial(ablation, scenario, strategy, ablation.seeds[0], options).experiment
                 measures = [*ablation.measures, *([ablation.tuning.measure] if ablation.tuning else [])]
                 benchmarks_of(experiment, _benchmarks(measures))

@@ -18,6 +18,14 @@ import click
     type=click.Path(path_type=Path),
     help="File to write, or a folder that gets NAME.safetensors of each method.",
 )
+@click.option(
+    "--plugin",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Python file with methods or projectors of your own; repeatable.",
+)
 @click.option("--base", type=click.Path(path_type=Path), help="Projector they were trained from; else zero.")
 @click.option("--weights", metavar="N1,N2,...", help="Samples of each; else those of the runs' histories.")
 @click.option(
@@ -51,6 +59,7 @@ def merge(
     projectors: tuple[Path, ...],
     methods: tuple[str, ...],
     out: Path,
+    files: tuple[Path, ...],
     base: Path | None,
     weights: str | None,
     overrides: tuple[str, ...],
@@ -68,6 +77,7 @@ def merge(
     """
     from fedcmp.federate.merge.guide import Guide
     from fedcmp.federate.merge.run import merge as merge_projectors
+    from fedcmp.pipeline import plugins
     from fedcmp.pipeline.errors import UserError
 
     if bool(features) != bool(language):
@@ -83,4 +93,5 @@ def merge(
         weights=weights,
         overrides=overrides,
         guide=guide,
+        plugins=tuple(plugins.read(file.absolute()) for file in files),
     )

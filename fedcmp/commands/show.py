@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def _variables(config: Path, overrides: tuple[str, ...]) -> Iterator[tuple[str, 
         if run.run in runs:
             raise UserError(f"{path}: run = '{run.run}' is the name of {runs[run.run][0]}, too; rename one")
         runs[run.run] = path, run
-    yield "FILES", _words(config, files(config))
+    yield "FILES", _words(config, [*files(config), *_plugins(experiment)])
     yield "FEATURES", _words(config, [experiment.features])
     yield "SILOS", _words(config, experiment.extract.silos)
     yield "RUN_DIR", _words(config, [experiment.run_path.parent])
@@ -90,8 +91,13 @@ def _variables(config: Path, overrides: tuple[str, ...]) -> Iterator[tuple[str, 
     yield "RUNS", _words(config, runs)
     for name, (path, run) in runs.items():
         yield f"config_{name}", _words(path, [path])
-        yield f"files_{name}", _words(path, files(path))
+        yield f"files_{name}", _words(path, [*files(path), *_plugins(run)])
         yield f"benchmarks_{name}", _words(path, run.evaluate.benchmarks)
+
+
+def _plugins(experiment: Experiment) -> list[str]:
+    """Its plugin files that are there; of others the stages say what is wrong."""
+    return [os.path.relpath(each) for each in experiment.plugins if each.is_file()]
 
 
 def _words(source: Path, names: Any) -> str:

@@ -93,6 +93,9 @@ class Site:
         self._own: dict[str, Own] = {}
         self._round: dict[str, int] = {}
         agreed = {"federate": options.model_dump(mode="json", exclude={"initial"}), "seed": experiment.seed}
+        # Where no component is of a plugin, as before there were any.
+        if any(plugged := [options.projector.provenance, options.strategy.provenance]):
+            agreed["plugins"] = plugged
         noisy = options.clipped is not None and options.clipped.noise_multiplier > 0
         self._ledger = {
             client: Ledger(experiment.run_path / RELEASES, agreed, client, noisy) for client in self.streams

@@ -19,6 +19,7 @@ from fedcmp.pipeline.models.device import device_type, pick_device, pick_dtype
 from fedcmp.pipeline.models.language import FrozenLanguageModel, load_language
 from fedcmp.pipeline.models.projectors.base import Projector
 from fedcmp.pipeline.models.saved_model import LANGUAGE_FILES, model_hashes
+from fedcmp.pipeline.plugins import Plugin
 
 _BATCH = 32
 
@@ -40,7 +41,7 @@ class Guide:
     texts: int
 
 
-def aligned(inputs: Inputs, guide: Guide) -> Inputs:
+def aligned(inputs: Inputs, guide: Guide, plugins: tuple[Plugin, ...] = ()) -> Inputs:
     """The inputs with the alignments of their updates."""
     from fedcmp.federate.client.alignment import alignment_contributions
 
@@ -56,7 +57,7 @@ def aligned(inputs: Inputs, guide: Guide) -> Inputs:
     device = pick_device("auto")
     dtype = pick_dtype("auto", device)
     language = load_language(guide.language, content=fingerprint(files), dtype=dtype, device=device)
-    projector, _ = projectors.load_projector(sources[0].path)
+    projector, _ = projectors.load_projector(sources[0].path, plugins)
     first = next(iter(caches.values()))
     _refuse_another_width(sources[0].path, projector, first, language, guide.language)
     projector.to(device)

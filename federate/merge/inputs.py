@@ -14,6 +14,7 @@ from fedcmp.pipeline import history
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.plugins import Plugin
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class Inputs:
     guided: dict[str, Any] | None = None
 
 
-def read_inputs(paths: Sequence[Path], base: Path | None, weights: str | None) -> Inputs:
+def read_inputs(
+    paths: Sequence[Path], base: Path | None, weights: str | None, plugins: tuple[Plugin, ...] = ()
+) -> Inputs:
     """Read what is to be merged, and refuse what cannot be."""
-    sources = _sources(paths)
-    start, base_path = _base(base, sources[0])
+    sources = _sources(paths, plugins)
+    start, base_path = _base(base, sources[0], plugins)
     counts, weighted_by = _counts(sources, weights)
     updates = []
     for source, count in zip(sources, counts, strict=True):
@@ -68,13 +71,13 @@ def _file(path: Path) -> Path:
     return path / "projector.safetensors" if path.is_dir() else path
 
 
-def _sources(paths: Sequence[Path]) -> list[Source]:
+def _sources(paths: Sequence[Path], plugins: tuple[Plugin, ...]) -> list[Source]:
     """Read projectors that fit each other, named by file or run, and by content where that is not enough."""
     files = [_file(path) for path in paths]
     for number, file in enumerate(files):
         if file.resolve() in {earlier.resolve() for earlier in files[:number]}:
             raise UserError(f"{file}: is given twice; weight it with --weights instead")
-    read = [_read(file) for file in files]
+    read = [_read(file, plugins) for file in files]
     names = [file.resolve().parent.name if file.stem == "projector" else file.stem for file in files]
     if len(set(names)) < len(names):
         hashes = [projectors.content_hash(state)[:8] for _, state in read]
@@ -89,9 +92,9 @@ def _sources(paths: Sequence[Path]) -> list[Source]:
     return sources
 
 
-def _read(path: Path) -> tuple[str, State]:
+def _read(path: Path, plugins: tuple[Plugin, ...]) -> tuple[str, State]:
     """Architecture and float32 weights of a projector file."""
-    module, state = projectors.load_projector(path)
+    module, state = projectors.load_projector(path, plugins)
     return module.architecture, {name: tensor.float() for name, tensor in state.items()}
 
 
@@ -110,12 +113,12 @@ def _refuse_another_form(path: Path, architecture: str, state: State, first: Sou
             )
 
 
-def _base(path: Path | None, first: Source) -> tuple[State, Path | None]:
+def _base(path: Path | None, first: Source, plugins: tuple[Plugin, ...]) -> tuple[State, Path | None]:
     """The projector that updates are counted from, and its file."""
     if path is None:
         return {name: torch.zeros_like(tensor) for name, tensor in first.state.items()}, None
     file = _file(path)
-    architecture, state = _read(file)
+    architecture, state = _read(file, plugins)
     _refuse_another_form(file, architecture, state, first)
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):

@@ -14,11 +14,12 @@ from fedcmp.federate.merge.guide import Guide, aligned
 from fedcmp.federate.merge.inputs import Inputs, read_inputs
 from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 from fedcmp.pipeline.console import say, table
-from fedcmp.pipeline.errors import UserError, did_you_mean
+from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import write_json
 from fedcmp.pipeline.manifest import provenance
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.options import Component
+from fedcmp.pipeline.plugins import Plugin
 
 FORMAT = {"name": "fedcmp-merge", "version": 1}
 
@@ -32,6 +33,7 @@ def merge(
     weights: str | None = None,
     overrides: Sequence[str] = (),
     guide: Guide | None = None,
+    plugins: tuple[Plugin, ...] = (),
 ) -> list[Path]:
     """Merge projectors with each of several methods.
 
@@ -43,6 +45,7 @@ def merge(
         weights: Samples of each projector, `n1,n2,...`.
         overrides: `option=value` for all methods, `method.option=value` for one.
         guide: What alignments are computed from, for methods that want them.
+        plugins: Plugin files that may have the methods and the projectors' architecture.
 
     Returns:
         The files written.
@@ -50,23 +53,28 @@ def merge(
     Raises:
         UserError: A file, method, option or number is wrong.
     """
-    strategies = {name: _method(name, overrides, methods) for name in methods}
+    components = {
+        name: Component(name=name, **_options(name, overrides, methods)).with_plugins(plugins)
+        for name in methods
+    }
+    strategies = {name: _method(component) for name, component in components.items()}
     targets = _targets(out, list(strategies))
-    inputs = read_inputs(paths, base, weights)
+    inputs = read_inputs(paths, base, weights, plugins)
     _refuse_overwriting(inputs, targets)
     wanting = [name for name, strategy in strategies.items() if "alignment" in strategy.wants]
     if guide and wanting:
-        inputs = aligned(inputs, guide)
+        inputs = aligned(inputs, guide, plugins)
     elif wanting:
         say(f"{', '.join(wanting)}: without --features and --language, alignments do not weight the layers")
     elif guide:
         say(f"--features and --language are not used: {', '.join(strategies)} takes no alignments")
     for name, strategy in strategies.items():
-        _merge(name, strategy, inputs, targets[name])
+        plugin = STRATEGIES.provenance(components[name], name)
+        _merge(name, strategy, inputs, targets[name], plugin)
     return list(targets.values())
 
 
-def _merge(name: str, strategy: Strategy, inputs: Inputs, target: Path) -> None:
+def _merge(name: str, strategy: Strategy, inputs: Inputs, target: Path, plugin: dict[str, str]) -> None:
     memory = strategy.begin(inputs.base, {update.client: update.samples for update in inputs.updates})
     result = strategy.aggregate(inputs.base, inputs.updates, memory)
     for key, tensor in result.state.items():
@@ -75,16 +83,14 @@ def _merge(name: str, strategy: Strategy, inputs: Inputs, target: Path) -> None:
     manifest = target.with_suffix(".json")
     manifest.unlink(missing_ok=True)
     projectors.save_projector(target, result.state, inputs.sources[0].architecture)
-    write_json(manifest, _manifest(name, strategy, inputs, result, target))
+    write_json(manifest, _manifest(name, strategy, inputs, result, target) | plugin)
     _summary(name, inputs, result.state, target)
 
 
-def _method(name: str, overrides: Sequence[str], methods: Sequence[str]) -> Strategy:
+def _method(component: Component) -> Strategy:
     """A strategy that can merge what is on disk, with its options."""
-    if name not in STRATEGIES.names():
-        raise UserError(f"--method {name}: there is no such method{did_you_mean(name, STRATEGIES.names())}")
-    options = _options(name, overrides, methods)
-    strategy = STRATEGIES.build(Component(name=name, **options), name)
+    name = component.name
+    strategy = STRATEGIES.build(component, name)
     if strategy.pooled:
         raise UserError(
             f"--method {name}: trains one client on all data and merges nothing; use another method"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.federate.strategies import STRATEGIES
 from fedcmp.federate.strategies.fedavg import FedAvg
 
 

@@ -17,7 +17,7 @@ from fedcmp.federate.arithmetic.updates import (
     moved,
     weighted_sum,
 )
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
+from fedcmp.federate.strategies import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("dare")

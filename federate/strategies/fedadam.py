@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.federate.strategies import STRATEGIES
 from fedcmp.federate.strategies.fedopt import FedOpt
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from fedcmp.federate.arithmetic.updates import Memory, State, Update, data_weights, mean_update, moved
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
+from fedcmp.federate.strategies import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("fedavg")

@@ -25,8 +25,7 @@ from fedcmp.federate.arithmetic.bases import (
 )
 from fedcmp.federate.arithmetic.cohort import Cohort, Gram, Open, Weights
 from fedcmp.federate.arithmetic.matrices import Matrices
-from fedcmp.federate.arithmetic.updates import Memory, State, Update
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
+from fedcmp.federate.strategies import STRATEGIES, Aggregate, Memory, State, Strategy, Update
 
 _FLOOR = 0.02
 _SMOOTHING = 0.6

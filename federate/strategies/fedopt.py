@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fedcmp.federate.arithmetic.updates import Memory, State, Update, data_weights, mean_update, moved
-from fedcmp.federate.strategies.base import Aggregate, Strategy
+from fedcmp.federate.strategies import Aggregate, Strategy
 
 
 class FedOpt(Strategy):

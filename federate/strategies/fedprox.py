@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fedcmp.federate.strategies.base import STRATEGIES
+from fedcmp.federate.strategies import STRATEGIES
 from fedcmp.federate.strategies.fedavg import FedAvg
 
 

@@ -18,8 +18,7 @@ from fedcmp.federate.arithmetic.updates import (
     moved,
     weighted_sum,
 )
-from fedcmp.federate.strategies import ties
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
+from fedcmp.federate.strategies import STRATEGIES, Aggregate, Strategy, ties
 
 
 @STRATEGIES.register("knots")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from fedcmp.federate.arithmetic.updates import Memory, State, Update, data_weights, mean_update, moved
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
+from fedcmp.federate.strategies import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("krum")

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fedcmp.federate.arithmetic.norms import norm
 from fedcmp.federate.arithmetic.updates import Memory, State, Update, data_weights, mean_update, moved
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
+from fedcmp.federate.strategies import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("norm_clipping")

@@ -34,7 +34,7 @@ from fedcmp.federate.arithmetic.updates import (
     moved,
     weighted_sum,
 )
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
+from fedcmp.federate.strategies import STRATEGIES, Aggregate, Strategy
 
 _CANCELLED = 1e-3
 _ROUNDING = 1e-9

@@ -20,7 +20,7 @@ from fedcmp.federate.arithmetic.updates import (
     remember_shares,
     weighted_sum,
 )
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
+from fedcmp.federate.strategies import STRATEGIES, Aggregate, Strategy
 
 
 @STRATEGIES.register("scaffold")

@@ -9,8 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedcmp.federate.arithmetic.updates import Memory, State, Update, deltas, moved
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
+from fedcmp.federate.strategies import STRATEGIES, Aggregate, Memory, State, Strategy, Update, deltas, moved
 
 
 @STRATEGIES.register("trimmed_mean")

@@ -59,7 +59,7 @@ def read_subject(path: Path, experiment: Experiment | None) -> Subject:
         UserError: There is none, or nothing says which features it projects.
     """
     file = path / "projector.safetensors" if path.is_dir() else path
-    projector, state = load_projector(file)
+    projector, state = load_projector(file, experiment.federate.projector.plugins if experiment else ())
     folder = file.parent.parent if file.parent.name == "silos" else file.parent
     run = read_json(folder / "manifest.json") or {}
     content = run.get("projectors", {}).get(str(file.relative_to(folder)))

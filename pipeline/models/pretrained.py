@@ -20,18 +20,19 @@ from fedcmp.pipeline.files import read_json
 from fedcmp.pipeline.models.projector import State, load_projector
 from fedcmp.pipeline.models.projectors.base import Projector
 from fedcmp.pipeline.models.saved_model import weight_files
+from fedcmp.pipeline.plugins import Plugin
 
 _HUGGING_FACE = re.compile(r"(?:^|\.)multi_modal_projector\.(linear_[12]\.(?:weight|bias))$")
 _LLAVA = re.compile(r"(?:^|\.)mm_projector\.(?:(\d+)\.)?(weight|bias)$")
 
 
-def start_from(path: Path, projector: Projector) -> None:
-    """Load weights from elsewhere into a projector.
+def start_from(path: Path, projector: Projector, plugins: tuple[Plugin, ...] = ()) -> None:
+    """Load weights from elsewhere into a projector; `plugins` may have its architecture.
 
     Raises:
         UserError: There are none, or they are of another architecture, encoder or LLM.
     """
-    architecture, state = read_weights(path)
+    architecture, state = read_weights(path, plugins)
     where = f"federate.initial = {path}"
     if architecture not in (None, projector.architecture):
         raise UserError(
@@ -52,29 +53,30 @@ def start_from(path: Path, projector: Projector) -> None:
     projector.load_state_dict(state)
 
 
-def read_weights(path: Path) -> tuple[str | None, State]:
+def read_weights(path: Path, plugins: tuple[Plugin, ...] = ()) -> tuple[str | None, State]:
     """Float32 weights under our names, and their architecture where the file says it.
 
     Args:
         path: A LLaVA `mm_projector.bin` or the directory that holds it, a directory or safetensors
             file of Hugging Face's LLaVA, or a run's directory or projector of ours.
+        plugins: Plugin files that may have the architecture of ours.
 
     Raises:
         UserError: There is no such file, or it holds no projector.
     """
     if path.is_dir():
-        return _from_directory(path)
+        return _from_directory(path, plugins)
     if not path.is_file():
         raise UserError(f"federate.initial = {path}: no such file; give a projector's weights")
     if path.suffix == ".safetensors" and _is_ours(path):
-        projector, state = load_projector(path)
+        projector, state = load_projector(path, plugins)
         return projector.architecture, {name: tensor.float() for name, tensor in state.items()}
     return None, _mapped(path, _tensors([path]))
 
 
-def _from_directory(path: Path) -> tuple[str | None, State]:
+def _from_directory(path: Path, plugins: tuple[Plugin, ...]) -> tuple[str | None, State]:
     if (path / "projector.safetensors").is_file():
-        return read_weights(path / "projector.safetensors")
+        return read_weights(path / "projector.safetensors", plugins)
     loaded: list[str] = []
     with suppress(UserError):  # of a projector alone, transformers loads nothing
         loaded = [name for name in weight_files(path) if name.endswith(".safetensors")]

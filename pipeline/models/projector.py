@@ -23,6 +23,7 @@ from fedcmp.pipeline.files import read_json, write_atomic
 from fedcmp.pipeline.hashes import canonical
 from fedcmp.pipeline.models.projectors.base import PROJECTORS, Projector
 from fedcmp.pipeline.options import Component
+from fedcmp.pipeline.plugins import Plugin
 
 State = dict[str, Tensor]
 
@@ -96,8 +97,12 @@ def save_projector(path: Path, state: Mapping[str, Tensor], architecture: str) -
     write_atomic(path, save(dict(state), metadata={"architecture": architecture}))
 
 
-def load_projector(path: Path) -> tuple[Projector, State]:
+def load_projector(path: Path, plugins: tuple[Plugin, ...] = ()) -> tuple[Projector, State]:
     """Read a projector written by `save_projector`; where a manifest speaks of it, it must be that one.
+
+    Args:
+        path: The file.
+        plugins: Plugin files that may have its architecture; a projector's file never brings code.
 
     Raises:
         UserError: The file is missing, damaged, or not such a projector, or not the one of its run.
@@ -111,11 +116,13 @@ def load_projector(path: Path) -> tuple[Projector, State]:
     except Exception as error:
         raise UserError(f"{path}: not a safetensors file ({error}); train it again") from None
     try:
-        component = component_of(architecture)
+        component = component_of(architecture).with_plugins(plugins)
         options = PROJECTORS.build(component, _WHERE)
     except (ValueError, ValidationError):
         known = ", ".join(PROJECTORS.names())
-        raise UserError(f"{path}: architecture '{architecture}' is none of {known}") from None
+        raise UserError(
+            f"{path}: architecture '{architecture}' is none of {known}, nor of the plugins given"
+        ) from None
     try:
         d_vision, d_llm = options.widths(state)
         projector = build(component, d_vision=d_vision, d_llm=d_llm)

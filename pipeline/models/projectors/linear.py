@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fedcmp.pipeline.models.projectors.base import PROJECTORS, Architecture, Projector
+from fedcmp.pipeline.models.projectors import PROJECTORS, Architecture, Projector
 
 
 class LinearProjector(Projector):

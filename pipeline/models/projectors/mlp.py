@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from fedcmp.pipeline.models.projectors.base import PROJECTORS, Architecture, Projector
+from fedcmp.pipeline.models.projectors import PROJECTORS, Architecture, Projector
 
 
 class MlpProjector(Projector):

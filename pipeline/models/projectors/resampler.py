@@ -12,8 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.models.projectors.base import PROJECTORS, Architecture, Projector
+from fedcmp.pipeline.models.projectors import PROJECTORS, Architecture, Projector, UserError
 
 
 class ResamplerProjector(Projector):
