@@ -132,7 +132,7 @@ check: test
 
 # Installing. uv takes a fraction of pip's time; where it cannot be had, pip does the same.
 install = .venv/bin/uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '$(1)' || \
-	{ echo "uv is not to be had or failed; pip installs the same, which takes longer"; \
+	{ echo "uv is not available or failed; pip installs the same, which takes longer"; \
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '$(1)'; }
 EVERYTHING := .[dev,flower,privacy]
 
