@@ -355,6 +355,16 @@ def test_a_projector_of_a_plugin_is_loaded_wherever_its_experiment_is_known(
     assert "training again, because federate.projector.plugin file: " in fine("federate", config)
 
 
+def test_weights_that_the_seed_does_not_decide_are_refused(extracted: Path, tmp_path: Path) -> None:
+    config = write(tmp_path, extracted, 'plugins = ["p.py"]\nfederate.projector = { name = "scaled" }')
+    (tmp_path / "p.py").write_text(PROJECTOR.replace("nn.Linear(", "nn.Bilinear(1, "))
+    assert "Bilinear.weight cannot be drawn from the seed" in refused("federate", config)
+    plain = PROJECTOR.replace("nn.Linear(d_vision, d_llm)", "nn.Linear(d_vision, d_llm, bias=False)")
+    assert plain != PROJECTOR
+    (tmp_path / "p.py").write_text(plain)
+    fine("federate", config)
+
+
 def test_ablations_train_plugins_in_processes_of_their_own(extracted: Path, tmp_path: Path) -> None:
     (tmp_path / "half.py").write_text(HALF)
     (tmp_path / "ablation.toml").write_text(
