@@ -33,9 +33,9 @@ def show(config: Path, overrides: tuple[str, ...], for_make: bool) -> None:
       fedcmp show configs/demo/fedcmp.toml --set federate.rounds=5 > short.toml
       fedcmp show configs/demo.toml --make
     """
-    from fedcmp.components import written_out
+    from fedcmp.components import load, written_out
     from fedcmp.pipeline.errors import UserError
-    from fedcmp.pipeline.toml import load, read_toml
+    from fedcmp.pipeline.toml import read_toml
 
     if "scenarios" in read_toml(config):
         from fedcmp.ablation.file import experiments, read_ablation

@@ -71,17 +71,27 @@ def initialise(projector: nn.Module, generator: torch.Generator) -> None:
 
     Linear layers are drawn as `nn.Linear` does, uniform in ±1/sqrt(fan_in), learned queries normal
     with the deviation 0.02 of BERT's embeddings; layer norms start as the identity.
+
+    Raises:
+        UserError: A plugin's projector has weights of another kind, which would not be those of the seed.
     """
     for layer in projector.modules():
         if isinstance(layer, nn.Linear):
             bound = 1 / math.sqrt(layer.in_features)
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+            if layer.bias is not None:
+                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
         elif isinstance(layer, nn.Embedding):
             nn.init.normal_(layer.weight, std=_QUERY_STD, generator=generator)
         elif isinstance(layer, nn.LayerNorm):
-            nn.init.ones_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            for weight, fill in ((layer.weight, nn.init.ones_), (layer.bias, nn.init.zeros_)):
+                if weight is not None:
+                    fill(weight)
+        elif names := [name for name, _ in layer.named_parameters(recurse=False)]:
+            raise UserError(
+                f"{_WHERE}: {type(layer).__name__}.{names[0]} cannot be drawn from the seed; make projectors "
+                "of nn.Linear, nn.Embedding and nn.LayerNorm"
+            )
 
 
 def state_of(projector: nn.Module) -> State:
