@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -248,7 +247,7 @@ def _ranks(reader: Reader, items: Sequence[Item], rows: dict[str, int]) -> list[
             for batch in _batches(items, reader.batch_size)
         ]
     )
-    captions = [json.loads(item.reference) for item in items]
+    captions = [item.truth for item in items]
     owners = [place for place, several in enumerate(captions) for _ in several]
     flat = [caption for several in captions for caption in several]
     encoded = language.tokenizer(flat, add_special_tokens=False)["input_ids"]

@@ -204,7 +204,7 @@ def _benchmark(
 def _same(one: Item, other: Item) -> bool:
     """Whether two questions of one id are the same, with the same label."""
     recalled = isinstance(one, AskedItem) or isinstance(other, AskedItem)
-    labels = recalled or (one.reference, one.options) == (other.reference, other.options)
+    labels = recalled or (one.label, one.options) == (other.label, other.options)
     return labels and (one.image, one.digest) == (other.image, other.digest)
 
 

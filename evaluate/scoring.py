@@ -97,7 +97,7 @@ def made_of(experiment: Experiment, work: Work, given: Given) -> dict[str, Any]:
 def rules_of(benchmark: Benchmark, items: Sequence[Item]) -> dict[str, Any]:
     """What turns answers into scores: questions, labels, the version of the rules, and options."""
     options = benchmark.model_dump(mode="json", exclude=_ELSEWHERE)
-    labels = [item.digest if benchmark.asks_cache else item.reference for item in items]
+    labels = [item.digest if benchmark.asks_cache else item.label for item in items]
     # Files count by what is in them.
     kinds = {name: str(field.annotation) for name, field in type(benchmark).model_fields.items()}
     return {
