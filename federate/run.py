@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedcmp.federate.client.texts import Counts
 from fedcmp.federate.compatible import refuse
 from fedcmp.federate.engines.base import Engine, SiloCard
-from fedcmp.federate.schedule import Plan, plan
+from fedcmp.federate.schedule import Schedule, schedule_of
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedcmp.pipeline.models.projectors.base import Projector
 
 
-def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | None = None) -> Run:
+def run(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine] | None = None) -> Run:
     """Train a run, continue it, or find it done.
 
     Args:
@@ -44,7 +44,7 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
     from fedcmp.federate.strategies.base import STRATEGIES
 
     strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
-    schedule = plan(experiment, strategy)
+    schedule = schedule_of(experiment, strategy)
     refuse(experiment, strategy, schedule)
     clients = (engine or LocalEngine)(experiment, schedule)
     out = experiment.run_path
@@ -81,7 +81,7 @@ def _damaged(run: Run) -> list[str]:
 def _train(
     experiment: Experiment,
     strategy: Strategy,
-    outline: Plan,
+    schedule: Schedule,
     engine: Engine,
     cards: Mapping[str, SiloCard],
     wanted: dict[str, Any],
@@ -105,11 +105,11 @@ def _train(
         projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=engine.d_llm)
         counts = engine.counts()
         if saved is None:
-            saved = _beginning(experiment, strategy, outline, counts, projector, wanted)
+            saved = _beginning(experiment, strategy, schedule, counts, projector, wanted)
         done = run_rounds(
             saved,
             strategy,
-            outline.schedule,
+            schedule.rounds,
             train,
             carry=options.optimizer.carry,
             history_path=out / HISTORY,
@@ -117,7 +117,7 @@ def _train(
             secure=Secure(engine.exchange, options.privacy.threshold)
             if options.privacy and options.secure
             else None,
-            privacy=options.clipped and resolved(options.clipped, max(outline.turns().values(), default=0)),
+            privacy=options.clipped and resolved(options.clipped, max(schedule.turns().values(), default=0)),
             traffic=engine.traffic,
             quorum=experiment.sites.quorum,
         )
@@ -146,7 +146,7 @@ def _train(
 def _beginning(
     experiment: Experiment,
     strategy: Strategy,
-    outline: Plan,
+    schedule: Schedule,
     counts: Mapping[str, Counts],
     projector: Projector,
     wanted: Mapping[str, Any],
@@ -166,7 +166,7 @@ def _beginning(
     initial = experiment.federate.initial
     if initial and projectors.content_hash(state) != wanted["federate"]["initial"]:
         raise UserError(f"federate.initial = {initial}: changed just now; run this again")
-    samples = {name: sum(counts[silo].samples for silo in silos) for name, silos in outline.groups.items()}
+    samples = {name: sum(counts[silo].samples for silo in silos) for name, silos in schedule.groups.items()}
     return Progress(state, memory=strategy.begin(state, samples))
 
 
