@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from torch.nn.functional import normalize
 
 from fedcmp.evaluate.benchmarks.base import Answer, Asks, Item, Mode
 from fedcmp.evaluate.benchmarks.retrieval import ranks_of
-from fedcmp.evaluate.trained import own_projector
 from fedcmp.evaluate.work import Work, rows_of
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
@@ -27,6 +25,7 @@ from fedcmp.pipeline.models.language import FrozenLanguageModel, load_language
 from fedcmp.pipeline.models.projectors.base import Projector
 from fedcmp.pipeline.models.prompts import Tokens, stop_string, tokenise_all
 from fedcmp.pipeline.records import Text, Turn
+from fedcmp.pipeline.run_folder import Run
 
 T = TypeVar("T")
 
@@ -62,14 +61,14 @@ class Reader:
         return self.projector(self.cache.tensor(rows).float().to(self.language.device))
 
 
-def load_reader(experiment: Experiment, manifest: dict[str, Any], name: str, cache: FeatureCache) -> Reader:
+def load_reader(experiment: Experiment, run: Run, name: str, cache: FeatureCache) -> Reader:
     """The frozen LLM behind a projector of a run, by the projector's file within it.
 
     Raises:
         UserError: The file holds other weights than the run ended with, or a model cannot be loaded.
     """
     options, device = experiment.language, pick_device(experiment.device)
-    projector = own_projector(experiment, manifest, name)
+    projector = run.projector(name)
     language = load_language(options.path, **language_options(experiment))
     return Reader(
         language,
@@ -248,7 +247,7 @@ def _ranks(reader: Reader, items: Sequence[Item], rows: dict[str, int]) -> list[
             for batch in _batches(items, reader.batch_size)
         ]
     )
-    captions = [json.loads(item.reference) for item in items]
+    captions = [item.truth for item in items]
     owners = [place for place, several in enumerate(captions) for _ in several]
     flat = [caption for several in captions for caption in several]
     encoded = language.tokenizer(flat, add_special_tokens=False)["input_ids"]

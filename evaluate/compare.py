@@ -13,12 +13,13 @@ from fedcmp.evaluate.benchmarks.base import Answers, AskedItem, Benchmark, Item
 from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.scoring import given, rules_of
 from fedcmp.evaluate.statistics import Gap, gap, holm, mcnemar, pooled, value_of
-from fedcmp.evaluate.trained import read_manifest
+from fedcmp.evaluate.trained import trained_run
 from fedcmp.evaluate.work import benchmarks_of, recall
 from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.run_folder import Run
 
 # With fewer draws p wanders, and its floor survives no correction over many rows.
 DRAWS = 20_000
@@ -63,9 +64,9 @@ def compare_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> li
             f"{len(experiments)} runs do not form pairs; give a run and the one it is compared with"
         )
     pairs = list(zip(experiments[::2], experiments[1::2], strict=True))
-    manifests = [read_manifest(experiment, asking=False) for experiment in experiments]
-    _require_seeds(pairs, manifests)
-    rows = [row for name in benchmarks_of(experiments[0], only) for row in _benchmark(name, pairs, manifests)]
+    trained = [trained_run(experiment, asking=False) for experiment in experiments]
+    _require_seeds(pairs, trained)
+    rows = [row for name in benchmarks_of(experiments[0], only) for row in _benchmark(name, pairs, trained)]
     if not rows:
         raise UserError("no benchmark has references to score by; see the submission files")
     adjusted = holm([row.gap.p for row in rows])
@@ -101,9 +102,7 @@ def _draws(experiments: Sequence[Experiment]) -> int:
     return max(DRAWS, experiments[0].evaluate.bootstrap)
 
 
-def _require_seeds(
-    pairs: Sequence[tuple[Experiment, Experiment]], manifests: Sequence[dict[str, Any]]
-) -> None:
+def _require_seeds(pairs: Sequence[tuple[Experiment, Experiment]], trained: Sequence[Run]) -> None:
     """Several pairs are seeds of one comparison, and of nothing else.
 
     Raises:
@@ -112,9 +111,9 @@ def _require_seeds(
     if len(pairs) == 1:
         return
     for side in (0, 1):
-        runs, theirs = [pair[side] for pair in pairs], manifests[side::2]
-        for run, manifest in zip(runs[1:], theirs[1:], strict=True):
-            found = differences(_method(theirs[0]), _method(manifest))
+        runs, theirs = [pair[side] for pair in pairs], trained[side::2]
+        for run, each in zip(runs[1:], theirs[1:], strict=True):
+            found = differences(_method(theirs[0]), _method(each))
             if found:
                 raise UserError(
                     f"'{runs[0].run}' and '{run.run}' are not seeds of one method ({'; '.join(found)}); "
@@ -131,10 +130,10 @@ def _require_seeds(
             )
 
 
-def _method(manifest: dict[str, Any]) -> dict[str, Any]:
+def _method(run: Run) -> dict[str, Any]:
     """What a run is besides its seed."""
-    identity = {name: value for name, value in manifest["identity"].items() if name != "seed"}
-    return {**identity, "encoding": manifest["features"]["key"]}
+    identity = {name: value for name, value in run.identity.items() if name != "seed"}
+    return {**identity, "encoding": run.manifest["features"]["key"]}
 
 
 def _require_rules(name: str, benchmarks: Sequence[Benchmark], runs: Sequence[Experiment]) -> None:
@@ -161,13 +160,13 @@ def _require_rules(name: str, benchmarks: Sequence[Benchmark], runs: Sequence[Ex
 
 
 def _benchmark(
-    name: str, pairs: Sequence[tuple[Experiment, Experiment]], manifests: Sequence[dict[str, Any]]
+    name: str, pairs: Sequence[tuple[Experiment, Experiment]], trained: Sequence[Run]
 ) -> list[Row]:
     """A row for each headline of one benchmark, on the questions that all runs answered."""
     runs = [experiment for pair in pairs for experiment in pair]
     works = [recall(run, name, benchmarks_of(run, (name,))[name]) for run in runs]
     _require_rules(name, [work.benchmark for work in works], runs)
-    found = [given(run, manifest, work) for run, manifest, work in zip(runs, manifests, works, strict=True)]
+    found = [given(*each) for each in zip(runs, trained, works, strict=True)]
     common: dict[str, Item] = {item.id: item for item in found[0].items}
     for run, each in zip(runs[1:], found[1:], strict=True):
         theirs = {item.id: item for item in each.items}
@@ -212,7 +211,7 @@ def _benchmark(
 def _same(one: Item, other: Item) -> bool:
     """Whether two questions of one id are the same, with the same label."""
     recalled = isinstance(one, AskedItem) or isinstance(other, AskedItem)
-    labels = recalled or (one.reference, one.options) == (other.reference, other.options)
+    labels = recalled or (one.label, one.options) == (other.label, other.options)
     return labels and (one.image, one.digest) == (other.image, other.digest)
 
 

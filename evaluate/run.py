@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 from fedcmp.evaluate.answers import answers_path, begin_answers, read_answers
 from fedcmp.evaluate.benchmarks.base import Item
 from fedcmp.evaluate.scoring import Scored, model_of, score, write_scores
-from fedcmp.evaluate.trained import own_projector, read_manifest, require_encoding
+from fedcmp.evaluate.trained import trained_run
 from fedcmp.evaluate.work import Work, benchmarks_of, cache_of, prepare, recall
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import progress, say, table
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import locked
-from fedcmp.pipeline.run_folder import judged
+from fedcmp.pipeline.run_folder import Run
 
 T = TypeVar("T")
 
@@ -74,26 +74,26 @@ def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> dict[str, dic
     Raises:
         UserError: The run cannot be judged; or, at the end, a benchmark could not be evaluated.
     """
-    manifest = read_manifest(experiment)
-    for name in judged(manifest):
-        own_projector(experiment, manifest, name)
+    run = trained_run(experiment)
+    for name in run.judged:
+        run.projector(name)
     benchmarks = benchmarks_of(experiment, only)
     works: list[tuple[Work, FeatureCache]] = []
 
     def read(name: str) -> None:
         cache = cache_of(experiment, name, benchmarks[name])
-        require_encoding(experiment, cache, manifest)
+        run.require_encoding(cache)
         works.append((prepare(experiment, name, benchmarks[name], cache), cache))
 
     unread = _tried([(name, name) for name in benchmarks], read)
-    _answer(experiment, manifest, works)
-    scores, unscored = _score(experiment, manifest, [work for work, _ in works])
+    _answer(experiment, run, works)
+    scores, unscored = _score(experiment, run, [work for work, _ in works])
     _finish([*unread, *unscored], len(benchmarks), "benchmarks")
     return scores
 
 
 def _score_run(experiment: Experiment, only: tuple[str, ...]) -> None:
-    manifest = read_manifest(experiment, asking=False)
+    run = trained_run(experiment, asking=False)
     benchmarks = benchmarks_of(experiment, only)
     works: list[Work] = []
 
@@ -101,17 +101,15 @@ def _score_run(experiment: Experiment, only: tuple[str, ...]) -> None:
         works.append(recall(experiment, name, benchmarks[name]))
 
     unread = _tried([(name, name) for name in benchmarks], read)
-    _, unscored = _score(experiment, manifest, works)
+    _, unscored = _score(experiment, run, works)
     _finish([*unread, *unscored], len(benchmarks), "benchmarks")
 
 
-def _answer(
-    experiment: Experiment, manifest: dict[str, Any], works: Sequence[tuple[Work, FeatureCache]]
-) -> None:
+def _answer(experiment: Experiment, run: Run, works: Sequence[tuple[Work, FeatureCache]]) -> None:
     """Append the answers that are not yet saved."""
     pending: list[tuple[str, Path, list[tuple[Work, FeatureCache, list[Item]]]]] = []
-    for projector in judged(manifest):
-        model = model_of(manifest, projector)
+    for projector in run.judged:
+        model = model_of(run, projector)
         path = answers_path(experiment.scores_path, projector, model)
         saved = read_answers(path, model)
         if saved.unreadable:
@@ -136,21 +134,21 @@ def _answer(
         progress(f"{experiment.run}: answers", total, "answers") as task,
     ):
         for projector, path, left in pending:
-            begin_answers(path, model_of(manifest, projector))
+            begin_answers(path, model_of(run, projector))
             for work, cache, items in left:
-                reader = load_reader(experiment, manifest, projector, cache)
+                reader = load_reader(experiment, run, projector, cache)
                 answer(work, items, reader, path, task.advance)
 
 
 def _score(
-    experiment: Experiment, manifest: dict[str, Any], works: Sequence[Work]
+    experiment: Experiment, run: Run, works: Sequence[Work]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Score works and print the scores; what was scored, and the names of what could not be."""
     scores: dict[str, dict[str, Any]] = {}
     rows: list[list[str]] = []
 
     def one(work: Work) -> None:
-        scored = score(experiment, manifest, work)
+        scored = score(experiment, run, work)
         scores[work.name] = scored.content
         for path in write_scores(experiment, work, scored):
             say(f"{work.name}: for the official evaluation: {path}")

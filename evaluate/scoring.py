@@ -18,7 +18,7 @@ from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import read_json, write_atomic, write_json
 from fedcmp.pipeline.hashes import fingerprint
-from fedcmp.pipeline.run_folder import judged
+from fedcmp.pipeline.run_folder import Run
 
 FORMAT = {"name": "fedcmp-scores", "version": 3}
 _ELSEWHERE = {"silo", "images", "max_new_tokens"}
@@ -50,14 +50,14 @@ class Scored:
     reasons: list[str]
 
 
-def model_of(manifest: dict[str, Any], projector: str) -> dict[str, Any]:
+def model_of(run: Run, projector: str) -> dict[str, Any]:
     """What gives the answers: the projector's content, and the LLM as the run was trained with it."""
-    language = manifest["identity"]["language"]
+    language = run.identity["language"]
     kept = {name: value for name, value in language.items() if name not in ("template", "max_length")}
-    return {"projector": manifest["projectors"][projector], "language": kept}
+    return {"projector": run.projectors[projector], "language": kept}
 
 
-def given(experiment: Experiment, manifest: dict[str, Any], work: Work) -> Given:
+def given(experiment: Experiment, run: Run, work: Work) -> Given:
     """Saved answers.
 
     Raises:
@@ -66,8 +66,8 @@ def given(experiment: Experiment, manifest: dict[str, Any], work: Work) -> Given
     place, mode = f"{experiment.run}, {work.name}", work.benchmark.mode
     answers: list[Answers] = []
     reasons: list[str] = []
-    for projector in judged(manifest):
-        model = model_of(manifest, projector)
+    for projector in run.judged:
+        model = model_of(run, projector)
         saved = read_answers(answers_path(experiment.scores_path, projector, model), model)
         missing = sum(not saved.knows(key, mode) for key in work.keys.values())
         if missing:
@@ -81,7 +81,7 @@ def given(experiment: Experiment, manifest: dict[str, Any], work: Work) -> Given
         if not answers[-1]:
             raise UserError(f"{place}: no question could be answered: {reasons[0]}")
     items = [item for item in work.items if all(item.id in each for each in answers)]
-    return Given(items, answers, judged(manifest), reasons)
+    return Given(items, answers, run.judged, reasons)
 
 
 def made_of(experiment: Experiment, work: Work, given: Given) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def made_of(experiment: Experiment, work: Work, given: Given) -> dict[str, Any]:
 def rules_of(benchmark: Benchmark, items: Sequence[Item]) -> dict[str, Any]:
     """What turns answers into scores: questions, labels, the version of the rules, and options."""
     options = benchmark.model_dump(mode="json", exclude=_ELSEWHERE)
-    labels = [item.digest if benchmark.asks_cache else item.reference for item in items]
+    labels = [item.digest if benchmark.asks_cache else item.label for item in items]
     # Files count by what is in them.
     kinds = {name: str(field.annotation) for name, field in type(benchmark).model_fields.items()}
     return {
@@ -109,13 +109,13 @@ def rules_of(benchmark: Benchmark, items: Sequence[Item]) -> dict[str, Any]:
     }
 
 
-def score(experiment: Experiment, manifest: dict[str, Any], work: Work) -> Scored:
+def score(experiment: Experiment, run: Run, work: Work) -> Scored:
     """Score saved answers.
 
     Raises:
         UserError: Answers are missing.
     """
-    found, benchmark = given(experiment, manifest, work), work.benchmark
+    found, benchmark = given(experiment, run, work), work.benchmark
     by_projector = [benchmark.score(found.items, each) for each in found.answers]
     generator = np.random.default_rng(experiment.seed)
     resamples = experiment.evaluate.bootstrap
@@ -128,7 +128,7 @@ def score(experiment: Experiment, manifest: dict[str, Any], work: Work) -> Score
         "format": FORMAT,
         "experiment": experiment.experiment,
         "run": experiment.run,
-        "strategy": manifest["strategy"],
+        "strategy": run.manifest["strategy"],
         "benchmark": work.name,
         "made_of": made_of(experiment, work, found),
         "settings": benchmark.settings,
@@ -157,7 +157,7 @@ def write_scores(experiment: Experiment, work: Work, scored: Scored) -> list[Pat
     return written
 
 
-def read_scores(experiment: Experiment, manifest: dict[str, Any], work: Work) -> dict[str, Any]:
+def read_scores(experiment: Experiment, run: Run, work: Work) -> dict[str, Any]:
     """Scores that fit questions, labels, rules, options, bootstrap and answers as they are now.
 
     Raises:
@@ -167,7 +167,7 @@ def read_scores(experiment: Experiment, manifest: dict[str, Any], work: Work) ->
     place = f"run '{experiment.run}': its scores of '{work.name}'"
     if content.get("format") != FORMAT:
         raise UserError(f"{place} are of another version of fedcmp; run 'fedcmp evaluate' again")
-    now = made_of(experiment, work, given(experiment, manifest, work))
+    now = made_of(experiment, work, given(experiment, run, work))
     changed = _changes(now, content["made_of"])
     if changed:
         raise UserError(f"{place} are stale ({'; '.join(changed)}); run 'fedcmp score' again")

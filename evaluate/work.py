@@ -213,7 +213,7 @@ def _keys(
         if mode == "rank":
             alone[item.id] += item.options
         elif mode == "retrieve":
-            alone[item.id] += [item.id, item.reference]
+            alone[item.id] += [item.id, item.label]
     if mode == "retrieve":
         # What is retrieved depends on all the rest.
         settings["among"] = fingerprint(list(alone.values()))

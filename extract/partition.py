@@ -21,8 +21,9 @@ from fedcmp.extract.sources.base import SOURCES, Pair, Skipped, Source
 from fedcmp.extract.sources.llava_json import LlavaJson
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.files import locked, read_json, write_atomic, write_json
+from fedcmp.pipeline.files import locked, write_atomic
 from fedcmp.pipeline.hashes import fingerprint
+from fedcmp.pipeline.manifest import read_manifest, withdraw_manifest, write_manifest
 from fedcmp.pipeline.options import Component, validate
 from fedcmp.pipeline.records import Text
 from fedcmp.pipeline.remote import is_url
@@ -62,7 +63,7 @@ def partition(
         "options": options.model_dump(mode="json"),
         "source": reader.identity(),
     }
-    made = read_json(out / "manifest.json")
+    made = read_manifest(out)
     if made is not None and made.get("fingerprint") != fingerprint(made_from) and not overwrite:
         raise UserError(f"{out}: another partition is there; give another folder, or pass --overwrite")
     skipped: list[Skipped] = []
@@ -217,16 +218,16 @@ def _write(out: Path, silos: Sequence[Silo], made_from: dict[str, Any]) -> str:
         },
         "files": files,
     }
-    made = read_json(out / "manifest.json")
+    made = read_manifest(out)
     if made == manifest and all((out / name).is_file() for name in files):
         return "unchanged"
-    (out / "manifest.json").unlink(missing_ok=True)
+    withdraw_manifest(out)
     for name in (made or {}).get("files", {}):
         if name not in files and Path(name).name == name and name.endswith(".jsonl"):
             (out / name).unlink(missing_ok=True)
     for silo in silos:
         write_atomic(out / f"{silo.name}.jsonl", silo.lines)
-    write_json(out / "manifest.json", manifest)
+    write_manifest(out, manifest)
     return "written"
 
 

@@ -76,9 +76,8 @@ class Study:
             UserError: A cache is missing or of another encoder, or training diverged.
         """
         from fedcmp.federate.run import run
-        from fedcmp.pipeline.run_folder import Run
 
-        return Run(run(self.experiment))
+        return run(self.experiment)
 
     def evaluate(self, *benchmarks: str) -> Scores:
         """Answer some benchmarks, or all, and score the answers.

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fedcmp.federate.privacy import rules
-from fedcmp.federate.schedule import Plan
+from fedcmp.federate.schedule import Schedule
 from fedcmp.federate.secure.numbers import LEAST
 from fedcmp.pipeline.config import Experiment, Federate
 from fedcmp.pipeline.errors import UserError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedcmp.federate.strategies.base import Strategy
 
 
-def refuse(experiment: Experiment, strategy: Strategy, plan: Plan) -> None:
+def refuse(experiment: Experiment, strategy: Strategy, schedule: Schedule) -> None:
     """Refuse what would not be what its options say.
 
     Raises:
@@ -30,7 +30,7 @@ def refuse(experiment: Experiment, strategy: Strategy, plan: Plan) -> None:
     if options.secure and find_spec("cryptography") is None:
         raise UserError("federate.privacy.secure: needs cryptography; run: pip install 'fedcmp[privacy]'")
     if options.secure:
-        _refuse_insecure(options, plan, strategy)
+        _refuse_insecure(options, schedule, strategy)
     rules.refuse(experiment, strategy)
 
 
@@ -52,7 +52,7 @@ def refuse_over_sites(experiment: Experiment, strategy: Strategy) -> None:
         )
 
 
-def _refuse_insecure(options: Federate, plan: Plan, strategy: Strategy) -> None:
+def _refuse_insecure(options: Federate, schedule: Schedule, strategy: Strategy) -> None:
     """Refuse what cannot be done when the server sees sums alone."""
     where, name = "federate.privacy.secure", options.strategy.name
     if strategy.sees() == "updates" or strategy.pooled or strategy.personal:
@@ -63,7 +63,7 @@ def _refuse_insecure(options: Federate, plan: Plan, strategy: Strategy) -> None:
     if options.optimizer.carry:
         raise UserError(f"{where}: moments that clients carry on would reveal their updates; remove carry")
     least = LEAST + strategy.releases() - 1
-    fewest = min(map(len, plan.schedule), default=least)
+    fewest = min(map(len, schedule.rounds), default=least)
     if fewest < least:
         sums = "a sum" if least == LEAST else f"{strategy.releases()} sums of the same updates"
         raise UserError(

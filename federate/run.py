@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from fedcmp.federate.client.texts import Counts
 from fedcmp.federate.compatible import refuse
 from fedcmp.federate.engines.base import Engine, SiloCard
-from fedcmp.federate.schedule import Plan, plan
-from fedcmp.pipeline import history
+from fedcmp.federate.schedule import Schedule, schedule_of
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.files import locked, read_json, write_json
+from fedcmp.pipeline.files import locked
 from fedcmp.pipeline.hashes import fingerprint
+from fedcmp.pipeline.history import HISTORY
 from fedcmp.pipeline.identity import run_differences, run_identity
-from fedcmp.pipeline.manifest import provenance
+from fedcmp.pipeline.manifest import provenance, withdraw_manifest, write_manifest
 from fedcmp.pipeline.models.device import pick_device
+from fedcmp.pipeline.run_folder import PROJECTOR, Run
 
 if TYPE_CHECKING:
     from fedcmp.federate.server.progress import Progress
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedcmp.pipeline.models.projectors.base import Projector
 
 
-def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | None = None) -> Path:
+def run(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine] | None = None) -> Run:
     """Train a run, continue it, or find it done.
 
     Args:
@@ -35,7 +35,7 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
         engine: Makes what reaches the clients; they are all in this process by default.
 
     Returns:
-        The run's directory.
+        The finished run.
 
     Raises:
         UserError: A cache is missing or of another encoder, or an option is wrong.
@@ -44,7 +44,7 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
     from fedcmp.federate.strategies.base import STRATEGIES
 
     strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
-    schedule = plan(experiment, strategy)
+    schedule = schedule_of(experiment, strategy)
     refuse(experiment, strategy, schedule)
     clients = (engine or LocalEngine)(experiment, schedule)
     out = experiment.run_path
@@ -53,28 +53,26 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Plan], Engine] | N
         wanted = run_identity(experiment, next(iter(cards.values())).language) | {
             "caches": {name: cards[name].content for name in experiment.federate.silos},
         }
-        manifest = read_json(out / "manifest.json")
-        if manifest is not None:
-            changed = run_differences(wanted, manifest.get("identity", {})) or _damaged(experiment, manifest)
+        made = Run.find(out, experiment.federate.projector.plugins)
+        if made is not None:
+            changed = run_differences(wanted, made.identity) or _damaged(made)
             if not changed:
                 say(f"{out}: nothing to do, this run is what the configuration asks for")
-                return out
+                return made
             say(f"{out}: training again, because {'; '.join(changed)}")
-            (out / "manifest.json").unlink()
-        _train(experiment, strategy, schedule, clients, cards, wanted)
+        withdraw_manifest(out)
+        made = _train(experiment, strategy, schedule, clients, cards, wanted)
     if experiment.federate.rounds:
-        _summary(experiment.run, out)
+        _summary(experiment.run, made)
     say(f"Projector and history in {out}")
-    return out
+    return made
 
 
-def _damaged(experiment: Experiment, manifest: Mapping[str, Any]) -> list[str]:
+def _damaged(run: Run) -> list[str]:
     """Why the projectors of a finished run are not those that it ended with."""
-    from fedcmp.pipeline.models import projector as projectors
-
-    for name in manifest["projectors"]:
+    for name in run.projectors:
         try:
-            projectors.load_projector(experiment.run_path / name, experiment.federate.projector.plugins)
+            run.projector(name)
         except UserError:
             return [f"{name} is missing or not the one of its manifest"]
     return []
@@ -83,11 +81,11 @@ def _damaged(experiment: Experiment, manifest: Mapping[str, Any]) -> list[str]:
 def _train(
     experiment: Experiment,
     strategy: Strategy,
-    outline: Plan,
+    schedule: Schedule,
     engine: Engine,
     cards: Mapping[str, SiloCard],
     wanted: dict[str, Any],
-) -> None:
+) -> Run:
     from fedcmp.federate.outgoing.residuals import RESIDUALS
     from fedcmp.federate.privacy.accounting import resolved
     from fedcmp.federate.server.fusion import Secure
@@ -107,49 +105,48 @@ def _train(
         projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=engine.d_llm)
         counts = engine.counts()
         if saved is None:
-            saved = _beginning(experiment, strategy, outline, counts, projector, wanted)
+            saved = _beginning(experiment, strategy, schedule, counts, projector, wanted)
         done = run_rounds(
             saved,
             strategy,
-            outline.schedule,
+            schedule.rounds,
             train,
             carry=options.optimizer.carry,
-            history_path=out / "history.jsonl",
+            history_path=out / HISTORY,
             checkpoint=lambda state: state.save(checkpoint_path, print_of_run),
             secure=Secure(engine.exchange, options.privacy.threshold)
             if options.privacy and options.secure
             else None,
-            privacy=options.clipped and resolved(options.clipped, max(outline.turns().values(), default=0)),
+            privacy=options.clipped and resolved(options.clipped, max(schedule.turns().values(), default=0)),
             traffic=engine.traffic,
             quorum=experiment.sites.quorum,
         )
-    names = {"projector.safetensors": done.state}
+    names = {PROJECTOR: done.state}
     names |= {f"silos/{client}.safetensors": state for client, state in done.personal.items()}
     for name, state in names.items():
         projectors.save_projector(out / name, state, projector.architecture)
-    write_json(
-        out / "manifest.json",
-        {
-            "experiment": experiment.experiment,
-            "run": experiment.run,
-            "strategy": options.strategy.name if options.rounds else "none",
-            "identity": wanted,
-            "fingerprint": print_of_run,
-            "cache_key": fingerprint(first.key),
-            "texts": {silo: counts[silo]._asdict() for silo in options.silos},
-            "features": {"patches": first.patches, "key": first.key},
-            "projectors": {name: projectors.content_hash(state) for name, state in names.items()},
-            "made_by": provenance(pick_device(experiment.device)),
-        },
-    )
+    manifest = {
+        "experiment": experiment.experiment,
+        "run": experiment.run,
+        "strategy": options.strategy.name if options.rounds else "none",
+        "identity": wanted,
+        "fingerprint": print_of_run,
+        "cache_key": fingerprint(first.key),
+        "texts": {silo: counts[silo]._asdict() for silo in options.silos},
+        "features": {"patches": first.patches, "key": first.key},
+        "projectors": {name: projectors.content_hash(state) for name, state in names.items()},
+        "made_by": provenance(pick_device(experiment.device)),
+    }
+    write_manifest(out, manifest)
     checkpoint_path.unlink(missing_ok=True)
     rmtree(out / RESIDUALS, ignore_errors=True)
+    return Run(out, manifest, options.projector.plugins)
 
 
 def _beginning(
     experiment: Experiment,
     strategy: Strategy,
-    outline: Plan,
+    schedule: Schedule,
     counts: Mapping[str, Counts],
     projector: Projector,
     wanted: Mapping[str, Any],
@@ -169,12 +166,12 @@ def _beginning(
     initial = experiment.federate.initial
     if initial and projectors.content_hash(state) != wanted["federate"]["initial"]:
         raise UserError(f"federate.initial = {initial}: changed just now; run this again")
-    samples = {name: sum(counts[silo].samples for silo in silos) for name, silos in outline.groups.items()}
+    samples = {name: sum(counts[silo].samples for silo in silos) for name, silos in schedule.groups.items()}
     return Progress(state, memory=strategy.begin(state, samples))
 
 
-def _summary(name: str, out: Path) -> None:
-    rows = history.read(out / "history.jsonl")
+def _summary(name: str, run: Run) -> None:
+    rows = run.history
     clients = list(dict.fromkeys(row["client"] for row in rows if row["client"]))
     last = max(row["round"] for row in rows)
     body = []

@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """The rounds of a run.
 
     Attributes:
         groups: Every client's silos, by the client's name.
-        schedule: The clients of every round.
+        rounds: The clients of every round.
     """
 
     groups: dict[str, tuple[str, ...]]
-    schedule: list[list[str]]
+    rounds: list[list[str]]
 
-    def turns(self, rounds: int | None = None) -> Counter[str]:
-        """How often each client takes part in the first `rounds` rounds, or in all."""
-        return Counter(client for round_ in self.schedule[:rounds] for client in round_)
+    def turns(self, first: int | None = None) -> Counter[str]:
+        """How often each client takes part in the first rounds, or in all."""
+        return Counter(client for round_ in self.rounds[:first] for client in round_)
 
 
-def plan(experiment: Experiment, strategy: Strategy) -> Plan:
+def schedule_of(experiment: Experiment, strategy: Strategy) -> Schedule:
     """The rounds of an experiment.
 
     Raises:
@@ -43,7 +43,7 @@ def plan(experiment: Experiment, strategy: Strategy) -> Plan:
     groups: dict[str, tuple[str, ...]] = {name: (name,) for name in options.silos}
     if strategy.pooled:
         groups = {"all": options.silos}
-    made = Plan(
+    made = Schedule(
         groups, participants(list(groups), options.rounds, options.clients_per_round, experiment.seed)
     )
     where = f"federate.clients_per_round = {options.clients_per_round}"
@@ -74,7 +74,7 @@ def participants(clients: Sequence[str], rounds: int, per_round: int | None, see
     size = min(per_round or len(clients), len(clients))
     generator = np.random.default_rng([seed, len(clients), size])
     waiting: list[str] = []
-    schedule = []
+    drawn = []
     for _ in range(rounds):
         chosen = waiting[:size]
         waiting = waiting[size:]
@@ -84,5 +84,5 @@ def participants(clients: Sequence[str], rounds: int, per_round: int | None, see
             again = [client for client in cycle if client in chosen]
             missing = size - len(chosen)
             chosen, waiting = chosen + fresh[:missing], fresh[missing:] + again
-        schedule.append([client for client in clients if client in chosen])
-    return schedule
+        drawn.append([client for client in clients if client in chosen])
+    return drawn

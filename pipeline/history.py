@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedcmp.pipeline.files import write_atomic
 
-if TYPE_CHECKING:
-    pass
+HISTORY = "history.jsonl"
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -23,7 +22,7 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def truncate(path: Path, rounds: int) -> None:
     """Keep the rows of the first `rounds` rounds; a half-written last line is dropped."""
-    kept = [row for row in read(path) if row["round"] < rounds] if path.is_file() else []
+    kept = [row for row in read(path) if row["round"] < rounds]
     write_atomic(path, _lines(kept).encode())
 
 
@@ -32,9 +31,9 @@ def _lines(rows: list[dict[str, Any]]) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole rows."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """All whole rows; none where there is no file."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -2,57 +2,109 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcmp.pipeline import history
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.files import read_json
+from fedcmp.pipeline.manifest import read_manifest
 
 if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
     from fedcmp.pipeline.models.projectors.base import Projector
+    from fedcmp.pipeline.plugins import Plugin
+
+PROJECTOR = "projector.safetensors"
 
 
+@dataclass(frozen=True)
 class Run:
     """A finished run.
 
     Attributes:
         path: Its folder.
+        manifest: What it was made of and what it ended with.
+        plugins: Where its projector's architecture may be from.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
+    manifest: dict[str, Any]
+    plugins: tuple[Plugin, ...] = ()
 
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        """What the run was made of, and the hashes of its projectors.
+    @classmethod
+    def find(cls, path: Path, plugins: tuple[Plugin, ...] = ()) -> Run | None:
+        """The finished run in a folder; None where there is none.
 
         Raises:
-            UserError: It is not finished.
+            UserError: Its manifest is not JSON.
         """
-        manifest: dict[str, Any] | None = read_json(self.path / "manifest.json")
-        if manifest is None:
-            raise UserError(f"{self.path}: no finished run here; run 'fedcmp federate' first")
-        return manifest
+        manifest = read_manifest(path)
+        return None if manifest is None or "projectors" not in manifest else cls(path, manifest, plugins)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decided its result; empty for a run of before there were such."""
+        identity: dict[str, Any] = self.manifest.get("identity", {})
+        return identity
 
     @cached_property
     def history(self) -> list[dict[str, Any]]:
-        """A row for every client of every round, and one for the round as a whole (`client` is None)."""
-        return history.read(self.path / "history.jsonl")
+        """A row for every client and round, and one for the round itself, whose `client` is None."""
+        return read_history(self.path)
 
-    def projector(self, name: str = "projector.safetensors") -> Projector:
-        """A projector, checked against the manifest: `projector(features)` gives visual tokens.
+    @property
+    def projectors(self) -> dict[str, str]:
+        """Content hashes of its projectors, by their files' names within the run."""
+        contents: dict[str, str] = self.manifest["projectors"]
+        return contents
+
+    @property
+    def judged(self) -> list[str]:
+        """The projectors that it is judged by: its silos' own where it has such, else the global one."""
+        names = list(self.projectors)
+        return [name for name in names if name.startswith("silos/")] or names
+
+    def projector(self, name: str = PROJECTOR) -> Projector:
+        """One of its projectors by its name: `projector(features)` gives visual tokens.
 
         Raises:
-            UserError: It is missing or damaged, or not the one that the run ended with.
+            UserError: The file is missing, damaged, or holds other weights than the run ended with.
         """
-        from fedcmp.pipeline.models.projector import load_projector
+        from fedcmp.pipeline.models.projector import content_hash, load_projector
 
-        return load_projector(self.path / name)[0]
+        projector, state = load_projector(self.path / name, self.plugins)
+        if content_hash(state) != self.projectors[name]:
+            raise UserError(
+                f"{self.path / name}: the run was trained again meanwhile; run the same command again"
+            )
+        return projector
+
+    def require_encoding(self, cache: FeatureCache) -> None:
+        """It sees only features such as those it was trained on.
+
+        Raises:
+            UserError: The cache's are others.
+        """
+        if cache.cache_key != self.manifest["cache_key"]:
+            raise UserError(
+                f"{cache.path}: encoded differently from the silos of {self.path}; extract it with the "
+                "run's configuration"
+            )
 
 
-def judged(manifest: dict[str, Any]) -> list[str]:
-    """The projectors a run is judged by: its silos' own where it has such, else the global one."""
-    names = list(manifest["projectors"])
-    return [name for name in names if name.startswith("silos/")] or names
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The rows that a run has written so far, be it finished or not."""
+    return history.read(path / history.HISTORY)
+
+
+def projector_file(path: Path) -> Path:
+    """The projector of a run's folder, or the file itself."""
+    return path / PROJECTOR if path.is_dir() else path
+
+
+def place_of(file: Path) -> tuple[Path, str]:
+    """The folder of the run that a projector would be of, and its name there."""
+    folder = file.parent.parent if file.parent.name == "silos" else file.parent
+    return folder, file.relative_to(folder).as_posix()

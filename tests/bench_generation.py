@@ -33,7 +33,7 @@ from fedcmp.evaluate.answers import answers_path, begin_answers, read_answers
 from fedcmp.evaluate.benchmarks.base import SHORT_ANSWER
 from fedcmp.evaluate.run import evaluate_run
 from fedcmp.evaluate.scoring import model_of
-from fedcmp.evaluate.trained import read_manifest
+from fedcmp.evaluate.trained import trained_run
 from fedcmp.evaluate.work import benchmarks_of, cache_of, prepare
 from fedcmp.extract.run import run as extract
 from fedcmp.federate.run import run as train
@@ -42,7 +42,6 @@ from fedcmp.pipeline.export.run import export
 from fedcmp.pipeline.hashes import canonical
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.projector import load_projector
-from fedcmp.pipeline.run_folder import judged
 
 HERE = Path(__file__).parent
 WORDS = ("dog", "red square", "large star", "blue ring", "small green heart", "cat")
@@ -226,9 +225,9 @@ def rescoring(root: Path, small: bool) -> float:
     train(setup)
     benchmark = benchmarks_of(setup)["pope"]
     work = prepare(setup, "pope", benchmark, cache_of(setup, "pope", benchmark))
-    manifest = read_manifest(setup)
-    (projector,) = judged(manifest)
-    model = model_of(manifest, projector)
+    run = trained_run(setup)
+    (projector,) = run.judged
+    model = model_of(run, projector)
     path = answers_path(setup.scores_path, projector, model)
     begin_answers(path, model)
     with path.open("ab") as file:

@@ -28,7 +28,7 @@ from fedcmp.extract.sources.hdf5 import Hdf5
 from fedcmp.extract.sources.webdataset import WebDataset
 from fedcmp.pipeline import apart
 from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.cache.format import rendered, sealed
+from fedcmp.pipeline.cache.format import render_manifest, seal_manifest
 from fedcmp.pipeline.cache.inspect import difference, inspection, summary
 from fedcmp.pipeline.cache.writer import file_table
 from fedcmp.pipeline.errors import UserError
@@ -105,7 +105,7 @@ def forge(folder: Path, rng: random.Random) -> None:
     else:
         manifest = changed_json(json.loads((folder / "manifest.json").read_bytes()), rng)  # type: ignore[assignment]
     try:
-        (folder / "manifest.json").write_bytes(rendered(sealed(manifest)))
+        (folder / "manifest.json").write_bytes(render_manifest(seal_manifest(manifest)))
     except (RecursionError, UnicodeEncodeError, AttributeError):
         (folder / "manifest.json").write_text(json.dumps(manifest))
 

@@ -24,7 +24,7 @@ import zstandard
 from conftest import ROOT, digest, picture
 
 from fedcmp.pipeline.cache import CorruptCacheError, FeatureCache
-from fedcmp.pipeline.cache.format import crc, crc_bytes, rendered, sealed
+from fedcmp.pipeline.cache.format import crc, crc_bytes, render_manifest, seal_manifest
 from fedcmp.pipeline.cache.stream import stream_shard
 from fedcmp.pipeline.cache.verify import verify
 from fedcmp.pipeline.cache.writer import file_table
@@ -47,7 +47,7 @@ def forge(path: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest:
     manifest = json.loads((path / "manifest.json").read_bytes())
     manifest["files"] = file_table(path, {})
     change(manifest)
-    (path / "manifest.json").write_bytes(rendered(sealed(manifest)))
+    (path / "manifest.json").write_bytes(render_manifest(seal_manifest(manifest)))
 
 
 def zipped(path: Path, out: Path, more: dict[str, bytes] | None = None) -> Path:

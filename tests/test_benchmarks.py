@@ -16,8 +16,10 @@ from official import WRITERS
 
 from fedcmp.evaluate.benchmarks.base import BENCHMARKS, LETTER, SHORT_ANSWER, Benchmark, Item
 from fedcmp.evaluate.official.files import Problem
+from fedcmp.evaluate.scoring import rules_of
 from fedcmp.evaluate.statistics import interval, value_of
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.prompts import question
 from fedcmp.pipeline.options import Component
 
 FILES = sorted(WRITERS)
@@ -39,7 +41,7 @@ def replies(benchmark: Benchmark, items: list[Item], text: str | None) -> dict[s
     """The same answer to everything, or with None the references."""
     if benchmark.mode == "retrieve":
         rank = 0.0 if text is None else float(len(items))
-        return {each.id: [rank] * (1 + len(json.loads(each.reference))) for each in items}
+        return {each.id: [rank] * (1 + len(each.truth)) for each in items}
     return {each.id: benchmark.show_reference(each) if text is None else text for each in items}
 
 
@@ -263,7 +265,7 @@ def test_extra_and_missing_lines_are_reported(tmp_path: Path) -> None:
     ]
     items = [each for each in found if isinstance(each, Item)]
     assert len(items) == number - 1
-    metrics = benchmark.score(items, {each.id: each.reference for each in items})
+    metrics = benchmark.score(items, {each.id: each.truth for each in items})
     assert value_of(metrics["color"]) == 150  # one question alone is not both
 
 
@@ -378,3 +380,35 @@ def test_circular_passes_are_one_question_and_strata_keep_categories(tmp_path: P
     part = mme.score(seen, {each.id: mme.show_reference(each) for each in seen})
     assert {"perception", "total"}.isdisjoint(part)
     assert value_of(part["cognition"]) == 800
+
+
+# What answers of retrieval and scores are saved under, of the files in official.py: labels are hashed as the
+# text that they have always been hashed as, or everything saved would count as stale.
+LABELS = {
+    "captions": "546592c89d2a9e3f",
+    "gqa": "7149ac044e6fed7d",
+    "mm_vet": "b668dab2481206e7",
+    "mmbench": "24fe628145dce8ea",
+    "mme": "06e1bbac2651e7f3",
+    "pope": "f8612dcf818e5de0",
+    "retrieval": "546592c89d2a9e3f",
+    "scienceqa": "b40e43194efe4c87",
+    "seed_bench": "d7b2e0b19c5bfc3a",
+    "textvqa": "725d5478b9e87feb",
+    "vizwiz": "da655655b76db3cc",
+    "vqav2": "d1571c23ec45c68a",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_labels_are_hashed_as_ever(name: str, tmp_path: Path) -> None:
+    benchmark = build(name, tmp_path)
+    assert rules_of(benchmark, items_of(benchmark))["labels"][:16] == LABELS[name]
+
+
+def test_truth_that_differs_is_another_item_and_no_truth_is_none() -> None:
+    one, same, other = (Item("1", "a.png", question("?"), {"answer": each}) for each in "AAB")
+    assert one == same != other
+    assert len({one, same, other}) == 2
+    assert Item("1", "a.png", question("?")).label == ""
+    assert Item("1", "a.png", question("?"), None).label == "null"

@@ -20,7 +20,7 @@ from fedcmp.federate.arithmetic.bases import (
     randomised_basis,
 )
 from fedcmp.federate.arithmetic.matrices import Matrices, agreement
-from fedcmp.federate.arithmetic.norms import factors, norm, usual
+from fedcmp.federate.arithmetic.norms import factors, norm, usual_norms
 from fedcmp.federate.arithmetic.updates import State, Update, data_weights
 from fedcmp.federate.strategies.base import Aggregate
 from fedcmp.federate.strategies.fedavg import FedAvg
@@ -495,7 +495,7 @@ def test_updates_of_the_usual_length_are_not_touched() -> None:
     """They leave the bytes as they are; one beyond the limit gets its usual length."""
     state, updates = tall(0), of_round(0)
     norms = {update.client: norm(state, update.state) for update in updates}
-    expected = usual(norms, {update.client: update.samples for update in updates})
+    expected = usual_norms(norms, {update.client: update.samples for update in updates})
     ratios = {client: norms[client] / expected[client] for client in norms}
     longest = max(ratios, key=ratios.__getitem__)
     free = FedCmp(clip=0.0).aggregate(state, updates, {})
@@ -510,13 +510,13 @@ def test_updates_of_the_usual_length_are_not_touched() -> None:
 def test_the_usual_length_by_hand() -> None:
     """Ten times the data makes √10 times the length; less data never makes equal updates too long."""
     norms = {"a": 1.0, "b": 1.0, "c": 2.0, "d": 9.0}
-    assert usual(norms, {"a": 1, "b": 1, "c": 4, "d": 9}) == {"a": 1.5, "b": 1.5, "c": 2.0, "d": 3.0}
+    assert usual_norms(norms, {"a": 1, "b": 1, "c": 4, "d": 9}) == {"a": 1.5, "b": 1.5, "c": 2.0, "d": 3.0}
     assert factors(norms, {"a": 1.5, "b": 1.5, "c": 2.0, "d": 3.0}, 2.5)["d"] == pytest.approx(1 / 3)
     same = dict.fromkeys("abcde", 7.0)
     samples = dict(zip("abcde", (1, 10, 100, 1000, 10000), strict=True))
-    assert set(factors(same, usual(same, samples), 1.0).values()) == {1.0}
+    assert set(factors(same, usual_norms(same, samples), 1.0).values()) == {1.0}
     walk = {client: n**0.5 for client, n in samples.items()}
-    assert set(factors(walk, usual(walk, samples), 1 + 1e-9).values()) == {1.0}
+    assert set(factors(walk, usual_norms(walk, samples), 1 + 1e-9).values()) == {1.0}
 
 
 def test_a_long_update_counts_as_one_of_the_usual_length() -> None:

@@ -65,10 +65,8 @@ def test_no_case_is_left_out() -> None:
     assert {case["benchmark"] for case in CASES} == CHECKS.keys()
 
 
-def item(name: str, reference: Any, image: str = "a.png") -> Item:
-    return Item(
-        name, image, question("?"), reference if isinstance(reference, str) else json.dumps(reference)
-    )
+def item(name: str, truth: Any, image: str = "a.png") -> Item:
+    return Item(name, image, question("?"), truth)
 
 
 def near(metrics: Mapping[str, Metric], name: str, expected: float) -> None:

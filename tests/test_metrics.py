@@ -58,7 +58,7 @@ def test_mean_f1_is_the_mean_over_splits(tmp_path) -> None:  # type: ignore[no-u
         for split in ("random", "popular")
         for n in range(4)
     ]
-    answers = {item.id: item.reference if item.id.startswith("random") else "no" for item in items}
+    answers = {item.id: item.truth if item.id.startswith("random") else "no" for item in items}
     metrics = benchmark.score(items, answers)
     values = {name: float(metric.value(metric.statistics.sum(0))) for name, metric in metrics.items()}
     assert (values["f1 random"], values["f1 popular"], values["f1"]) == (1.0, 0.0, 0.5)

@@ -355,7 +355,7 @@ def test_a_site_cannot_take_the_name_of_another(
     for nodes in ([7, 0, 1, 2], [0, 1, 2, 7]):
         sites = {node: Said(false if node == 7 else spoken[SILOS[node]]) for node in nodes}
         link = FakeLink(sites)  # type: ignore[arg-type]
-        run(experiment, lambda own, plan, link=link: Sites(own, plan, link, owners))
+        run(experiment, lambda own, _, link=link: Sites(own, link, owners))
         assert "site 'former' says that it is 'lab' and is refused" in capsys.readouterr().out
         assert [row["missing"] for row in finite(experiment) if row["client"] is None] == [[]]
         assert {node for node, kind in link.sent if kind == "train"} == {0, 1, 2}
@@ -363,5 +363,5 @@ def test_a_site_cannot_take_the_name_of_another(
     sites = {0: Said(spoken["clinic"]), 1: Said(spoken["clinic"]), 2: Said(spoken["practice"])}
     short = load(sites_config, ["federate.rounds=1", "sites.join_timeout=0.5", f"build={tmp_path}"])
     with pytest.raises(UserError, match="missing: lab"):
-        run(short, lambda own, plan: Sites(own, plan, FakeLink(sites), owners))  # type: ignore[arg-type]
+        run(short, lambda own, _: Sites(own, FakeLink(sites), owners))  # type: ignore[arg-type]
     assert "site 'lab' says that it is 'clinic' and is refused" in capsys.readouterr().out

@@ -165,7 +165,7 @@ def services(sites_config: Path) -> dict[int, Service]:
 
 
 def over(link: FakeLink) -> Callable[[Experiment, object], Sites]:
-    return lambda experiment, plan: Sites(experiment, plan, link)  # type: ignore[arg-type]
+    return lambda experiment, _: Sites(experiment, link)  # type: ignore[arg-type]
 
 
 def projector(experiment: Experiment) -> bytes:

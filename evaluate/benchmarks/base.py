@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, ClassVar, Literal
 
@@ -30,19 +31,25 @@ class Item:
     """One thing to answer.
 
     `text` ends with the user's turn, or with the reference whose likelihood is asked for; `options`
-    are the answers to rank where a benchmark ranks.
+    are the answers to rank where a benchmark ranks. `truth` is what the files say is right, as JSON has it:
+    a word, captions, or a mapping with all that scores need; None where they do not say.
     """
 
     id: str
     image: str
     text: Text
-    reference: str = ""
+    truth: Any = field(default="", hash=False)
     options: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the text."""
         return hashlib.sha256(f"{self.text.kind}\n".encode() + self.text.encode()).hexdigest()
+
+    @property
+    def label(self) -> str:
+        """The truth as what is saved has it in its hashes: a word as it is, all else as JSON."""
+        return self.truth if isinstance(self.truth, str) else json.dumps(self.truth)
 
 
 class AskedItem(Item):
@@ -54,7 +61,7 @@ class AskedItem(Item):
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the text that was asked."""
-        return self.reference
+        return self.label
 
 
 Answer = str | list[float]
@@ -134,7 +141,7 @@ class Benchmark(Options, ABC):
 
     def show_reference(self, item: Item) -> str:
         """The reference as a person reads it; also an answer that scores well."""
-        return item.reference
+        return item.label
 
 
 class Choice(Benchmark, ABC):
@@ -186,7 +193,7 @@ def collect(
             image = PurePath(item.image)
             if image.is_absolute() or ".." in image.parts:
                 raise UserError(f"{place}: image '{item.image}' is outside of the folder of images")
-            f"{item.id}{item.image}{item.reference}".encode()
+            f"{item.id}{item.image}{item.label}".encode()
             item.text.encode()
         return item
 

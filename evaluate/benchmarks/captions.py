@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -54,14 +53,14 @@ class Captions(Benchmark):
         """One item an image that has references."""
 
         def make(entry: Captioned, place: str) -> Item:
-            return Item(entry.id, entry.image, question(CAPTION_PROMPT), json.dumps(entry.captions))
+            return Item(entry.id, entry.image, question(CAPTION_PROMPT), entry.captions)
 
         return collect(captioned_images(self.annotations, self.split), make)
 
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """CIDEr-D takes its document frequencies from the references of these items."""
         said = [str(answers[item.id]) for item in items]
-        references = [json.loads(item.reference) for item in items]
+        references = [item.truth for item in items]
         tokens = [caption_tokens(text) for text in said]
         reference_tokens = [[caption_tokens(text) for text in texts] for texts in references]
         images = [item.image for item in items]
@@ -102,7 +101,7 @@ class Captions(Benchmark):
 
     def show_reference(self, item: Item) -> str:
         """The first reference caption."""
-        return str(json.loads(item.reference)[0])
+        return str(item.truth[0])
 
 
 def _f1(sums: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ class Gqa(Benchmark):
             }
             image = file_name(self.image_name, field(entry, "imageId", place))
             text = question(string(entry, "question", place) + SHORT_ANSWER)
-            return Item(place.removeprefix(f"{self.questions}: "), image, text, json.dumps(truth))
+            return Item(place.removeprefix(f"{self.questions}: "), image, text, truth)
 
         return collect(((f"{self.questions}: {name}", entry) for name, entry in content.items()), make)
 
@@ -62,7 +61,7 @@ class Gqa(Benchmark):
         """Open questions are those of the structural type `query`."""
         points = self.points(items, answers)
         metrics = {"accuracy": averaged(items, points)}
-        is_open = [json.loads(item.reference)["type"] == "query" for item in items]
+        is_open = [item.truth["type"] == "query" for item in items]
         for name, wanted in (("binary", False), ("open", True)):
             inside = [place for place, each in enumerate(is_open) if each is wanted]
             if inside:
@@ -75,4 +74,4 @@ class Gqa(Benchmark):
 
     def show_reference(self, item: Item) -> str:
         """The word."""
-        return str(json.loads(item.reference)["answer"])
+        return str(item.truth["answer"])

@@ -6,7 +6,6 @@ A string match in place of the judge would not be MM-Vet, so there is none.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ class MmVet(Benchmark):
             }
             text = question(string(entry, "question", place))
             name = place.removeprefix(f"{self.path}: ")
-            return Item(name, string(entry, "imagename", place), text, json.dumps(truth))
+            return Item(name, string(entry, "imagename", place), text, truth)
 
         return collect(((f"{self.path}: {name}", entry) for name, entry in content.items()), make)
 
@@ -65,7 +64,7 @@ class MmVet(Benchmark):
             raise UserError(f"{place}: not as many grades for every question; let the judge finish")
         # One row a question: its grade in every run, and one.
         rows = np.array([[*map(float, each), 1.0] for each in runs])
-        capabilities = [json.loads(item.reference)["capability"] for item in items]
+        capabilities = [item.truth["capability"] for item in items]
         images = [item.image for item in items]
 
         def metric(inside: list[int], value: Callable[[np.ndarray], np.ndarray] = _mean) -> Metric:
@@ -91,7 +90,7 @@ class MmVet(Benchmark):
 
     def show_reference(self, item: Item) -> str:
         """The expected answer."""
-        return str(json.loads(item.reference)["answer"])
+        return str(item.truth["answer"])
 
 
 def _runs(sums: np.ndarray) -> np.ndarray:

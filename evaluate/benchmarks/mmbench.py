@@ -6,7 +6,6 @@ import base64
 import binascii
 import csv
 import io
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -102,7 +101,7 @@ class MmBench(Choice):
             "question": row["question"],
         }
         text = question("\n".join(asked) + LETTER)
-        return Item(str(index), _image(row, index), text, json.dumps(truth), tuple(shown))
+        return Item(str(index), _image(row, index), text, truth, tuple(shown))
 
     def unpack(self, folder: Path) -> None:
         """Write the images of the TSV as `<index>.jpg`; what is there stays, what is no base64 is said."""
@@ -124,7 +123,7 @@ class MmBench(Choice):
 
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """Undecided answers count as wrong; how many there are is a metric of its own."""
-        truths = [json.loads(item.reference) for item in items]
+        truths = [item.truth for item in items]
         points = self.points(items, answers)
         if points is None:
             return {}
@@ -153,7 +152,7 @@ class MmBench(Choice):
 
     def points(self, items: Sequence[Item], answers: Answers) -> list[float] | None:
         """1 for the right letter of one rotation."""
-        truths = [json.loads(item.reference) for item in items]
+        truths = [item.truth for item in items]
         if not all(truth["answer"] for truth in truths):
             return None
         return [
@@ -164,17 +163,17 @@ class MmBench(Choice):
     def submissions(self, items: Sequence[Item], answers: Answers) -> dict[str, bytes]:
         """The spreadsheet of the evaluation server."""
         rows = []
-        most = max((len(json.loads(item.reference)["choices"]) for item in items), default=0)
+        most = max((len(item.truth["choices"]) for item in items), default=0)
         letters = _LETTERS[: max(_OFFICIAL, most)]
         for item in items:
-            truth = json.loads(item.reference)
+            truth = item.truth
             options = [truth["choices"].get(letter, "") for letter in letters]
             rows.append([int(item.id), truth["question"], *options, str(answers[item.id])])
         return {"mmbench.xlsx": spreadsheet(("index", "question", *letters, "prediction"), rows)}
 
     def show_reference(self, item: Item) -> str:
         """The letter."""
-        return str(json.loads(item.reference)["answer"])
+        return str(item.truth["answer"])
 
 
 def _index(row: Any, place: str) -> int:

@@ -131,7 +131,7 @@ class Mme(Choice):
 
     def points(self, items: Sequence[Item], answers: Answers) -> list[float]:
         """1 for the right word."""
-        return [float(mme_label(str(answers[item.id])) == item.reference) for item in items]
+        return [float(mme_label(str(answers[item.id])) == item.truth) for item in items]
 
     def remarks(self, said: Sequence[str]) -> tuple[dict[str, int], str | None]:
         """Answers that say neither yes nor no."""

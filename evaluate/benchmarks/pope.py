@@ -59,7 +59,7 @@ class Pope(Choice):
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """By POPE's own parsing rule."""
         said = np.array([pope_label(str(answers[item.id])) == "yes" for item in items], float)
-        true = np.array([item.reference == "yes" for item in items], float)
+        true = np.array([item.truth == "yes" for item in items], float)
         splits = np.array([item.id.split("/", 1)[0] for item in items])
         images = [item.image for item in items]
         names = list(dict.fromkeys(splits.tolist()))
@@ -80,7 +80,7 @@ class Pope(Choice):
 
     def points(self, items: Sequence[Item], answers: Answers) -> list[float]:
         """1 for the right word."""
-        return [float(pope_label(str(answers[item.id])) == item.reference) for item in items]
+        return [float(pope_label(str(answers[item.id])) == item.truth) for item in items]
 
     def remarks(self, said: Sequence[str]) -> tuple[dict[str, int], str | None]:
         """Answers that say neither yes nor no."""

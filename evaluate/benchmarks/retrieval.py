@@ -6,7 +6,6 @@ centred over the test set and compared by cosine. It judges the projector alone:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +45,7 @@ class Retrieval(Benchmark):
         """One item an image, its captions as the reference."""
 
         def make(entry: Captioned, place: str) -> Item:
-            return Item(entry.id, entry.image, question(CAPTION_PROMPT), json.dumps(entry.captions))
+            return Item(entry.id, entry.image, question(CAPTION_PROMPT), entry.captions)
 
         return collect(captioned_images(self.annotations, self.split), make)
 
@@ -62,7 +61,7 @@ class Retrieval(Benchmark):
 
     def show_reference(self, item: Item) -> str:
         """The first caption."""
-        return str(json.loads(item.reference)[0])
+        return str(item.truth[0])
 
 
 def ranks_of(scores: np.ndarray, owners: Sequence[int]) -> list[list[float]]:

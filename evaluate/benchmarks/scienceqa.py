@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,16 +64,14 @@ class ScienceQa(Choice):
             truth["subject"] = str(problem.get("subject", "unknown"))
             asked = string(entry["conversations"][0], "value", place)
             text = question(asked.replace(IMAGE_PLACEHOLDER, "").strip() + LETTER)
-            return Item(
-                name, string(entry, "image", place), text, json.dumps(truth), tuple(_LETTERS[:number])
-            )
+            return Item(name, string(entry, "image", place), text, truth, tuple(_LETTERS[:number]))
 
         return collect(entries(self.questions, "ScienceQA questions"), make)
 
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """By LLaVA's parsing rule."""
         points = self.points(items, answers)
-        subjects = [json.loads(item.reference)["subject"] for item in items]
+        subjects = [item.truth["subject"] for item in items]
         undecided = [float(scienceqa_letter(str(answers[item.id])) is None) for item in items]
         return {
             "accuracy": averaged(items, points),
@@ -88,4 +85,4 @@ class ScienceQa(Choice):
 
     def show_reference(self, item: Item) -> str:
         """The letter."""
-        return _LETTERS[json.loads(item.reference)["answer"]]
+        return _LETTERS[item.truth["answer"]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ class SeedBench(Choice):
                 str(field(entry, "question_id", place)),
                 string(entry, "data_id", place),
                 question("\n".join(asked) + LETTER),
-                json.dumps(truth),
+                truth,
                 ("A", "B", "C", "D"),
             )
 
@@ -72,7 +71,7 @@ class SeedBench(Choice):
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """By exact equality."""
         points = self.points(items, answers)
-        types = [json.loads(item.reference)["type"] for item in items]
+        types = [item.truth["type"] for item in items]
         return {"accuracy": averaged(items, points)} | averaged_by("accuracy", items, points, types)
 
     def points(self, items: Sequence[Item], answers: Answers) -> list[float]:
@@ -81,4 +80,4 @@ class SeedBench(Choice):
 
     def show_reference(self, item: Item) -> str:
         """The letter."""
-        return str(json.loads(item.reference)["answer"])
+        return str(item.truth["answer"])

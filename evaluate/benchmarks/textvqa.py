@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ class TextVqa(Benchmark):
                 str(field(entry, "question_id", place)),
                 file_name(self.image_name, image),
                 question(prompt),
-                json.dumps(annotators(strings(entry, "answers", place), place)),
+                annotators(strings(entry, "answers", place), place),
             )
 
         return problems + collect(entries(self.annotations, "TextVQA annotations", "data"), make)
@@ -102,11 +101,11 @@ class TextVqa(Benchmark):
 
     def points(self, items: Sequence[Item], answers: Answers) -> list[float]:
         """Leave-one-out accuracy of each answer."""
-        return [textvqa_accuracy(str(answers[item.id]), json.loads(item.reference)) for item in items]
+        return [textvqa_accuracy(str(answers[item.id]), item.truth) for item in items]
 
     def show_reference(self, item: Item) -> str:
         """The annotators' most frequent answer."""
-        answers = json.loads(item.reference)
+        answers = item.truth
         return str(max(answers, key=answers.count))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,22 +50,22 @@ class VizWiz(Benchmark):
                 given = [string(each, "answer", place) for each in entry["answers"]]
                 truth = {"answers": annotators(given, place), "type": str(entry.get("answer_type", "other"))}
             text = question(string(entry, "question", place) + _HINT + SHORT_ANSWER)
-            return Item(image, image, text, json.dumps(truth))
+            return Item(image, image, text, truth)
 
         return collect(entries(self.annotations, "VizWiz annotations"), make)
 
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """By the official leave-one-out rule; images without answers count nowhere."""
-        known = [item for item in items if json.loads(item.reference)]
+        known = [item for item in items if item.truth]
         points = self.points(known, answers)
         if not points:
             return {}
-        kinds = [json.loads(item.reference)["type"] for item in known]
+        kinds = [item.truth["type"] for item in known]
         return {"accuracy": averaged(known, points)} | averaged_by("accuracy", known, points, kinds)
 
     def points(self, items: Sequence[Item], answers: Answers) -> list[float] | None:
         """Leave-one-out accuracy of each answer."""
-        truths = [json.loads(item.reference) for item in items]
+        truths = [item.truth for item in items]
         if not all(truths):
             return None
         return [
@@ -81,5 +80,5 @@ class VizWiz(Benchmark):
 
     def show_reference(self, item: Item) -> str:
         """The most frequent answer."""
-        truth = json.loads(item.reference) or {"answers": [""]}
+        truth = item.truth or {"answers": [""]}
         return str(max(truth["answers"], key=truth["answers"].count))

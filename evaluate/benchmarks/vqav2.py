@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ class VqaV2(Benchmark):
                 raise UserError(f"{self.annotations}: no annotation for question_id {number}")
             image = file_name(self.image_name, field(entry, "image_id", place))
             text = question(string(entry, "question", place) + SHORT_ANSWER)
-            return Item(number, image, text, json.dumps(truths.get(number)))
+            return Item(number, image, text, truths.get(number))
 
         return problems + collect(entries(self.questions, "VQAv2 questions", "questions"), make)
 
@@ -77,7 +76,7 @@ class VqaV2(Benchmark):
         points = self.points(items, answers)
         if points is None:
             return {}
-        kinds = [json.loads(item.reference)["type"] for item in items]
+        kinds = [item.truth["type"] for item in items]
         return {"accuracy": averaged(items, points)} | averaged_by("accuracy", items, points, kinds)
 
     def points(self, items: Sequence[Item], answers: Answers) -> list[float] | None:
@@ -86,7 +85,7 @@ class VqaV2(Benchmark):
             return None
         points = []
         for item in items:
-            truth = json.loads(item.reference)
+            truth = item.truth
             points.append(
                 vqa_accuracy(
                     str(answers[item.id]),
@@ -110,7 +109,7 @@ class VqaV2(Benchmark):
 
     def show_reference(self, item: Item) -> str:
         """The annotators' most frequent answer."""
-        truth = json.loads(item.reference) or {"answers": [""]}
+        truth = item.truth or {"answers": [""]}
         return str(max(truth["answers"], key=truth["answers"].count))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -14,7 +13,7 @@ from PIL import Image
 from fedcmp.evaluate.benchmarks.base import LETTER, SHORT_ANSWER, Benchmark, Item
 from fedcmp.evaluate.report.page import RunResult, Said, Sample, page
 from fedcmp.evaluate.scoring import Given, given, read_scores
-from fedcmp.evaluate.trained import read_manifest
+from fedcmp.evaluate.trained import trained_run
 from fedcmp.evaluate.work import Work, benchmarks_of, recall
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say, table
@@ -75,17 +74,16 @@ def write_report(experiments: Sequence[Experiment]) -> Path:
 
 
 def _judged(experiment: Experiment) -> Judged:
-    manifest = read_manifest(experiment, asking=False)
-    lines = (experiment.run_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    result = RunResult(experiment.run, manifest["strategy"], {}, [], {}, [json.loads(line) for line in lines])
+    trained = trained_run(experiment, asking=False)
+    result = RunResult(experiment.run, trained.manifest["strategy"], {}, [], {}, trained.history)
     run = Judged(experiment, benchmarks_of(experiment), {}, {}, {}, result)
     for name, benchmark in run.benchmarks.items():
         if not (experiment.scores_path / f"{name}.json").is_file():
             result.notes[name] = "no scores; run 'fedcmp evaluate'"
             continue
         work = recall(experiment, name, benchmark)
-        content = read_scores(experiment, manifest, work)
-        run.works[name], run.given[name] = work, given(experiment, manifest, work)
+        content = read_scores(experiment, trained, work)
+        run.works[name], run.given[name] = work, given(experiment, trained, work)
         run.contents[name] = content
         result.scores[name] = content["metrics"]
         result.headlines.extend((name, metric) for metric in content["headlines"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from fedcmp.evaluate.statistics import Difference, holm, paired
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.files import write_atomic
 from fedcmp.pipeline.manifest import provenance
+from fedcmp.pipeline.run_folder import read_history
 
 Values = dict[str, list[float]]
 
@@ -194,9 +194,7 @@ def _saved(trials: Sequence[Trial]) -> str:
     """What equal local updates, computed once, saved: seconds of training, as measured when computed."""
     spent = saved = 0.0
     for trial in trials:
-        path = trial.experiment.run_path / "history.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            row = json.loads(line)
+        for row in read_history(trial.experiment.run_path):
             if row["client"] is None:
                 continue
             if row["recalled"]:

@@ -14,13 +14,12 @@ from lmms_eval.api.model import lmms
 from fedcmp.components import load
 from fedcmp.evaluate.answering import Failure, answers, load_reader
 from fedcmp.evaluate.benchmarks.base import Item
-from fedcmp.evaluate.trained import read_manifest, require_encoding
+from fedcmp.evaluate.trained import trained_run
 from fedcmp.lmms.lookup import Lookup
 from fedcmp.pipeline.cache import open_cache
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError, did_you_mean
 from fedcmp.pipeline.records import Text, Turn
-from fedcmp.pipeline.run_folder import judged
 
 _LENGTH = 1024  # as lmms-eval's own models where a task says nothing
 
@@ -50,14 +49,14 @@ class CachedRun(lmms):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         experiment = load(Path(config), [f"device={device}"] if device else [])
-        manifest = read_manifest(experiment)
-        names = judged(manifest)
+        run = trained_run(experiment)
+        names = run.judged
         name = projector or (names[0] if len(names) == 1 else "")
-        if name not in manifest["projectors"]:
+        if name not in run.projectors:
             raise UserError(f"model_args: projector={name}{did_you_mean(name, names)}")
         cache = open_cache(experiment, silo)
-        require_encoding(experiment, cache, manifest)
-        reader = load_reader(experiment, manifest, name, cache)
+        run.require_encoding(cache)
+        reader = load_reader(experiment, run, name, cache)
         self._reader = reader if batch_size == "auto" else replace(reader, batch_size=int(batch_size))
         self._pictures = Lookup(cache, image_name)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedcmp.federate.arithmetic.matrices import Matrices, agreement
-from fedcmp.federate.arithmetic.norms import factors, norm, shortened, usual
+from fedcmp.federate.arithmetic.norms import factors, norm, shortened, usual_norms
 from fedcmp.federate.arithmetic.updates import State, Update, data_weights, deltas, weighted_sum
 
 Weights = dict[str, float]
@@ -90,7 +90,7 @@ class Open(Cohort):
         """Only updates that are too long are copied."""
         norms = {update.client: norm(self._state, update.state) for update in self._updates}
         samples = {update.client: update.samples for update in self._updates}
-        found = factors(norms, usual(norms, samples), longest)
+        found = factors(norms, usual_norms(norms, samples), longest)
         self._updates = [shortened(self._state, each, found[each.client]) for each in self._updates]
         return found
 

@@ -23,7 +23,7 @@ def norm(start: State, state: State) -> float:
     return sqrt(fsum(inner(delta, delta) for delta in deltas))
 
 
-def usual(norms: Mapping[str, float], samples: Mapping[str, int]) -> dict[str, float]:
+def usual_norms(norms: Mapping[str, float], samples: Mapping[str, int]) -> dict[str, float]:
     """Norm that a round's clients would expect of each other, by client: the greater of two medians.
 
     One of all norms, and one for as many samples as the client has: local steps add up like a random

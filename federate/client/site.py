@@ -18,7 +18,7 @@ from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.outgoing.steps import outgoing
 from fedcmp.federate.privacy.guard import Guard
 from fedcmp.federate.privacy.units import UnitStream, unit_of
-from fedcmp.federate.schedule import Plan
+from fedcmp.federate.schedule import Schedule
 from fedcmp.federate.secure.contribution import Own
 from fedcmp.federate.secure.ledger import RELEASES, Ledger
 from fedcmp.pipeline.cache import FeatureCache
@@ -40,7 +40,7 @@ class Site:
 
     Args:
         experiment: The experiment.
-        plan: Who takes part when.
+        schedule: Who takes part when.
         caches: Feature caches by silo; the clients are those whose silos are all here.
         advance: Called with the number of local steps done.
         signing: How the clients of secure sums know each other.
@@ -52,7 +52,7 @@ class Site:
     def __init__(
         self,
         experiment: Experiment,
-        plan: Plan,
+        schedule: Schedule,
         caches: Mapping[str, FeatureCache],
         advance: Callable[[int], None] = lambda steps: None,
         signing: Signing | None = None,
@@ -63,7 +63,7 @@ class Site:
         language.checkpointing, language.compiled = options.checkpointing, options.compile
         first = next(iter(caches.values()))
         scratch = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
-        turns, poison = plan.turns(), options.poison or {}
+        turns, poison = schedule.turns(), options.poison or {}
         visual_tokens = scratch.tokens(first.patches)
         without = check_texts(experiment, caches, language, visual_tokens)
         self.d_llm = language.d_llm
@@ -82,13 +82,13 @@ class Site:
                 without=without,
                 mismatched=client in poison and poison[client].kind == "captions",
             )
-            for client, silos in plan.groups.items()
+            for client, silos in schedule.groups.items()
             if caches.keys() >= set(silos)
         }
         self.counts = {
             silo: counts for stream in self.streams.values() for silo, counts in stream.counts.items()
         }
-        self._secure, self._guard = options.secure, Guard(experiment, plan, caches)
+        self._secure, self._guard = options.secure, Guard(experiment, schedule, caches)
         self._outgoing = outgoing(experiment, self._guard)
         self._own: dict[str, Own] = {}
         self._round: dict[str, int] = {}

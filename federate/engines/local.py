@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedcmp.federate.client.texts import Counts
 from fedcmp.federate.engines.base import Engine, SiloCard
-from fedcmp.federate.schedule import Plan
+from fedcmp.federate.schedule import Schedule
 from fedcmp.pipeline.cache import open_cache, same_key
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import progress
@@ -23,11 +23,11 @@ class LocalEngine(Engine):
 
     Args:
         experiment: The experiment.
-        plan: Who takes part when.
+        schedule: Who takes part when.
     """
 
-    def __init__(self, experiment: Experiment, plan: Plan) -> None:
-        self._experiment, self._plan = experiment, plan
+    def __init__(self, experiment: Experiment, schedule: Schedule) -> None:
+        self._experiment, self._schedule = experiment, schedule
         self._caches = {name: open_cache(experiment, name) for name in experiment.federate.silos}
         self._site: Site | None = None
 
@@ -41,8 +41,8 @@ class LocalEngine(Engine):
         """Load the LLM and show progress in steps."""
         from fedcmp.federate.client.site import Site
 
-        site = self._site = Site(self._experiment, self._plan, self._caches, lambda steps: advance(steps))
-        done, turns = self._plan.turns(start), self._plan.turns()
+        site = self._site = Site(self._experiment, self._schedule, self._caches, lambda steps: advance(steps))
+        done, turns = self._schedule.turns(start), self._schedule.turns()
         steps = sum(
             stream.steps(turn)
             for client, stream in site.streams.items()

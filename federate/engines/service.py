@@ -8,7 +8,7 @@ from fedcmp.federate.client.site import Site
 from fedcmp.federate.compatible import refuse, refuse_over_sites
 from fedcmp.federate.engines.base import SiloCard, terms
 from fedcmp.federate.engines.wire import job_of, result_as_dict
-from fedcmp.federate.schedule import plan
+from fedcmp.federate.schedule import schedule_of
 from fedcmp.federate.secure.signing import Signing
 from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.pipeline.cache import differences, open_cache
@@ -36,11 +36,11 @@ class Service:
             raise UserError(
                 f"--silo {silo}: not in federate.silos; there are {', '.join(experiment.federate.silos)}"
             )
-        made = plan(experiment, strategy)
-        refuse(experiment, strategy, made)
+        schedule = schedule_of(experiment, strategy)
+        refuse(experiment, strategy, schedule)
         cache = open_cache(experiment, silo)
         self.silo = silo
-        self._site = Site(experiment, made, {silo: cache}, signing=signing)
+        self._site = Site(experiment, schedule, {silo: cache}, signing=signing)
         self._card = SiloCard.of(cache, experiment, self._site.counts[silo])
         self._terms = terms(experiment, self._card)
 

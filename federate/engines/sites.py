@@ -16,7 +16,6 @@ from fedcmp.federate.engines.base import Engine, SiloCard, terms
 from fedcmp.federate.engines.link import Failure, Link
 from fedcmp.federate.engines.wire import Payload, job_as_dict, pack, unpack
 from fedcmp.federate.messages import Job, LocalResult
-from fedcmp.federate.schedule import Plan
 from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Experiment
@@ -75,7 +74,6 @@ class Sites(Engine):
 
     Args:
         experiment: The experiment.
-        plan: Who takes part when; every client is a silo.
         link: How messages travel.
         owners: The silo of every node's key; None where sites have no keys.
 
@@ -83,12 +81,10 @@ class Sites(Engine):
         UserError: The experiment cannot run over sites.
     """
 
-    def __init__(
-        self, experiment: Experiment, plan: Plan, link: Link, owners: Mapping[int, str] | None = None
-    ) -> None:
+    def __init__(self, experiment: Experiment, link: Link, owners: Mapping[int, str] | None = None) -> None:
         strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
         refuse_over_sites(experiment, strategy)
-        self._experiment, self._plan, self._link = experiment, plan, link
+        self._experiment, self._link = experiment, link
         self._owners = owners
         self._cards: dict[str, SiloCard] = {}
         self._offers: dict[str, _Offer] = {}

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from fedcmp.federate.arithmetic.updates import State, Update, check
-from fedcmp.pipeline import history
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.plugins import Plugin
+from fedcmp.pipeline.run_folder import place_of, projector_file, read_history
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,9 @@ def read_inputs(
     return Inputs(sources, start, base_path, updates, weighted_by)
 
 
-def _file(path: Path) -> Path:
-    """The projector of a run's directory, or the file itself."""
-    return path / "projector.safetensors" if path.is_dir() else path
-
-
 def _sources(paths: Sequence[Path], plugins: tuple[Plugin, ...]) -> list[Source]:
     """Read projectors that fit each other, named by file or run, and by content where that is not enough."""
-    files = [_file(path) for path in paths]
+    files = [projector_file(path) for path in paths]
     for number, file in enumerate(files):
         if file.resolve() in {earlier.resolve() for earlier in files[:number]}:
             raise UserError(f"{file}: is given twice; weight it with --weights instead")
@@ -117,7 +112,7 @@ def _base(path: Path | None, first: Source, plugins: tuple[Plugin, ...]) -> tupl
     """The projector that updates are counted from, and its file."""
     if path is None:
         return {name: torch.zeros_like(tensor) for name, tensor in first.state.items()}, None
-    file = _file(path)
+    file = projector_file(path)
     architecture, state = _read(file, plugins)
     _refuse_another_form(file, architecture, state, first)
     for name, tensor in state.items():
@@ -128,14 +123,12 @@ def _base(path: Path | None, first: Source, plugins: tuple[Plugin, ...]) -> tupl
 
 def _samples(path: Path) -> int | None:
     """Samples a projector was trained on, by the history of its run; None where it has none."""
-    path = path.resolve()
-    of_silo = path.parent.name == "silos"
-    file = (path.parent.parent if of_silo else path.parent) / "history.jsonl"
-    if not file.is_file() or not (of_silo or path.stem == "projector"):
+    folder, name = place_of(path.resolve())
+    of_silo = name.startswith("silos/")
+    if not of_silo and path.stem != "projector":
         return None
-    rows = [row for row in history.read(file) if row.get("client")]
-    seen = sum(row.get("samples", 0) for row in rows if not of_silo or row["client"] == path.stem)
-    return seen or None
+    rows = [row for row in read_history(folder) if row.get("client")]
+    return sum(row.get("samples", 0) for row in rows if not of_silo or row["client"] == path.stem) or None
 
 
 def _counts(sources: Sequence[Source], weights: str | None) -> tuple[list[int], str]:

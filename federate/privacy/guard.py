@@ -12,7 +12,7 @@ from fedcmp.federate.privacy.accounting import resolved
 from fedcmp.federate.privacy.ledger import Ledger, Release
 from fedcmp.federate.privacy.noise import privatised
 from fedcmp.federate.privacy.steps import NoisySteps
-from fedcmp.federate.schedule import Plan
+from fedcmp.federate.schedule import Schedule
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
@@ -24,17 +24,21 @@ class Guard:
 
     Args:
         experiment: The experiment.
-        plan: Who takes part when.
+        schedule: Who takes part when.
         caches: Feature caches by silo.
 
     Raises:
         UserError: A cache's features are not each picture's own, or there is a budget and no noise.
     """
 
-    def __init__(self, experiment: Experiment, plan: Plan, caches: Mapping[str, FeatureCache]) -> None:
+    def __init__(
+        self, experiment: Experiment, schedule: Schedule, caches: Mapping[str, FeatureCache]
+    ) -> None:
         options = experiment.federate.clipped
-        self._options = None if options is None else resolved(options, max(plan.turns().values(), default=0))
-        self._plan, self._caches, self._ledger = plan, caches, Ledger(experiment.ledger)
+        self._options = (
+            None if options is None else resolved(options, max(schedule.turns().values(), default=0))
+        )
+        self._schedule, self._caches, self._ledger = schedule, caches, Ledger(experiment.ledger)
         self._batch_size = experiment.federate.batch_size
         self._run = fingerprint(
             [
@@ -82,7 +86,7 @@ class Guard:
             self._check(job)
         if self._options.noisy:
             for job in jobs:
-                silos = {silo: self._caches[silo].content for silo in self._plan.groups[job.client]}
+                silos = {silo: self._caches[silo].content for silo in self._schedule.groups[job.client]}
                 self._releases[job.client] = self._ledger.enter(
                     silos, self._release(job, streams[job.client])
                 )
@@ -90,24 +94,24 @@ class Guard:
         return [replace(job, wants=job.wants & allowed) for job in jobs]
 
     def _check(self, job: Job) -> None:
-        """What is counted is what the plan says, not what the job does."""
+        """What is counted is what the schedule says, not what the job does."""
         number = job.round
-        if type(number) is not int or not 0 <= number < len(self._plan.schedule):
+        if type(number) is not int or not 0 <= number < len(self._schedule.rounds):
             raise UserError(f"client '{job.client}' refuses round {number}, which is none of the run's")
-        turn = self._plan.turns(number)[job.client]
-        if job.client not in self._plan.schedule[number] or job.turn != turn:
+        turn = self._schedule.turns(number)[job.client]
+        if job.client not in self._schedule.rounds[number] or job.turn != turn:
             raise UserError(
-                f"client '{job.client}' refuses turn {job.turn} in round {number}; its plan has {turn}"
+                f"client '{job.client}' refuses turn {job.turn} in round {number}; its schedule has {turn}"
             )
 
     def _release(self, job: Job, stream: Stream) -> Release:
         options = self._options
         assert options is not None
         if options.unit == "client":
-            noise = options.noise_multiplier * sqrt(self._surely(job) / len(self._plan.schedule[job.round]))
+            noise = options.noise_multiplier * sqrt(self._surely(job) / len(self._schedule.rounds[job.round]))
             return Release(self._run, job.round, options.unit, "", 0, noise)
         if job.client not in self._partitions:
-            turns = range(self._plan.turns()[job.client])
+            turns = range(self._schedule.turns()[job.client])
             self._partitions[job.client] = fingerprint([stream.content(turn) for turn in turns])
         partition = self._partitions[job.client]
         return Release(self._run, job.round, options.protected, partition, job.turn, options.noise_multiplier)
@@ -117,7 +121,7 @@ class Guard:
         from fedcmp.federate.secure.summation import threshold_of
 
         assert self._options is not None
-        clients = len(self._plan.schedule[job.round])
+        clients = len(self._schedule.rounds[job.round])
         return threshold_of(clients, self._options.threshold) if self._options.secure else 1
 
     def released(self, job: Job, result: LocalResult) -> LocalResult:
@@ -140,5 +144,5 @@ class Guard:
         )
         if self._by_record:
             return replace(cleared, optimizer=result.optimizer, gradient=result.gradient)
-        clients = len(self._plan.schedule[job.round])
+        clients = len(self._schedule.rounds[job.round])
         return replace(cleared, state=privatised(job.start, result.state, options, clients))

@@ -24,7 +24,7 @@ def sealed_up(numbers: np.ndarray, what: bytes) -> np.ndarray:
     return np.concatenate([numbers, np.array([1], np.uint64), _sums(numbers, what)])
 
 
-def opened(total: np.ndarray, what: bytes, clients: int) -> np.ndarray:
+def open_sum(total: np.ndarray, what: bytes, clients: int) -> np.ndarray:
     """The sum of the clients' numbers.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedcmp.federate.arithmetic.cohort import Cohort, Gram, Weights
-from fedcmp.federate.arithmetic.norms import factors, usual
+from fedcmp.federate.arithmetic.norms import factors, usual_norms
 from fedcmp.federate.arithmetic.updates import Memory, State, Update
 from fedcmp.federate.secure.contribution import parts_of
 from fedcmp.federate.secure.summation import Exchange, secure_sum
@@ -108,7 +108,7 @@ class Masked(Cohort):
             )
         self._norms = norms
         self._samples = {client: self._samples[client] for client in norms}
-        self._factors = factors(norms, usual(norms, self._samples), longest)
+        self._factors = factors(norms, usual_norms(norms, self._samples), longest)
         return self._factors
 
     def _summed(self, weights: Mapping[str, Weights], grams: Sequence[str]) -> tuple[State, State, list[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedcmp.federate.secure.checks import opened
+from fedcmp.federate.secure.checks import open_sum
 from fedcmp.federate.secure.masks import KeyPair, add_mask, add_pair_masks, derive
 from fedcmp.federate.secure.numbers import LEAST, decode, recover
 from fedcmp.federate.secure.party import context, invited
@@ -115,7 +115,7 @@ def secure_sum(
         key = secret(client, "mask", lambda found: KeyPair(found).public.hex())
         # What the survivors' masks with this client add up to is the opposite of what its own would be.
         add_pair_masks(total, KeyPair(key), client, mask_keys, what)
-    return decode(opened(total, what, len(survivors))), survivors
+    return decode(open_sum(total, what, len(survivors))), survivors
 
 
 def _recovered(

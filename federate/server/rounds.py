@@ -26,7 +26,7 @@ Train = Callable[[Sequence[Job]], Sequence[LocalResult]]
 def run_rounds(
     progress: Progress,
     strategy: Strategy,
-    schedule: Sequence[Sequence[str]],
+    rounds: Sequence[Sequence[str]],
     train: Train,
     *,
     carry: bool,
@@ -42,7 +42,7 @@ def run_rounds(
     Args:
         progress: Where to go on.
         strategy: What clients minimise and how their projectors are aggregated.
-        schedule: Who takes part in each round.
+        rounds: Who takes part in each round.
         train: Does the clients' local training, here or elsewhere; where clients did not answer, it
             returns the results of the others, at least one.
         carry: Whether clients keep their optimisers' moments.
@@ -61,20 +61,20 @@ def run_rounds(
         DivergedError: A client's update, or the aggregate, is not finite.
     """
     history.truncate(history_path, progress.round)
-    for round_ in range(progress.round, len(schedule)):
+    for round_ in range(progress.round, len(rounds)):
         jobs = [
             Job(
                 client=client,
                 start=progress.personal.get(client, progress.state),
-                turn=sum(client in earlier for earlier in schedule[:round_]),
+                turn=sum(client in earlier for earlier in rounds[:round_]),
                 round=round_,
-                rounds=len(schedule),
+                rounds=len(rounds),
                 objective=strategy.objective(client, progress.memory),
                 wants=strategy.wants,
                 optimizer=progress.optimizers.get(client),
                 counted=progress.counted.get(client),
             )
-            for client in schedule[round_]
+            for client in rounds[round_]
         ]
         results = list(train(jobs))
         if secure is None:

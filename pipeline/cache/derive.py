@@ -22,7 +22,7 @@ from fedcmp.pipeline.cache import (
     settling,
     writing,
 )
-from fedcmp.pipeline.cache.format import PATCHES, rendered, sealed
+from fedcmp.pipeline.cache.format import PATCHES, render_manifest, seal_manifest
 from fedcmp.pipeline.cache.mark import remember_written
 from fedcmp.pipeline.cache.writer import file_table, put_arrays, text_arrays
 from fedcmp.pipeline.console import progress
@@ -224,7 +224,7 @@ def replace_texts(path: Path, listing: Path) -> FeatureCache:
                 bring(path / name, partial / name)
         source = {"texts_from": {"name": listing.name, "sha256": sha256_file(listing)}}
         manifest = with_texts(cache, partial, texts, source)
-        write_atomic(partial / "manifest.json", rendered(manifest))
+        write_atomic(partial / "manifest.json", render_manifest(manifest))
         finish_commit(path)
         remember_written(path)
     return FeatureCache(path)
@@ -248,7 +248,7 @@ def with_texts(
     files = kept | {name: entry for name, entry in new.items() if name.startswith("texts/")}
     body = {key: value for key, value in old.items() if key not in ("files", "texts_left_out", "texts_from")}
     body |= {"texts": sum(map(len, texts)), **more, "files": dict(sorted(files.items()))}
-    return sealed(body)
+    return seal_manifest(body)
 
 
 def _read_texts(listing: Path, cache: FeatureCache) -> list[list[tuple[str, str, str]]]:

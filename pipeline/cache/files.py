@@ -209,7 +209,7 @@ class StoredZip:
         return start, info.file_size
 
 
-def opened(path: Path) -> Files:
+def open_files(path: Path) -> Files:
     """The files of a cache at a path.
 
     Raises:

@@ -138,18 +138,18 @@ def to_storage(features: torch.Tensor, dtype: str) -> np.ndarray:
     return (cast.view(torch.uint16) if dtype == "bfloat16" else cast).numpy()
 
 
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+def seal_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
     """A manifest with its own SHA-256, which finds a flipped byte in the manifest itself."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     return {**body, "sha256": fingerprint(body)}
 
 
-def rendered(manifest: dict[str, Any]) -> bytes:
+def render_manifest(manifest: dict[str, Any]) -> bytes:
     """The bytes of `manifest.json`."""
     return json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def checked_manifest(data: bytes, place: str) -> dict[str, Any]:
+def parse_manifest(data: bytes, place: str) -> dict[str, Any]:
     """Read a manifest that anybody may have written.
 
     Args:

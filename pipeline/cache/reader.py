@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedcmp.pipeline.cache.files import Ranged, opened
+from fedcmp.pipeline.cache.files import Ranged, open_files
 from fedcmp.pipeline.cache.format import (
     CRC_BYTES,
     INDEX_DTYPE,
@@ -21,11 +21,11 @@ from fedcmp.pipeline.cache.format import (
     CorruptCacheError,
     array_bytes,
     array_metadata,
-    checked_manifest,
     crc,
     crc_bytes,
     differences,
     grid,
+    parse_manifest,
     require_plain,
     shard_name,
 )
@@ -55,12 +55,12 @@ class FeatureCache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._files = opened(path)
+        self._files = open_files(path)
         if self._files.size("manifest.json") is None:
             state = "is unfinished" if partial_path(path).exists() else "does not exist"
             raise UserError(f"{path}: this feature cache {state}; run 'fedcmp extract' first")
         data = self._files.read("manifest.json", MANIFEST_LIMIT)
-        self.manifest = checked_manifest(data, str(path / "manifest.json"))
+        self.manifest = parse_manifest(data, str(path / "manifest.json"))
         self._sizes: dict[str, int] = {name: size for name, (size, _) in self.manifest["files"].items()}
         for name, size in self._sizes.items():
             if self._files.size(name) != size:

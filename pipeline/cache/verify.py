@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedcmp.pipeline.cache import FORMAT, STATUS, CorruptCacheError, FeatureCache
-from fedcmp.pipeline.cache.files import Files, Mapped, StoredZip, opened
+from fedcmp.pipeline.cache.files import Files, Mapped, StoredZip, open_files
 from fedcmp.pipeline.cache.format import (
     ABSENT,
     CRC_BYTES,
@@ -27,11 +27,11 @@ from fedcmp.pipeline.cache.format import (
     QUANT_ARRAYS,
     SMALL_ARRAYS,
     array_metadata,
-    checked_manifest,
     chunk_bytes,
     crc,
     crc_bytes,
-    rendered,
+    parse_manifest,
+    render_manifest,
     require_patches,
     shard_name,
 )
@@ -76,18 +76,18 @@ def verify(path: Path, advance: Callable[[int], None] = lambda files: None) -> l
     Raises:
         UserError: There is no cache, or one of an unknown format.
     """
-    files = opened(path)
+    files = open_files(path)
     if files.size("manifest.json") is None:
         raise UserError(f"{path}: there is no manifest.json, so it is no whole feature cache")
     data = files.read("manifest.json", MANIFEST_LIMIT)
     try:
-        manifest = checked_manifest(data, "manifest.json")
+        manifest = parse_manifest(data, "manifest.json")
     except CorruptCacheError as error:
         return [Problem("manifest.json", str(error).removeprefix("manifest.json: "), 0, len(data))]
     if "sha256" not in manifest:
         old = "damaged, or of an earlier version: it has no SHA-256 of its own"
         return [Problem("manifest.json", old, 0, len(data))]
-    if rendered(manifest) != data:
+    if render_manifest(manifest) != data:
         return [Problem("manifest.json", "changed after it was written", 0, len(data))]
     problems = list(_listing(files, set(manifest["files"])))
     good = []

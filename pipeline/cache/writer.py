@@ -23,8 +23,8 @@ from fedcmp.pipeline.cache.format import (
     Identity,
     Row,
     packed,
-    rendered,
-    sealed,
+    render_manifest,
+    seal_manifest,
     shard_name,
 )
 from fedcmp.pipeline.cache.int8 import Quantiser
@@ -220,7 +220,7 @@ class CacheWriter:
             **manifest,
             "files": file_table(self._partial, self._digests),
         }
-        write_atomic(self._partial / "manifest.json", rendered(sealed(body)))
+        write_atomic(self._partial / "manifest.json", render_manifest(seal_manifest(body)))
         finish_commit(self.path)
         remember_written(self.path)
         return FeatureCache(self.path)

@@ -11,9 +11,9 @@ from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.export.subject import Subject, read_subject, refuse_inexpressible
-from fedcmp.pipeline.files import locked, read_json, sync_directory, write_json
+from fedcmp.pipeline.files import locked, read_json, sync_directory
 from fedcmp.pipeline.hashes import fingerprint, sha256_file
-from fedcmp.pipeline.manifest import provenance
+from fedcmp.pipeline.manifest import provenance, read_manifest, write_manifest
 from fedcmp.pipeline.models.projector import content_hash
 from fedcmp.pipeline.models.saved_model import LANGUAGE_FILES, model_hashes
 
@@ -87,8 +87,8 @@ def _finish(partial: Path, out: Path, subject: Subject, identity: dict[str, Any]
         for path in sorted(partial.rglob("*"))
         if path.is_file()
     }
-    write_json(
-        partial / "manifest.json",
+    write_manifest(
+        partial,
         {
             "format": FORMAT,
             "projector": str(subject.path),
@@ -114,7 +114,7 @@ def _is_there(out: Path, identity: dict[str, Any]) -> bool:
         raise UserError(f"--out {out}: is a file; give a directory")
     if not out.is_dir() or not any(out.iterdir()):
         return False
-    found = read_json(out / "manifest.json") or {}
+    found = read_manifest(out) or {}
     if found.get("fingerprint") == fingerprint(identity):
         return True
     raise UserError(f"--out {out}: holds something else; give another directory, or remove it")

@@ -9,9 +9,9 @@ from typing import Any
 from fedcmp.pipeline.cache import FeatureCache, open_cache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.files import read_json
 from fedcmp.pipeline.models.projector import State, load_projector
 from fedcmp.pipeline.models.projectors.base import Projector
+from fedcmp.pipeline.run_folder import Run, place_of, projector_file
 
 _EXPRESSIBLE = frozenset({"name", "files", "layer", "tokens", "pool", "pooling", "resize"})
 
@@ -58,22 +58,23 @@ def read_subject(path: Path, experiment: Experiment | None) -> Subject:
     Raises:
         UserError: There is none, or nothing says which features it projects.
     """
-    file = path / "projector.safetensors" if path.is_dir() else path
-    projector, state = load_projector(file, experiment.federate.projector.plugins if experiment else ())
-    folder = file.parent.parent if file.parent.name == "silos" else file.parent
-    run = read_json(folder / "manifest.json") or {}
-    content = run.get("projectors", {}).get(str(file.relative_to(folder)))
-    if path.is_dir() and content is None:
+    plugins = experiment.federate.projector.plugins if experiment else ()
+    file = projector_file(path)
+    projector, state = load_projector(file, plugins)
+    folder, name = place_of(file)
+    run = Run.find(folder, plugins)
+    if run and name not in run.projectors:
+        run = None
+    if path.is_dir() and run is None:
         raise UserError(f"{path}: no finished run here; run 'fedcmp federate' first")
-    if content is None:
-        run = {}
-    features = run.get("features") or _features(file, projector, run, experiment)
-    language = run["identity"]["language"]["files"] if run else None
+    known = run.manifest.get("features") if run else None
+    features = known or _features(file, projector, run, experiment)
+    language = run.identity["language"]["files"] if run else None
     return Subject(file, projector, state, features["patches"], features["key"], language)
 
 
 def _features(
-    file: Path, projector: Projector, run: dict[str, Any], experiment: Experiment | None
+    file: Path, projector: Projector, run: Run | None, experiment: Experiment | None
 ) -> dict[str, Any]:
     """What the projector's features are, from the cache of the experiment's first silo."""
     if experiment is None:
@@ -82,7 +83,7 @@ def _features(
             "with --config"
         )
     cache: FeatureCache = open_cache(experiment, experiment.federate.silos[0])
-    if run and run["cache_key"] != cache.cache_key:
+    if run and run.manifest["cache_key"] != cache.cache_key:
         raise UserError(
             f"{cache.path}: encoded differently from the silos of {file.parent}; give its own --config"
         )

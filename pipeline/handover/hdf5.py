@@ -27,8 +27,8 @@ from fedcmp.pipeline.cache.format import (
     MANIFEST_LIMIT,
     PATCHES,
     SMALL_ARRAYS,
-    checked_manifest,
     chunk_bytes,
+    parse_manifest,
 )
 from fedcmp.pipeline.cache.stream import stream_shard
 from fedcmp.pipeline.console import Task
@@ -71,7 +71,7 @@ def export(out: Path, cache: FeatureCache, content: Content, task: Task) -> None
                     raise UserError(f"{path}: not what the manifest says; see 'fedcmp cache verify'")
                 file.create_dataset(f"files/{name}", data=np.frombuffer(data, np.uint8), track_times=False)
                 task.advance()
-        with_texts = "texts_left_out" not in checked_manifest(content.manifest, str(cache.path))
+        with_texts = "texts_left_out" not in parse_manifest(content.manifest, str(cache.path))
         for name in SMALL_ARRAYS:
             if with_texts or not name.startswith("texts/"):
                 file.create_dataset(name, data=cache.array(name), track_times=False)
@@ -93,7 +93,7 @@ class _Part(NamedTuple):
     dtype: str
 
 
-def opened(path: Path) -> tuple[bytes, bytes | None, Callable[[str, Path, int, str], None]]:
+def open_archive(path: Path) -> tuple[bytes, bytes | None, Callable[[str, Path, int, str], None]]:
     """Manifest, signature and files of a cache in HDF5.
 
     Raises:
@@ -101,7 +101,7 @@ def opened(path: Path) -> tuple[bytes, bytes | None, Callable[[str, Path, int, s
     """
     (parts,) = apart(path, _parts, path)
     data = _read(path, parts["manifest"])
-    manifest = checked_manifest(data, f"{path}: manifest")
+    manifest = parse_manifest(data, f"{path}: manifest")
     signature = _read(path, parts["signature"]) if "signature" in parts else None
 
     def restore(name: str, target: Path, size: int, digest: str) -> None:
@@ -144,7 +144,7 @@ def _parts(path: Path) -> Iterator[dict[str, _Part]]:
 
     with _whole(path), h5py.File(path, "r", locking=False) as file:
         found = {"manifest": _bytes(_dataset(file, "manifest", path), MANIFEST_LIMIT, path)}
-        manifest = checked_manifest(_read(path, found["manifest"]), f"{path}: manifest")
+        manifest = parse_manifest(_read(path, found["manifest"]), f"{path}: manifest")
         if "signature" in file:
             found["signature"] = _bytes(_dataset(file, "signature", path), SIGNATURE_LIMIT, path)
         features = _dataset(file, PATCHES, path)

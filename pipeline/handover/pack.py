@@ -15,7 +15,7 @@ from typing import IO, Any
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.cache.derive import with_texts
 from fedcmp.pipeline.cache.files import Folder
-from fedcmp.pipeline.cache.format import rendered
+from fedcmp.pipeline.cache.format import render_manifest
 from fedcmp.pipeline.cache.locks import try_lock
 from fedcmp.pipeline.console import Task, progress
 from fedcmp.pipeline.errors import UserError
@@ -71,7 +71,7 @@ def pack(
         if not texts:
             manifest = with_texts(cache, Path(folder), [()] * cache.images, {"texts_left_out": True})
             changed = {name for name in manifest["files"] if name.startswith("texts/")}
-        data = (path / "manifest.json").read_bytes() if texts else rendered(manifest)
+        data = (path / "manifest.json").read_bytes() if texts else render_manifest(manifest)
         signature, left_out = _came_with(path, data)
         if left_out is not None and not texts:
             left_out = "its signature is of it with its texts"

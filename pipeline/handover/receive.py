@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from fedcmp.pipeline.cache import CorruptCacheError, FeatureCache
-from fedcmp.pipeline.cache.files import opened
+from fedcmp.pipeline.cache.files import open_files
 from fedcmp.pipeline.cache.format import MANIFEST_LIMIT
 from fedcmp.pipeline.cache.mark import Mark, remember, remembered, stamps
 from fedcmp.pipeline.cache.verify import Problem, verify
@@ -105,6 +105,6 @@ def last_claim(path: Path) -> Claim | None:
 
 def _signed(path: Path) -> tuple[bytes, bytes | None]:
     """Bytes of the manifest, and of its signature if it has one."""
-    files = opened(path)
+    files = open_files(path)
     signature = files.read(SIGNATURE, SIGNATURE_LIMIT) if files.size(SIGNATURE) is not None else None
     return files.read("manifest.json", MANIFEST_LIMIT), signature

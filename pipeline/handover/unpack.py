@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedcmp.pipeline.cache.files import StoredZip
-from fedcmp.pipeline.cache.format import MANIFEST_LIMIT, checked_manifest
+from fedcmp.pipeline.cache.format import MANIFEST_LIMIT, parse_manifest
 from fedcmp.pipeline.cache.mark import remember_written
 from fedcmp.pipeline.cache.verify import require_whole
 from fedcmp.pipeline.console import progress
@@ -71,7 +71,7 @@ def unpack(
         claim = require_trusted(archive.manifest, archive.signature, trust, silo, str(packed))
     elif claim is not None:
         require_silo(claim, silo, str(packed))
-    manifest = checked_manifest(archive.manifest, f"{packed}: manifest.json")
+    manifest = parse_manifest(archive.manifest, f"{packed}: manifest.json")
     if target.exists() and not overwrite:
         raise UserError(f"{target}: exists already; pass --overwrite to replace it")
     if not allow_older:
@@ -109,9 +109,9 @@ def _opened(packed: Path) -> Archive:
     except OSError as error:
         raise UserError(f"{packed}: {error.strerror}; give a file of 'fedcmp cache pack'") from None
     if start == _HDF5:
-        from fedcmp.pipeline.handover.hdf5 import opened
+        from fedcmp.pipeline.handover.hdf5 import open_archive
 
-        return Archive(*opened(packed))
+        return Archive(*open_archive(packed))
     if start[:2] != b"PK":
         raise UserError(f"{packed}: neither a zip nor HDF5; give a file of 'fedcmp cache pack'")
     return _opened_zip(packed)
@@ -122,7 +122,7 @@ def _opened_zip(packed: Path) -> Archive:
     if "manifest.json" not in archive.members:
         raise UserError(f"{packed}: there is no manifest.json in it, so it is no feature cache")
     data = archive.read("manifest.json", MANIFEST_LIMIT)
-    manifest = checked_manifest(data, f"{packed}: manifest.json")
+    manifest = parse_manifest(data, f"{packed}: manifest.json")
     files = manifest["files"]
     for name in archive.members:
         if name not in (SIGNATURE, "manifest.json") and name.removesuffix(".zst") not in files:

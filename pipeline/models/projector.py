@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import read_json, write_atomic
 from fedcmp.pipeline.hashes import canonical
+from fedcmp.pipeline.manifest import MANIFEST
 from fedcmp.pipeline.models.projectors.base import PROJECTORS, Projector
 from fedcmp.pipeline.options import Component
 from fedcmp.pipeline.plugins import Plugin
+from fedcmp.pipeline.run_folder import place_of
 
 State = dict[str, Tensor]
 
@@ -150,9 +152,9 @@ def load_projector(path: Path, plugins: tuple[Plugin, ...] = ()) -> tuple[Projec
 
 def recorded_content(path: Path) -> tuple[str | None, Path | None]:
     """The content hash that a manifest gives a projector, and that manifest: of its run, or of a merge."""
-    folder = path.parent.parent if path.parent.name == "silos" else path.parent
+    folder, within = place_of(path)
     for manifest, name in (
-        (folder / "manifest.json", path.relative_to(folder).as_posix()),
+        (folder / MANIFEST, within),
         (path.with_suffix(".json"), path.name),
     ):
         found = read_json(manifest) if manifest.is_file() else None

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from fedcmp.pipeline.files import write_atomic, write_json
+from fedcmp.pipeline.manifest import withdraw_manifest, write_manifest
 from fedcmp.pipeline.world.scenarios import SCENARIOS, Silo
 from fedcmp.pipeline.world.scenes import Content, Scene, render
 from fedcmp.pipeline.world.texts import COUNTS, caption, exists_questions, short_questions
@@ -42,7 +43,7 @@ class Amounts:
 
 def write(out: Path, amounts: Amounts) -> None:
     """Write silos, held-out images and benchmarks; the same amounts give the same bytes."""
-    (out / "manifest.json").unlink(missing_ok=True)
+    withdraw_manifest(out)
     silos = SCENARIOS[amounts.scenario](6 * amounts.silo_images)
     for index, silo in enumerate(silos):
         rng = np.random.default_rng([amounts.seed, index])
@@ -55,7 +56,7 @@ def write(out: Path, amounts: Amounts) -> None:
     validation = [Content().sample(rng) for _ in range(amounts.validation_images)]
     if validation:
         _write_images(out / "validation", validation, rng)
-    write_json(out / "manifest.json", asdict(amounts))
+    write_manifest(out, asdict(amounts))
 
 
 def _png(scene: Scene, rng: np.random.Generator) -> bytes:

@@ -158,7 +158,7 @@ def _run(experiment: Experiment, grid: Grid, owners: dict[int, str] | None) -> N
     from fedcmp.federate.engines.sites import Sites
     from fedcmp.federate.run import run
 
-    run(experiment, lambda own, plan: Sites(own, plan, FlowerLink(grid), owners))
+    run(experiment, lambda own, _: Sites(own, FlowerLink(grid), owners))
 
 
 def simulate(experiment: Experiment) -> None:
