@@ -18,8 +18,8 @@ from fedcmp.cli import main
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("pipeline", "extract", "federate", "evaluate", "fedcmp", "configs", "tests", "docs")
-# The reader's own experiment, and the strategy that README adds.
-THEIRS = ("clinics", "study", "majority_vote", "NAME", "<")
+# The reader's own experiment, and what README adds.
+THEIRS = ("clinics", "study", "majority_vote", "exact_match", "mean_colours", "asked", "colours", "NAME", "<")
 FOREIGN = {"utils.py"}  # of lmms-eval's tasks
 
 
