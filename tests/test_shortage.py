@@ -15,7 +15,7 @@ import pytest
 from conftest import write_llava
 from test_extract import config, run
 
-from fedcmp.extract import shortage
+from fedcmp.extract import decode, shortage
 from fedcmp.extract import silo as runner
 from fedcmp.pipeline.cache import CorruptCacheError, FeatureCache
 from fedcmp.pipeline.errors import UserError
@@ -47,7 +47,7 @@ def failures(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("error", "said"), SHORT)
-@pytest.mark.parametrize("owner", [(runner, "read_rgb"), (runner, "_encode"), (Record, "read_image")])
+@pytest.mark.parametrize("owner", [(decode, "read_rgb"), (runner, "_encode"), (Record, "read_image")])
 def test_shortage_stops_a_run_and_leaves_no_hole(
     error: Exception,
     said: str,
@@ -80,14 +80,14 @@ def test_want_of_memory_that_a_decoder_calls_damage(
     tmp_path: Path, clip_dir: Path, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = config(tmp_path, clip_dir, llama_dir, source(tmp_path))
-    whole = runner.read_rgb
+    whole = decode.read_rgb
 
     def crowded(*args: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
             raise OSError("broken data stream when reading image file")
         return whole(*args)
 
-    monkeypatch.setattr(runner, "read_rgb", crowded)
+    monkeypatch.setattr(decode, "read_rgb", crowded)
     assert run(path).exit_code == 0
     assert failures(tmp_path) == []
 
