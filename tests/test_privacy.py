@@ -196,7 +196,7 @@ def test_private_results_are_not_remembered(private: Callable[..., Experiment], 
 def asked(experiment: Experiment, silo: str = "clinic", **changes: Any) -> LocalResult:
     """What a site sends, through the bytes that travel."""
     service = Service(experiment, silo)
-    start = state_of(service._site._trainer.scratch)
+    start = state_of(service._site._trainer.model.projector)
     job = replace(Job(silo, {name: 0.01 + 0 * old for name, old in start.items()}, 0, 0, 3), **changes)
     return answered(service, job)
 
@@ -507,6 +507,6 @@ def test_nothing_but_what_was_agreed_leaves_a_client(private: Callable[..., Expe
     experiment = private(f"federate.privacy.{kept}")
     here = LocalEngine(experiment, schedule_of(experiment, FedAvg()))
     with here.training(0) as train:
-        start = state_of(train._trainer.scratch)  # type: ignore[attr-defined]
+        start = state_of(train._trainer.model.projector)  # type: ignore[attr-defined]
         (result,) = train([Job("clinic", start, 0, 0, 3, wants=ALL_WANTED)])
     assert result.gradient is result.alignment is result.optimizer is None
