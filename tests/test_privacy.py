@@ -94,7 +94,7 @@ def whole_rows(experiment: Experiment) -> list[dict[str, Any]]:
 def test_a_run_of_private_clients_tells_what_it_has_spent(
     private: Callable[..., Experiment], secure: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [*CLIENTS, f"fedcmp.federate.privacy.secure={secure}"]
+    options = [*CLIENTS, f"federate.privacy.secure={secure}"]
     once, again = (private(*options, f"run={name}") for name in ("once", "again"))
     run(once)
     assert f"round 3: epsilon = {spent([2.0] * 3, 1e-5):.2f} at delta = 1e-05" in capsys.readouterr().out
@@ -427,7 +427,7 @@ def test_a_machine_with_a_budget_trains_nothing_that_is_not_private(
 def test_the_ledger_counts_the_noise_that_is_surely_there(private: Callable[..., Experiment]) -> None:
     """Of a client's update the server sees a third of the noise's variance, or a sum with that of most."""
     for secure, share in (("false", 1 / 3), ("true", 1.0)):
-        experiment = private(*CLIENTS, f"fedcmp.federate.privacy.secure={secure}", f"run=secure-{secure}")
+        experiment = private(*CLIENTS, f"federate.privacy.secure={secure}", f"run=secure-{secure}")
         run(experiment)
         releases = Ledger(experiment.ledger).releases(open_cache(experiment, "lab").content)[-3:]
         assert [each.noise for each in releases] == pytest.approx([2.0 * sqrt(share)] * 3)
