@@ -21,9 +21,9 @@ from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.hashes import canonical
 from fedcmp.pipeline.identity import language_options
 from fedcmp.pipeline.models.device import pick_device
-from fedcmp.pipeline.models.language import FrozenLanguageModel, load_language
-from fedcmp.pipeline.models.projectors.base import Projector
+from fedcmp.pipeline.models.language import load_language
 from fedcmp.pipeline.models.prompts import Tokens, stop_string, tokenise_all
+from fedcmp.pipeline.models.vision_language import VisionLanguage
 from fedcmp.pipeline.records import Text, Turn
 from fedcmp.pipeline.run_folder import Run
 
@@ -41,8 +41,7 @@ class Reader:
         batch_size: Prompts at a time.
     """
 
-    language: FrozenLanguageModel
-    projector: Projector
+    model: VisionLanguage
     cache: FeatureCache
     template: str
     question_template: str
@@ -51,14 +50,14 @@ class Reader:
 
     def tokens(self, texts: Sequence[Text], template: str) -> list[Tokens]:
         """Tokens of texts, one more than `max_length` where a text is longer."""
-        patches = self.projector.tokens(self.cache.patches)
-        tokenizer = self.language.tokenizer
+        patches = self.model.projector.tokens(self.cache.patches)
+        tokenizer = self.model.language.tokenizer
         return tokenise_all(texts, template, tokenizer, patches=patches, max_length=self.max_length + 1)
 
     @torch.inference_mode()
     def project(self, rows: Sequence[int]) -> Tensor:
         """Visual tokens of images: `(len(rows), tokens, d_llm)`."""
-        return self.projector(self.cache.tensor(rows).float().to(self.language.device))
+        return self.model.visual(self.cache.tensor(rows).float())
 
 
 def load_reader(experiment: Experiment, run: Run, name: str, cache: FeatureCache) -> Reader:
@@ -71,8 +70,7 @@ def load_reader(experiment: Experiment, run: Run, name: str, cache: FeatureCache
     projector = run.projector(name)
     language = load_language(options.path, **language_options(experiment))
     return Reader(
-        language,
-        projector.to(device).eval(),
+        VisionLanguage(projector.to(device).eval(), language),
         cache,
         options.template,
         options.question_template,
@@ -153,13 +151,13 @@ def answers(
         owners = [images.index(item.image) for item in done]
         projected = reader.project([rows[image] for image in images])
         if mode == "likelihood":
-            measured = _likelihoods(reader.language, asked, projected[owners])
+            measured = _likelihoods(reader.model, asked, projected[owners])
             yield [(item, _finite(each)) for item, each in zip(done, measured, strict=True)]
         elif mode == "rank":
             yield list(zip(done, _ranked(reader, done, projected[owners], template), strict=True))
         else:
             stop = stop_string(template)
-            said = reader.language.generate(asked, projected, owners, max_new_tokens=length, stop=stop)
+            said = reader.model.generate(asked, projected, owners, max_new_tokens=length, stop=stop)
             yield list(zip(done, said, strict=True))
 
 
@@ -213,12 +211,10 @@ def _tokens_or_reason(reader: Reader, item: Item, template: str) -> Tokens | str
 
 
 @torch.inference_mode()
-def _likelihoods(
-    language: FrozenLanguageModel, tokens: Sequence[Tokens], projected: Tensor
-) -> list[list[float]]:
+def _likelihoods(model: VisionLanguage, tokens: Sequence[Tokens], projected: Tensor) -> list[list[float]]:
     """Summed negative log-likelihood and number of supervised tokens of every text."""
-    ids, labels = language.collate(tokens)
-    losses, rows = language.token_losses(ids, labels, projected)
+    ids, labels = model.language.collate(tokens)
+    losses, rows = model.losses(ids, labels, projected)
     sums = torch.zeros(len(tokens), dtype=torch.float64, device=losses.device)
     sums.index_add_(0, rows, losses.double())
     return [[float(total), float(each.supervised)] for total, each in zip(sums, tokens, strict=True)]
@@ -231,7 +227,7 @@ def _ranked(reader: Reader, items: Sequence[Item], projected: Tensor, template: 
     losses: list[list[float]] = []
     for batch in _batches([*zip(reader.tokens(texts, template), owners, strict=True)], reader.batch_size):
         tokens = [each for each, _ in batch]
-        losses += _likelihoods(reader.language, tokens, projected[[owner for _, owner in batch]])
+        losses += _likelihoods(reader.model, tokens, projected[[owner for _, owner in batch]])
     answers = iter(losses)
     for item in items:
         yield min(((next(answers)[0], option) for option in item.options), key=lambda pair: pair[0])[1]
@@ -240,7 +236,7 @@ def _ranked(reader: Reader, items: Sequence[Item], projected: Tensor, template: 
 @torch.inference_mode()
 def _ranks(reader: Reader, items: Sequence[Item], rows: dict[str, int]) -> list[list[float]]:
     """Ranks of images and captions for each other, by cosine in the LLM's input space."""
-    language = reader.language
+    language = reader.model.language
     images = torch.cat(
         [
             reader.project([rows[item.image] for item in batch]).float().mean(1)

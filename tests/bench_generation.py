@@ -42,6 +42,7 @@ from fedcmp.pipeline.export.run import export
 from fedcmp.pipeline.hashes import canonical
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.projector import load_projector
+from fedcmp.pipeline.models.vision_language import VisionLanguage
 
 HERE = Path(__file__).parent
 WORDS = ("dog", "red square", "large star", "blue ring", "small green heart", "cat")
@@ -170,7 +171,9 @@ def generation(root: Path, small: bool) -> tuple[float, bool]:
     work = prepare(setup, "pope", benchmark, cache)
     language = FrozenLanguageModel(llama, dtype="float32", device="cpu")
     projector, _ = load_projector(setup.run_path / "projector.safetensors")
-    reader = Reader(language, projector.eval(), cache, "plain", "chat", 2048, setup.evaluate.batch_size)
+    reader = Reader(
+        VisionLanguage(projector.eval(), language), cache, "plain", "chat", 2048, setup.evaluate.batch_size
+    )
     model = LlavaForConditionalGeneration.from_pretrained(root / "exported", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(root / "exported", backend="pil")
     rows = [json.loads(line) for line in (root / "pope.json").read_text().splitlines()]

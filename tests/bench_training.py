@@ -47,6 +47,7 @@ from fedcmp.pipeline.config import Experiment, Optimizer
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IMAGE_TOKEN_INDEX
+from fedcmp.pipeline.models.vision_language import VisionLanguage
 
 CAPTION = (
     "a small red circle left of a large blue square above a green star and a yellow ring below a purple cross"
@@ -175,7 +176,12 @@ def trained(
     job = Job("pictures", projectors.state_of(scratch), turn=0, round=0, rounds=1)
     micro = experiment.federate.micro_batch or experiment.federate.batch_size
     (result,) = train_together(
-        [job], [(steps, batches)], scratch, language, Optimizer(), micro_batch=micro, advance=lambda _: None
+        [job],
+        [(steps, batches)],
+        VisionLanguage(scratch, language),
+        Optimizer(),
+        micro_batch=micro,
+        advance=lambda _: None,
     )
     return result
 

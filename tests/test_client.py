@@ -27,6 +27,7 @@ from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.vision_language import VisionLanguage
 from fedcmp.pipeline.options import Component
 
 PLAIN_SGD = Optimizer(name="sgd", learning_rate=0.5, warmup=0, max_grad_norm=1e9)
@@ -78,7 +79,12 @@ def train(
 ) -> list[LocalResult]:
     parts = [(streams[each.client].steps(0), streams[each.client].batches(0)) for each in jobs]
     return train_together(
-        jobs, parts, module(), language, options, micro_batch=micro_batch, advance=lambda number: None
+        jobs,
+        parts,
+        VisionLanguage(module(), language),
+        options,
+        micro_batch=micro_batch,
+        advance=lambda number: None,
     )
 
 
@@ -200,8 +206,7 @@ def test_a_diverging_client_is_named(streams, language) -> None:  # type: ignore
 def engine(streams, language, memo: Memo | None, together: int = 1) -> Trainer:  # type: ignore[no-untyped-def]
     return Trainer(
         streams,
-        module(),
-        language,
+        VisionLanguage(module(), language),
         PLAIN_SGD,
         batch_size=6,
         together=together,

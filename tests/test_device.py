@@ -12,6 +12,7 @@ import torch
 from fedcmp.federate.client import trainer as local
 from fedcmp.federate.client.trainer import Trainer
 from fedcmp.pipeline.models.device import in_one_order
+from fedcmp.pipeline.models.vision_language import VisionLanguage
 
 
 @pytest.mark.parametrize(("device", "strict"), [("cpu", False), ("cuda", True), ("cuda:1", True)])
@@ -27,7 +28,9 @@ def test_one_order_is_asked_for_on_cuda_alone(
 
 def engine(language: Any) -> Trainer:
     options: Any = None
-    return Trainer({}, torch.nn.Identity(), language, options, 1, 1, 1, None, lambda steps: None)
+    return Trainer(
+        {}, VisionLanguage(torch.nn.Identity(), language), options, 1, 1, 1, None, lambda steps: None
+    )
 
 
 def test_what_has_no_order_is_said_and_done(

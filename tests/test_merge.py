@@ -27,6 +27,7 @@ from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
+from fedcmp.pipeline.models.vision_language import VisionLanguage
 from fedcmp.pipeline.options import Component
 
 D_VISION, D_LLM = 24, 32
@@ -252,7 +253,7 @@ def test_contributions_are_what_is_lost_without_a_layer(language, batches: list[
     assert sum(len(batch.ids) for batch in batches) == 20
     module, start = real(0)
     _, trained = real(1)
-    found = alignment_contributions(module, start, trained, language, iter(batches))
+    found = alignment_contributions(VisionLanguage(module, language), start, trained, iter(batches))
     assert list(found) == list(MATRICES)
     whole = alignment(module, trained, language, batches)
     for layer in ("linear_1", "linear_2"):
@@ -268,17 +269,19 @@ def test_an_untrained_layer_contributes_nothing(language, batches: list[Batch]) 
     module, start = real(0)
     before = projectors.state_of(module)
     half = real(1)[1] | {name: start[name] for name in ("linear_1.weight", "linear_1.bias")}
-    found = alignment_contributions(module, start, half, language, batches)
+    found = alignment_contributions(VisionLanguage(module, language), start, half, batches)
     assert found["linear_1.weight"] == 0
     assert found["linear_2.weight"] != 0
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
-    assert set(alignment_contributions(module, half, half, language, batches).values()) == {0.0}
+    assert set(alignment_contributions(VisionLanguage(module, language), half, half, batches).values()) == {
+        0.0
+    }
 
 
 def test_against_a_zero_base_every_layer_is_all_there_is(language, batches: list[Batch]) -> None:  # type: ignore[no-untyped-def]
     module, trained = real(1)
     zero = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
-    found = alignment_contributions(module, zero, trained, language, batches)
+    found = alignment_contributions(VisionLanguage(module, language), zero, trained, batches)
     whole = alignment(module, trained, language, batches)
     assert list(found.values()) == pytest.approx([whole, whole], abs=1e-5)
 

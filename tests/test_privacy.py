@@ -94,7 +94,7 @@ def whole_rows(experiment: Experiment) -> list[dict[str, Any]]:
 def test_a_run_of_private_clients_tells_what_it_has_spent(
     private: Callable[..., Experiment], secure: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [*CLIENTS, f"fedcmp.federate.privacy.secure={secure}"]
+    options = [*CLIENTS, f"federate.privacy.secure={secure}"]
     once, again = (private(*options, f"run={name}") for name in ("once", "again"))
     run(once)
     assert f"round 3: epsilon = {spent([2.0] * 3, 1e-5):.2f} at delta = 1e-05" in capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_private_results_are_not_remembered(private: Callable[..., Experiment], 
 def asked(experiment: Experiment, silo: str = "clinic", **changes: Any) -> LocalResult:
     """What a site sends, through the bytes that travel."""
     service = Service(experiment, silo)
-    start = state_of(service._site._trainer.scratch)
+    start = state_of(service._site._trainer.model.projector)
     job = replace(Job(silo, {name: 0.01 + 0 * old for name, old in start.items()}, 0, 0, 3), **changes)
     return answered(service, job)
 
@@ -427,7 +427,7 @@ def test_a_machine_with_a_budget_trains_nothing_that_is_not_private(
 def test_the_ledger_counts_the_noise_that_is_surely_there(private: Callable[..., Experiment]) -> None:
     """Of a client's update the server sees a third of the noise's variance, or a sum with that of most."""
     for secure, share in (("false", 1 / 3), ("true", 1.0)):
-        experiment = private(*CLIENTS, f"fedcmp.federate.privacy.secure={secure}", f"run=secure-{secure}")
+        experiment = private(*CLIENTS, f"federate.privacy.secure={secure}", f"run=secure-{secure}")
         run(experiment)
         releases = Ledger(experiment.ledger).releases(open_cache(experiment, "lab").content)[-3:]
         assert [each.noise for each in releases] == pytest.approx([2.0 * sqrt(share)] * 3)
@@ -507,6 +507,6 @@ def test_nothing_but_what_was_agreed_leaves_a_client(private: Callable[..., Expe
     experiment = private(f"federate.privacy.{kept}")
     here = LocalEngine(experiment, schedule_of(experiment, FedAvg()))
     with here.training(0) as train:
-        start = state_of(train._trainer.scratch)  # type: ignore[attr-defined]
+        start = state_of(train._trainer.model.projector)  # type: ignore[attr-defined]
         (result,) = train([Job("clinic", start, 0, 0, 3, wants=ALL_WANTED)])
     assert result.gradient is result.alignment is result.optimizer is None

@@ -30,6 +30,7 @@ from fedcmp.pipeline.errors import DivergedError, UserError
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
+from fedcmp.pipeline.models.vision_language import VisionLanguage
 from fedcmp.pipeline.options import Component
 from fedcmp.pipeline.privacy import Privacy
 
@@ -251,8 +252,7 @@ def trained(
     (result,) = train_together(
         [job],
         [(stream.steps(0), stream.batches(0))],
-        module(),
-        language,
+        VisionLanguage(module(), language),
         SGD,
         micro_batch=micro_batch,
         advance=lambda number: None,
@@ -377,8 +377,7 @@ def test_clients_together_are_as_alone(cache: FeatureCache, language: FrozenLang
     together = train_together(
         jobs,
         [(stream.steps(0), stream.batches(0)) for stream in streams],
-        module(),
-        language,
+        VisionLanguage(module(), language),
         SGD,
         micro_batch=5,
         advance=lambda number: None,

@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from fedcmp.federate.arithmetic.updates import State
 from fedcmp.federate.client.stream import Batch
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
+from fedcmp.pipeline.models.vision_language import VisionLanguage
 
 _CONSTANT = 1e-9
 
@@ -45,22 +46,21 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def alignment_contributions(
-    projector: nn.Module,
+    model: VisionLanguage,
     start: State,
     trained: State,
-    language: FrozenLanguageModel,
     batches: Iterable[Batch],
 ) -> dict[str, float]:
     """What training each layer contributed to the alignment, by name of its weight matrix.
 
     Args:
-        projector: Gives the architecture and the device; its weights are neither used nor changed.
+        model: Its projector gives the architecture and the device, its LLM the input embeddings; the
+            projector's weights are neither used nor changed.
         start: Weights before training.
         trained: Weights after training.
-        language: The frozen LLM; only its input embeddings are used.
         batches: At least one, on the LLM's device; each is taken once.
     """
-    device = next(projector.parameters()).device
+    device = next(model.projector.parameters()).device
     matrices = [name for name, tensor in trained.items() if tensor.ndim == 2]
     variants = {"": trained} | {matrix: _without(matrix, start, trained) for matrix in matrices}
     variants = {name: {n: t.to(device) for n, t in state.items()} for name, state in variants.items()}
@@ -68,9 +68,9 @@ def alignment_contributions(
     texts = []
     for batch in batches:
         answered = (batch.labels != IGNORE_INDEX).any(1)
-        texts.append(_mean_embeddings(batch.labels[answered], language))
+        texts.append(_mean_embeddings(batch.labels[answered], model.language))
         for name, state in variants.items():
-            tokens = functional_call(projector, state, (batch.features[answered],))
+            tokens = functional_call(model.projector, state, (batch.features[answered],))
             visual[name].append(tokens.double().mean(1))
     y = torch.cat(texts)
     alignment = {name: linear_cka(torch.cat(x), y) for name, x in visual.items()}

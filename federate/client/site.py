@@ -29,6 +29,7 @@ from fedcmp.pipeline.manifest import provenance
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.device import device_type, pick_device
 from fedcmp.pipeline.models.language import load_language
+from fedcmp.pipeline.models.vision_language import VisionLanguage
 
 if TYPE_CHECKING:
     from fedcmp.federate.secure.party import Party
@@ -104,8 +105,7 @@ class Site:
         self._parties: dict[str, Party] = {}
         self._trainer = Trainer(
             self.streams,
-            scratch.to(device),
-            language,
+            VisionLanguage(scratch.to(device), language),
             options.optimizer,
             batch_size=options.batch_size,
             together=options.together,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +17,9 @@ from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.steps import NoisySteps
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.errors import DivergedError
-from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.projector import state_of
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
+from fedcmp.pipeline.models.vision_language import VisionLanguage
 
 
 def learning_rate(options: Optimizer, step: int, total: int) -> float:
@@ -32,9 +31,9 @@ def learning_rate(options: Optimizer, step: int, total: int) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(options: Optimizer, projector: nn.Module) -> torch.optim.Optimizer:
-    """The local optimiser over the projector's parameters."""
-    parameters = projector.parameters()
+def make_optimizer(options: Optimizer, model: VisionLanguage) -> torch.optim.Optimizer:
+    """The local optimiser over all that is trained."""
+    parameters = model.trainable().values()
     if options.name == "sgd":
         return torch.optim.SGD(
             parameters, options.learning_rate, options.momentum, weight_decay=options.weight_decay
@@ -49,7 +48,7 @@ class _Learner:
     job: Job
     steps: int
     batches: Iterator[Batch]
-    projector: nn.Module
+    model: VisionLanguage
     optimizer: torch.optim.Optimizer
     samples: int = 0
     tokens: int = 0
@@ -58,10 +57,10 @@ class _Learner:
     def take(self, noisy: NoisySteps, features: Tensor, visual: Tensor, units: Tensor) -> None:
         """Take the private gradient of a batch."""
         try:
-            gradient = noisy.gradient(self.projector, features, visual, units)
+            gradient = noisy.gradient(self.model.projector, features, visual, units)
         except ValueError as error:
             raise DivergedError(f"client '{self.job.client}', round {self.job.round}: {error}") from None
-        for name, parameter in self.projector.named_parameters():
+        for name, parameter in self.model.trainable().items():
             parameter.grad = gradient[name]
 
     def step(self, step: int, options: Optimizer) -> None:
@@ -69,9 +68,9 @@ class _Learner:
         rate = learning_rate(options, self.job.round * self.steps + step, self.job.rounds * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        nn.utils.clip_grad_norm_(self.projector.parameters(), options.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.model.trainable().values(), options.max_grad_norm)
         proximal, linear = self.job.objective.proximal, self.job.objective.linear
-        for name, parameter in self.projector.named_parameters():
+        for name, parameter in self.model.trainable().items():
             assert parameter.grad is not None
             if "gradient" in self.job.wants:
                 mean = self.gradient.setdefault(name, torch.zeros_like(parameter.grad))
@@ -88,8 +87,7 @@ class _Learner:
 def train_together(
     jobs: Sequence[Job],
     batches: Sequence[tuple[int, Iterator[Batch]]],
-    scratch: nn.Module,
-    language: FrozenLanguageModel,
+    model: VisionLanguage,
     options: Optimizer,
     *,
     micro_batch: int,
@@ -104,8 +102,7 @@ def train_together(
     Args:
         jobs: Who trains, from where.
         batches: Each client's number of steps, at least one, and its batches.
-        scratch: Projector of the right architecture, copied for every client.
-        language: The frozen LLM.
+        model: The frozen LLM behind a projector of the right architecture, which every client gets a copy of.
         options: Local optimisation.
         micro_batch: Samples a forward pass of the LLM.
         advance: Called with the number of clients after each of their steps.
@@ -117,13 +114,13 @@ def train_together(
     """
     began = time.monotonic()
     learners = [
-        _learner(job, steps, own, copy.deepcopy(scratch), options)
+        _learner(job, steps, own, model.copied(), options)
         for job, (steps, own) in zip(jobs, batches, strict=True)
     ]
-    sums = torch.zeros(len(learners), dtype=torch.float64, device=language.device)
+    sums = torch.zeros(len(learners), dtype=torch.float64, device=model.language.device)
     for step in range(max(learner.steps for learner in learners)):
         active = [place for place, learner in enumerate(learners) if step < learner.steps]
-        sums[active] += _backward([learners[place] for place in active], language, micro_batch, noisy)
+        sums[active] += _backward([learners[place] for place in active], micro_batch, noisy)
         for place in active:
             learners[place].step(step, options)
         advance(len(active))
@@ -136,13 +133,13 @@ def train_together(
 
 
 def _learner(
-    job: Job, steps: int, batches: Iterator[Batch], projector: nn.Module, options: Optimizer
+    job: Job, steps: int, batches: Iterator[Batch], model: VisionLanguage, options: Optimizer
 ) -> _Learner:
-    projector.load_state_dict(job.start)
-    optimizer = make_optimizer(options, projector)
+    model.projector.load_state_dict(job.start)
+    optimizer = make_optimizer(options, model)
     if job.optimizer is not None:
         optimizer.load_state_dict(job.optimizer)
-    return _Learner(job, steps, batches, projector, optimizer)
+    return _Learner(job, steps, batches, model, optimizer)
 
 
 def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) -> LocalResult:
@@ -153,7 +150,7 @@ def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) 
         )
     return LocalResult(
         client=learner.job.client,
-        state=state_of(learner.projector),
+        state=state_of(learner.model.projector),
         loss=loss,
         samples=learner.samples,
         steps=learner.steps,
@@ -164,9 +161,7 @@ def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) 
     )
 
 
-def _backward(
-    learners: Sequence[_Learner], language: FrozenLanguageModel, micro_batch: int, noisy: NoisySteps | None
-) -> Tensor:
+def _backward(learners: Sequence[_Learner], micro_batch: int, noisy: NoisySteps | None) -> Tensor:
     """Gradients of every client's mean loss; returns `(clients,)` float64 sums of losses."""
     batches = [next(learner.batches) for learner in learners]
     width = max(batch.ids.shape[1] for batch in batches)
@@ -185,11 +180,12 @@ def _backward(
         weights = 1 / torch.tensor(counts, dtype=torch.float32, device=ids.device)[client]
     else:
         weights = 1 / (_tokens(labels) * units[owners].bincount()[units[owners]])
-    projected = torch.cat([each.projector(b.features) for each, b in zip(learners, batches, strict=True)])
-    visual = projected.detach().requires_grad_()
+    projected = torch.cat([each.model.visual(b.features) for each, b in zip(learners, batches, strict=True)])
+    # The LLM is one for all, and frozen: its passes leave their gradients at the visual tokens.
+    model, visual = learners[0].model, projected.detach().requires_grad_()
     sums = torch.zeros(len(learners), dtype=torch.float64, device=ids.device)
     for rows, length in _micro_batches(labels, micro_batch):
-        losses, row = language.token_losses(ids[rows, :length], labels[rows, :length], visual[owners[rows]])
+        losses, row = model.losses(ids[rows, :length], labels[rows, :length], visual[owners[rows]])
         text = rows[row]
         (losses * weights[text]).sum().backward()
         sums.index_add_(0, client[text], losses.detach().double())

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from torch import nn
-
 from fedcmp.federate.client.alignment import alignment_contributions
 from fedcmp.federate.client.memo import Memo, job_key
 from fedcmp.federate.client.step import train_together
@@ -18,7 +16,7 @@ from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import one_line
 from fedcmp.pipeline.models.device import in_one_order
-from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.vision_language import VisionLanguage
 
 _ALIGNMENT_SAMPLES = 256
 
@@ -29,8 +27,7 @@ class Trainer:
 
     Attributes:
         streams: Every client's data.
-        scratch: A projector of the right architecture, on the LLM's device.
-        language: The frozen LLM.
+        model: The frozen LLM behind a projector of the right architecture, on its device.
         options: Local optimisation.
         batch_size: Samples a client's step.
         together: Clients whose samples go through the LLM together.
@@ -41,8 +38,7 @@ class Trainer:
     """
 
     streams: Mapping[str, Stream]
-    scratch: nn.Module
-    language: FrozenLanguageModel
+    model: VisionLanguage
     options: Optimizer
     batch_size: int
     together: int
@@ -75,7 +71,7 @@ class Trainer:
 
     def _trained(self, jobs: Sequence[Job]) -> list[LocalResult]:
         try:
-            with in_one_order(str(self.language.device)):
+            with in_one_order(str(self.model.language.device)):
                 return self._train(jobs)
         except RuntimeError as error:
             if "deterministic" not in str(error):
@@ -91,8 +87,7 @@ class Trainer:
                 (stream.steps(job.turn), stream.batches(job.turn))
                 for job, stream in zip(jobs, streams, strict=True)
             ],
-            self.scratch,
-            self.language,
+            self.model,
             self.options,
             micro_batch=self.micro_batch,
             advance=self.advance,
@@ -105,5 +100,5 @@ class Trainer:
             return result
         batches = self.streams[job.client].batches(job.turn)
         some = islice(batches, -(-_ALIGNMENT_SAMPLES // self.batch_size))
-        contributions = alignment_contributions(self.scratch, job.start, result.state, self.language, some)
+        contributions = alignment_contributions(self.model, job.start, result.state, some)
         return replace(result, alignment=contributions)

@@ -19,6 +19,7 @@ from fedcmp.pipeline.models.device import device_type, pick_device, pick_dtype
 from fedcmp.pipeline.models.language import FrozenLanguageModel, load_language
 from fedcmp.pipeline.models.projectors.base import Projector
 from fedcmp.pipeline.models.saved_model import LANGUAGE_FILES, model_hashes
+from fedcmp.pipeline.models.vision_language import VisionLanguage
 from fedcmp.pipeline.plugins import Plugin
 
 _BATCH = 32
@@ -60,7 +61,7 @@ def aligned(inputs: Inputs, guide: Guide, plugins: tuple[Plugin, ...] = ()) -> I
     projector, _ = projectors.load_projector(sources[0].path, plugins)
     first = next(iter(caches.values()))
     _refuse_another_width(sources[0].path, projector, first, language, guide.language)
-    projector.to(device)
+    model = VisionLanguage(projector.to(device), language)
     visual_tokens = projector.tokens(first.patches)
     without = {
         name: unusable(
@@ -91,7 +92,7 @@ def aligned(inputs: Inputs, guide: Guide, plugins: tuple[Plugin, ...] = ()) -> I
                 without={name: without[name]},
             )
             some = islice(stream.batches(0), -(-guide.texts // _BATCH))
-            contributions = alignment_contributions(projector, inputs.base, update.state, language, some)
+            contributions = alignment_contributions(model, inputs.base, update.state, some)
             aligned.append(replace(update, alignment=contributions))
             task.advance()
     say(f"Alignment: {guide.texts} training texts at most from each of {', '.join(caches)}")
