@@ -14,6 +14,8 @@ from fedcmp.pipeline.models.projectors.base import Projector
 from fedcmp.pipeline.run_folder import Run, place_of, projector_file
 
 _EXPRESSIBLE = frozenset({"name", "files", "layer", "tokens", "pool", "pooling", "resize"})
+# A model gets pictures that somebody else has opened.
+_OF_FILES = frozenset({"orientation", "transparency"})
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def refuse_inexpressible(subject: Subject) -> None:
             f"{subject.path}: its features were pooled (extract.encoder.pool = {made['pool']}), which "
             "LLaVA has no form for; train on features with pool = 1"
         )
-    unknown = sorted(made.keys() - _EXPRESSIBLE)
+    unknown = sorted(made.keys() - _EXPRESSIBLE - _OF_FILES)
     if unknown:
         raise UserError(
             f"{subject.path}: extract.encoder.{unknown[0]} = {made[unknown[0]]!r} has no form in LLaVA; "
