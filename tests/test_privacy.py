@@ -322,7 +322,7 @@ def tensors_of(value: Any) -> Any:
             yield from tensors_of(each)
 
 
-def test_a_server_that_asks_for_more_than_the_plan_is_refused(private: Callable[..., Experiment]) -> None:
+def test_a_server_that_asks_for_more_than_the_schedule_is_refused(private: Callable[..., Experiment]) -> None:
     experiment = private(*TEXTS)
     for changes in ({"turn": 1}, {"round": 3}, {"round": -1}, {"round": 1}, {"round": 0.0}, {"round": True}):
         with pytest.raises(UserError, match="client 'clinic' refuses"):
@@ -336,14 +336,14 @@ def test_a_round_that_is_done_again_is_a_further_release(
 ) -> None:
     """A run that dies in the middle of its second round, after its clients have answered."""
     experiment = private(*options)
-    counted = server._counted
+    counted = server.usable
 
     def dies(jobs: list[Job], *rest: Any) -> Any:
         if jobs[0].round == 1:
             raise KeyboardInterrupt
         return counted(jobs, *rest)
 
-    monkeypatch.setattr(server, "_counted", dies)
+    monkeypatch.setattr(server, "usable", dies)
     with pytest.raises(KeyboardInterrupt):
         run(experiment)
     monkeypatch.undo()
