@@ -396,6 +396,7 @@ half = {{ rate = 0.3 }}
     assert "unknown key 'strategies.half.rat'; did you mean 'rate'" in refused(*words)
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_the_simulation_knows_plugins(extracted: Path, tmp_path: Path) -> None:
     pytest.importorskip("flwr")
     config = half(tmp_path, extracted)

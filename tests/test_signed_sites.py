@@ -68,6 +68,7 @@ def swapped(keys: Path, tmp_path: Path) -> Path:  # noqa: F811
     return folder
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 @pytest.mark.usefixtures("one_thread")
 def test_signed_sums_over_real_sites(
     deployment: Deployment,
