@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from fedcmp.evaluate.answers import answers_path, read_answers
 from fedcmp.evaluate.benchmarks.base import Answers, Benchmark, Item
+from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.statistics import interval, pooled
 from fedcmp.evaluate.work import Work
 from fedcmp.pipeline.cache import differences
@@ -18,6 +19,7 @@ from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import read_json, write_atomic, write_json
 from fedcmp.pipeline.hashes import fingerprint
+from fedcmp.pipeline.plugins import blamed
 from fedcmp.pipeline.run_folder import Run
 
 FORMAT = {"name": "fedcmp-scores", "version": 3}
@@ -109,6 +111,26 @@ def rules_of(benchmark: Benchmark, items: Sequence[Item]) -> dict[str, Any]:
     }
 
 
+def _require_form(
+    benchmark: Benchmark, items: Sequence[Item], scores: Sequence[Mapping[str, Metric]]
+) -> None:
+    """Refuse what is no score of these items.
+
+    Raises:
+        TypeError: A metric is none, has another number of items, or a headline is no metric.
+    """
+    for metrics in scores:
+        for name, metric in metrics.items():
+            if not isinstance(metric, Metric):
+                raise TypeError(f"score returned {type(metric).__name__} for '{name}', not Metric")
+            if len(metric.images) != len(metric.statistics):
+                given = f"{len(metric.statistics)} values for {len(metric.images)} images"
+                raise TypeError(f"metric '{name}' has {given}; give one for each item")
+        missing = [name for name in benchmark.headlines if metrics and name not in metrics]
+        if missing and not any(name in metrics for name in benchmark.headlines):
+            raise TypeError(f"headlines name '{missing[0]}', and score returned {', '.join(metrics)}")
+
+
 def score(experiment: Experiment, run: Run, work: Work) -> Scored:
     """Score saved answers.
 
@@ -116,7 +138,9 @@ def score(experiment: Experiment, run: Run, work: Work) -> Scored:
         UserError: Answers are missing.
     """
     found, benchmark = given(experiment, run, work), work.benchmark
-    by_projector = [benchmark.score(found.items, each) for each in found.answers]
+    with blamed(benchmark, f"benchmark '{work.name}'"):
+        by_projector = [benchmark.score(found.items, each) for each in found.answers]
+        _require_form(benchmark, found.items, by_projector)
     generator = np.random.default_rng(experiment.seed)
     resamples = experiment.evaluate.bootstrap
     scores = {

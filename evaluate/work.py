@@ -18,6 +18,7 @@ from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError, did_you_mean
 from fedcmp.pipeline.files import read_json, write_json
 from fedcmp.pipeline.hashes import fingerprint
+from fedcmp.pipeline.plugins import blamed
 
 FORMAT = {"name": "fedcmp-asked", "version": 2}
 
@@ -184,7 +185,11 @@ def _questions(
     name: str, benchmark: Benchmark, cache: FeatureCache | None
 ) -> tuple[list[Item], int, list[str]]:
     """Items with an id of their own, the number of those without, and why others cannot be asked."""
-    found = benchmark.items(cache)
+    try:
+        with blamed(benchmark, f"benchmark '{name}'"):
+            found = list(benchmark.items(cache))
+    except OSError as error:
+        raise UserError(f"benchmark '{name}': {error.filename}: {error.strerror}; correct its path") from None
     problems = [each.reason for each in found if isinstance(each, Problem)]
     listed = [each for each in found if isinstance(each, Item)]
     if not listed:

@@ -40,6 +40,7 @@ from fedcmp.pipeline.console import Task, say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.manifest import provenance
+from fedcmp.pipeline.plugins import blamed
 from fedcmp.pipeline.records import Record, improper
 
 if TYPE_CHECKING:
@@ -246,7 +247,24 @@ def _encode(decoded: Sequence[Decoded], encoder: LoadedEncoder) -> torch.Tensor:
     usable = [place for place, item in enumerate(decoded) if item.pixels is not None]
     if usable:
         pixels = torch.from_numpy(np.stack([item.pixels for item in decoded if item.pixels is not None]))
-        features[usable] = encoder.encode(pixels).cpu()
+        with blamed(encoder, "extract.encoder"):
+            features[usable] = _encoded(encoder, pixels).cpu()
+    return features
+
+
+def _encoded(encoder: LoadedEncoder, pixels: torch.Tensor) -> torch.Tensor:
+    """Features of the form that the encoder has declared.
+
+    Raises:
+        TypeError: They are something else.
+    """
+    import torch
+
+    features = encoder.encode(pixels)
+    expected = (len(pixels), encoder.patches, encoder.d_vision)
+    if not isinstance(features, torch.Tensor) or features.shape != expected:
+        found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+        raise TypeError(f"encode returned {found}, not a tensor of (images, patches, d_vision) = {expected}")
     return features
 
 
@@ -267,7 +285,8 @@ def _probe(encoder: LoadedEncoder, dtype: str) -> str:
     picture = Image.fromarray(np.stack([ramp, ramp.T[::-1], 255 - ramp], -1))
     import torch
 
-    features = encoder.encode(torch.from_numpy(encoder.preprocess(picture))[None])
+    with blamed(encoder, "extract.encoder"):
+        features = _encoded(encoder, torch.from_numpy(encoder.preprocess(picture))[None])
     # A byte holds too little of one picture to tell encoders apart.
     exact = "bfloat16" if dtype == "int8" else dtype
     return hashlib.sha256(to_storage(features, exact).tobytes()).hexdigest()

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["Scores", "Study", "demo", "frame", "load"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # The command line shows its help without any of it.
     if name == "demo":

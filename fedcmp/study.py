@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fedcmp import components
 from fedcmp.pipeline import toml
 from fedcmp.pipeline.config import Experiment
-from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,6 +50,10 @@ class Study:
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
+
+    def __repr__(self) -> str:
+        """Which run it is."""
+        return f"Study(experiment={self.experiment.experiment!r}, run={self.experiment.run!r})"
 
     def extract(self, *silos: str, overwrite: bool = False) -> dict[str, FeatureCache]:
         """Encode the pictures of some silos, or of all.
@@ -129,6 +133,8 @@ class Scores(Mapping[str, "Score"]):
         """The score of `benchmark: metric`."""
         from fedcmp.evaluate.statistics import Score
 
+        if measure not in [*self]:
+            raise KeyError(f"{measure}{did_you_mean(measure, self)}")
         benchmark, _, metric = measure.partition(": ")
         return Score(**self.contents[benchmark]["metrics"][metric])
 

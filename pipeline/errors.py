@@ -28,6 +28,10 @@ class SpoiledError(UserError):
     """A secure sum is not what its clients added, and who spoiled it cannot be seen."""
 
 
+class ComponentError(UserError):
+    """A component from outside this package failed, or gave what it may not."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for a close match, else the list of what is known."""
     names = sorted(known)

@@ -12,6 +12,11 @@ from fedcmp.pipeline.files import write_atomic
 HISTORY = "history.jsonl"
 
 
+# What strategies' own figures may not be called.
+_OF_CLIENTS = {"round", "client", "loss", "samples", "tokens", "seconds", "recalled", "update_norm"}
+OF_EVERY_ROW = _OF_CLIENTS | {"epsilon", "missing", "bytes", "bytes_received"}
+
+
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows and flush them to the disk."""
     with path.open("a", encoding="utf-8") as file:

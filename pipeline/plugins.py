@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fedcmp.pipeline.errors import one_line
+from fedcmp.pipeline.errors import ComponentError, UserError, one_line
 from fedcmp.pipeline.hashes import sha256_file
 
 # Under this name a plugin's module holds what it registers: only its own experiment sees that.
@@ -66,7 +67,7 @@ def read(path: Path) -> Plugin:
 def run(plugin: Plugin) -> Loaded:
     """Run a plugin, once a process; whatever goes wrong in it stays in it."""
     if plugin.unreadable:
-        hint = "correct the path, which counts from the folder of the file that names it"
+        hint = "correct the path; it counts from the file that names it, else from the working directory"
         return Loaded([], f"cannot be read: {plugin.unreadable}; {hint}")
     module = ModuleType(f"fedcmp_plugin_{plugin.path.stem}_{plugin.provenance['plugin file'][:12]}")
     module.__file__ = str(plugin.path)
@@ -90,6 +91,25 @@ def _place(error: BaseException, path: Path) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = f"line {frames[-1].lineno}: " if frames else ""
     return f"{line}{type(error).__name__}: {one_line(error)}"
+
+
+@contextmanager
+def blamed(component: object, what: str) -> Iterator[None]:
+    """Say in one line which component from outside has failed; our own fail as they do.
+
+    Raises:
+        ComponentError: Naming `what`, the component's file and the line.
+    """
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        name = type(component).__module__
+        if name.partition(".")[0] == "fedcmp" or "out of memory" in str(error):
+            raise
+        file = getattr(sys.modules.get(name), "__file__", None) or name
+        raise ComponentError(f"{what}: {file}: {_place(error, Path(file))}; mend it") from error
 
 
 @cache

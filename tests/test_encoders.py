@@ -348,7 +348,7 @@ def changed(folder: Path, **options: Any) -> dict[str, Any]:
 def test_identity_holds_what_decides_features(tmp_path: Path) -> None:
     folder = save(siglip, tmp_path / "a")
     plain = changed(folder)
-    assert set(plain) == {"name", "files", "layer", "tokens", "pool"}
+    assert set(plain) == {"name", "files", "layer", "tokens", "pool", "orientation", "transparency"}
     assert set(plain["files"]) == {"config.json", "preprocessor_config.json", "model.safetensors"}
     assert plain == changed(folder, layer=-2, resize="crop", pooling="mean")
     others = [
@@ -747,10 +747,11 @@ def test_extraction_into_a_cache(
 
 
 def test_caches_from_before_these_options_stay_valid(clip_dir: Path) -> None:
-    """The identity that version 0.1.0 wrote."""
+    """The identity that the first version wrote, whose pictures were neither turned nor put on white."""
     from fedcmp.pipeline.models.saved_model import model_hashes
 
-    assert Transformers(path=clip_dir, pool=2).identity() == {
+    older = {"pool": 2, "orientation": "as_stored", "transparency": "ignored"}
+    assert Transformers(path=clip_dir, **older).identity() == {
         "name": "transformers",
         "files": model_hashes(clip_dir, ["preprocessor_config.json"]),
         "layer": -2,

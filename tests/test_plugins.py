@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,48 @@ def test_a_broken_plugin_breaks_no_other(workplace: Path, tmp_path: Path, code: 
     assert "federate.strategy.name: no strategy is called 'odd'" in message
     assert f"; plugin {tmp_path}/{BROKEN[code]}" in message
     assert "did you mean 'half'" in refused("federate", config, "--set", "federate.strategy.name=hafl")
+
+
+WRONG = {
+    "return None": "line|aggregate returned NoneType, not Aggregate",
+    "return Aggregate({}, memory)": "aggregate returned a state with other keys: linear_1.bias",
+    "return Aggregate({k: v.double() for k, v in state.items()}, memory)": "float64 .*, not torch.float32",
+    "return Aggregate(state, memory, {'loss': {}})": "a figure is called 'loss', as one of the history's own",
+    "return state['nothing']": r"line \d+: KeyError: 'nothing'",
+}
+
+
+@pytest.mark.parametrize("code", WRONG)
+def test_what_a_strategy_returns_is_checked(extracted: Path, tmp_path: Path, code: str) -> None:
+    text = re.sub(r"(?m)^        return .*$", f"        {code}", HALF)
+    assert code in text
+    message = refused("federate", half(tmp_path, extracted, text))
+    assert re.search(WRONG[code], message), message
+    assert f"{tmp_path}/half.py: " in message
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("[0][1]", r"benchmark 'own': .*/own\.py: line \d+: IndexError"),
+        ("open('nothing.csv')", "benchmark 'own': nothing.csv: No such file or directory; correct its path"),
+    ],
+)
+def test_a_benchmark_that_fails_stops_no_other(extracted: Path, tmp_path: Path, code: str, said: str) -> None:
+    (tmp_path / "own.py").write_text(
+        "from fedcmp.evaluate.benchmarks import BENCHMARKS, Benchmark\n\n\n"
+        "@BENCHMARKS.register('own')\nclass Own(Benchmark):\n    version = 1\n\n"
+        f"    def items(self, cache):\n        return {code}\n\n"
+        "    def score(self, items, answers):\n        return {}\n"
+    )
+    lines = 'plugins = ["own.py"]\nevaluate.benchmarks.own = { name = "own" }\nfederate.rounds = 0'
+    config = write(tmp_path, extracted, lines)
+    assert CliRunner().invoke(main, ["federate", str(config)]).exit_code == 0
+    result = CliRunner().invoke(main, ["evaluate", str(config), "--benchmark", "own", "--benchmark", "loss"])
+    assert result.exit_code == 2
+    assert re.search(said, result.output), result.output
+    assert "loss: loss" in result.output
+    assert "1 of 2 benchmarks failed" in result.output
 
 
 def test_a_name_that_is_registered_twice_says_where(workplace: Path, tmp_path: Path) -> None:

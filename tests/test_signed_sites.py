@@ -15,12 +15,12 @@ from test_sites import SILOS, FakeLink, over, projector, sites_config  # noqa: F
 pytest.importorskip("flwr", reason="needs the extra [flower]")
 
 from fedcmp.cli import main
+from fedcmp.components import load
 from fedcmp.federate.engines.flower.keys import signing
 from fedcmp.federate.engines.flower.processes import free_port
 from fedcmp.federate.engines.service import Service
 from fedcmp.federate.run import run
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.toml import load
 
 SECURE = ["federate.strategy={name='fedcmp',reliability='none'}", "federate.privacy.secure=true"]
 SWAPPED = (

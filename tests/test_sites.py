@@ -472,7 +472,7 @@ def test_a_site_that_cannot_be_understood_does_not_end_the_server(
 
     experiment = load(sites_config, [*QUICK, f"build={tmp_path}"])
     odd = {node: services[node] for node in (10, 11)} | {12: Other(experiment, "practice")}
-    with pytest.raises(UserError, match="only 2 of 3 sites came"):
+    with pytest.raises(UserError, match="only 2 of 3 sites joined"):
         run(experiment, over(FakeLink(odd)))
     assert "a site cannot be understood (card: Field required)" in capsys.readouterr().out
 

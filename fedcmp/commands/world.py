@@ -31,7 +31,7 @@ def world() -> None:
     help="How data differ between silos.",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the data.")
-@click.option("--silo-images", default=1152, show_default=True, help="A sixth of the silos' images.")
+@click.option("--silo-images", default=1152, show_default=True, help="Images of a silo, on average.")
 @click.option("--heldout-images", default=600, show_default=True, help="Images nobody trains on.")
 @click.option("--validation-images", default=0, show_default=True, help="Images to tune options on.")
 def write(out: Path, **amounts: Any) -> None:
@@ -55,7 +55,7 @@ def write(out: Path, **amounts: Any) -> None:
 
 @world.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("."))
-@click.option("--silo-images", default=1152, show_default=True, help="A sixth of all silos' images.")
+@click.option("--silo-images", default=1152, show_default=True, help="Images of a silo, on average.")
 def demo(folder: Path, silo_images: int) -> None:
     """Write the demo's experiment files and data into a folder, to run it from there.
 

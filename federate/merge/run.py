@@ -19,7 +19,7 @@ from fedcmp.pipeline.files import write_json
 from fedcmp.pipeline.manifest import provenance
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.options import Component
-from fedcmp.pipeline.plugins import Plugin
+from fedcmp.pipeline.plugins import Plugin, blamed
 
 FORMAT = {"name": "fedcmp-merge", "version": 1}
 
@@ -76,7 +76,8 @@ def merge(
 
 def _merge(name: str, strategy: Strategy, inputs: Inputs, target: Path, plugin: dict[str, str]) -> None:
     memory = strategy.begin(inputs.base, {update.client: update.samples for update in inputs.updates})
-    result = strategy.aggregate(inputs.base, inputs.updates, memory)
+    with blamed(strategy, f"--method {name}"):
+        result = strategy.aggregate(inputs.base, inputs.updates, memory)
     for key, tensor in result.state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"--method {name}: {key} is not finite after merging; use milder options (--set)")

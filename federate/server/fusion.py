@@ -13,8 +13,10 @@ from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.outgoing import compression as communication
 from fedcmp.federate.server.progress import Progress
 from fedcmp.federate.strategies.base import Aggregate, Strategy
+from fedcmp.pipeline import history
 from fedcmp.pipeline.console import say
-from fedcmp.pipeline.errors import DivergedError, DroppedOutError, SpoiledError
+from fedcmp.pipeline.errors import ComponentError, DivergedError, DroppedOutError, SpoiledError
+from fedcmp.pipeline.plugins import blamed
 
 if TYPE_CHECKING:
     from fedcmp.federate.secure.summation import Exchange
@@ -74,12 +76,36 @@ def _fused(
 ) -> Aggregate:
     if secure is None:
         updates = [_update(result, samples[result.client]) for result in results]
-        return strategy.aggregate(progress.state, updates, progress.memory)
-    from fedcmp.federate.secure.masked import aggregate
+        with blamed(strategy, f"strategy '{type(strategy).__name__}'"):
+            aggregate = strategy.aggregate(progress.state, updates, progress.memory)
+            _require_form(progress.state, aggregate)
+        return aggregate
+    from fedcmp.federate.secure import masked
     from fedcmp.federate.secure.summation import threshold_of
 
     threshold = threshold_of(len(samples), secure.threshold, strategy.releases())
-    return aggregate(strategy, secure.exchange, progress.state, samples, threshold, progress.memory)
+    return masked.aggregate(strategy, secure.exchange, progress.state, samples, threshold, progress.memory)
+
+
+def _require_form(before: State, aggregate: Aggregate) -> None:
+    """Refuse what is no projector of the same form, and figures in the place of the history's own.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(aggregate, Aggregate):
+        raise TypeError(f"aggregate returned {type(aggregate).__name__}, not Aggregate")
+    if aggregate.state.keys() != before.keys():
+        names = ", ".join(sorted(aggregate.state.keys() ^ before.keys()))
+        raise TypeError(f"aggregate returned a state with other keys: {names}")
+    for name, old in before.items():
+        new = aggregate.state[name]
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            found, expected = (f"{each.dtype} {tuple(each.shape)}" for each in (new, old))
+            raise TypeError(f"aggregate returned {name} as {found}, not {expected}")
+    taken = sorted(history.OF_EVERY_ROW & aggregate.figures.keys())
+    if taken:
+        raise TypeError(f"a figure is called '{taken[0]}', as one of the history's own; rename it")
 
 
 def aggregated(
@@ -98,7 +124,7 @@ def aggregated(
     """
     try:
         aggregate = _fused(strategy, progress, results, samples, secure)
-    except DroppedOutError:
+    except (DroppedOutError, ComponentError):
         raise
     except SpoiledError as error:
         raise SpoiledError(f"round {progress.round + 1}: {error}") from None
