@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +24,12 @@ _PROBLEMS_SHOWN = 5
 
 
 def run(
-    experiment: Experiment, *, only: Sequence[str], overwrite: bool, worker: Worker | None = None
+    experiment: Experiment,
+    *,
+    only: Sequence[str],
+    overwrite: bool,
+    worker: Worker | None = None,
+    before_encoding: Callable[[], object] = lambda: None,
 ) -> list[Outcome]:
     """Extract silos; the encoder is loaded once, and only if a silo needs it.
 
@@ -33,6 +38,7 @@ def run(
         only: Silos to look at; all where it is empty.
         overwrite: Encode again what is there already.
         worker: Encode only this worker's shards, beside others.
+        before_encoding: Called once if a silo has to be encoded, before the encoder is loaded.
 
     Raises:
         UserError: A silo is unknown, its source is unusable, or its cache was made differently.
@@ -62,6 +68,7 @@ def run(
 
     @cache
     def loaded() -> LoadedEncoder:
+        before_encoding()
         return encoder.load(device, compute_dtype)
 
     outcomes = []

@@ -17,17 +17,17 @@ from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.options import Component, Options
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment file and build every component of it; see `pipeline.toml.load`.
+def load(path: Path, overrides: Sequence[str] = (), *stages: str) -> Experiment:
+    """Read an experiment file and build its components, of all stages or of some; see `pipeline.toml.load`.
 
     Raises:
         UserError: The file is missing or malformed, or a key, name or value is wrong, in whichever stage.
     """
-    return built(toml.load(path, overrides))
+    return built(toml.load(path, overrides), *stages)
 
 
-def built(experiment: Experiment) -> Experiment:
-    """An experiment whose components know what they were built with.
+def built(experiment: Experiment, *stages: str) -> Experiment:
+    """An experiment whose components know what they were built with; those of `federate` import torch.
 
     Raises:
         UserError: A name is unknown, or an option is unknown or wrong.
@@ -35,6 +35,8 @@ def built(experiment: Experiment) -> Experiment:
     files = tuple(plugins.read(each) for each in experiment.plugins)
     for where, component in components(experiment):
         component.note_plugins(files)
+        if stages and where.split(".")[0] not in stages:
+            continue
         component.note_built(build(where, component), _registry(where).provenance(component, where))
     return experiment
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,19 @@ def test_a_typo_anywhere_stops_every_command_at_once(
     assert TYPOS[override] in result.output
     assert result.output.count("\n") == 1
     assert not list(tmp_path.rglob("*.zarr*"))
+
+
+def test_nothing_to_extract_imports_no_torch(extracted: Path) -> None:
+    """The strategies need it; they are built only where an encoder is loaded, which needs it too."""
+    # Other tests may have left caches that are looked through once more.
+    assert CliRunner().invoke(main, ["extract", str(extracted)]).exit_code == 0
+    code = (
+        "import sys; from click.testing import CliRunner; from fedcmp.cli import main\n"
+        f"result = CliRunner().invoke(main, ['extract', {str(extracted)!r}])\n"
+        "assert 'Nothing to do' in result.output, result.output\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_every_shipped_configuration_can_be_built() -> None:

@@ -54,18 +54,25 @@ def extract(
       fedcmp extract configs/demo.toml --worker 0/4
       fedcmp extract configs/demo.toml --benchmark pope --images build/world/heldout/images
     """
-    from fedcmp.components import load
+    from fedcmp.components import built, load
     from fedcmp.extract import workers
     from fedcmp.extract.run import run
     from fedcmp.pipeline.errors import UserError
 
     at_work = None if worker is None else workers.parse(worker, os.environ)
-    experiment = load(config, overrides)
+    experiment = load(config, overrides, "extract", "evaluate")
     if images is not None and len(benchmarks) != 1:
         raise UserError(f"--images {images}: give it with one --benchmark")
     for name in benchmarks:
         experiment = _with_benchmark(experiment, name, images)
-    run(experiment, only=(*silos, *benchmarks), overwrite=overwrite, worker=at_work)
+    # A mistake in any stage costs no picture; torch, which strategies import, is needed then anyway.
+    run(
+        experiment,
+        only=(*silos, *benchmarks),
+        overwrite=overwrite,
+        worker=at_work,
+        before_encoding=lambda: built(experiment),
+    )
 
 
 def _with_benchmark(experiment: Experiment, name: str, images: Path | None) -> Experiment:
