@@ -22,6 +22,11 @@ def refuse(experiment: Experiment, strategy: Strategy, schedule: Schedule) -> No
         UserError: Naming the option.
     """
     options = experiment.federate
+    if strategy.personal and strategy.update == "path":
+        raise UserError(
+            f"federate.strategy.update = 'path': with strategy '{options.strategy.name}' clients go on from "
+            "their own projectors, which are where their optimisers end; use 'weights'"
+        )
     if options.communication is not None and options.secure:
         raise UserError(
             f"federate.communication.payload = '{options.communication.payload}': secure sums are of exact "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fedcmp.federate.arithmetic.updates import Objective, Sent, State
 
@@ -19,6 +19,7 @@ class Job:
         round: Round of the run, which sets the learning rate.
         rounds: Rounds in all.
         objective: What it minimises besides its loss.
+        update: Whether it sends its `weights` or its `path` projector (`arithmetic.paths`).
         wants: What it must send besides its projector.
         optimizer: Moments to go on from, or None.
         counted: Last round in which its answer counted, or None.
@@ -30,6 +31,7 @@ class Job:
     round: int
     rounds: int
     objective: Objective = field(default_factory=Objective)
+    update: Literal["weights", "path"] = "weights"
     wants: frozenset[str] = frozenset()
     optimizer: dict[str, Any] | None = None
     counted: int | None = None

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedcmp.components import load
+from fedcmp.federate.arithmetic.paths import path_projector
 from fedcmp.federate.arithmetic.updates import Objective, State
 from fedcmp.federate.client.memo import Memo, job_key
 from fedcmp.federate.client.step import learning_rate, train_together
@@ -177,6 +178,36 @@ def test_the_gradient_explains_the_path(streams, language) -> None:  # type: ign
     assert_close(moved, result.gradient, 1e-4)
 
 
+def test_a_path_projector_lies_along_the_mean_gradient(streams, language) -> None:  # type: ignore[no-untyped-def]
+    """As far from the start as AdamW ended, against the gradient that SCAFFOLD's clients send too."""
+    options, pull = Optimizer(learning_rate=1e-2), Objective(proximal=0.5)
+    (ended,) = train([job(objective=pull, wants=frozenset({"gradient"}))], streams, language, options)
+    (sent,) = train([job(objective=pull, update="path")], streams, language, options)
+    assert sent.gradient is None
+    assert (sent.loss, sent.samples, sent.tokens) == (ended.loss, ended.samples, ended.tokens)
+    assert ended.gradient is not None
+    for name, start in state().items():
+        direction = ended.gradient[name] / ended.gradient[name].norm()
+        length = (ended.state[name] - start).norm()
+        torch.testing.assert_close(sent.state[name], start - length * direction, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(sent.state[name], ended.state[name], atol=1e-4)
+
+
+def test_with_plain_sgd_a_path_projector_is_where_the_path_ended(streams, language) -> None:  # type: ignore[no-untyped-def]
+    """The steps add up to the mean gradient, as long as their rates are about equal."""
+    (ended,) = train([job()], streams, language)
+    (sent,) = train([job(update="path")], streams, language)
+    assert_close(sent.state, ended.state, 1e-4)
+
+
+def test_a_parameter_without_a_gradient_stays_where_it_ended() -> None:
+    start, end = {"w": torch.ones(2, 3), "b": torch.ones(2)}, {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
+    gradient = {"w": torch.tensor([[3.0, 0, 0], [0, 4.0, 0]]), "b": torch.zeros(2)}
+    sent = path_projector(start, end, gradient)
+    assert torch.equal(sent["b"], end["b"])
+    torch.testing.assert_close(sent["w"], start["w"] - 6**0.5 * gradient["w"] / 5)
+
+
 def test_a_linear_term_shifts_every_gradient(streams, language) -> None:  # type: ignore[no-untyped-def]
     linear = {name: torch.full_like(tensor, 0.03) for name, tensor in state().items()}
     one_step = {"clinic": streams["clinic"]}
@@ -238,6 +269,7 @@ def test_equal_training_is_recalled_bit_for_bit(streams, language, tmp_path, tog
         job(objective=Objective(linear=state())),
         job(start={name: tensor + 1e-6 for name, tensor in state().items()}),
         job(wants=frozenset({"gradient"})),
+        job(update="path"),
     ):
         assert not engine(streams, language, memo)([changed])[0].recalled
     assert not engine(streams, language, Memo(tmp_path, 10**9, {"llm": 2}))([job()])[0].recalled

@@ -30,12 +30,30 @@ PLAIN = {
     "clip": 0.0,
     "reliability": "none",
     "equalise": 0.0,
+    "length": "fused",
     "basis_momentum": 0.0,
     "momentum": 0.0,
     "server_learning_rate": 1.0,
 }
+# The first formulation, before both sides were equalised (configs/ablations/parts.toml).
+V1 = {
+    "update": "weights",
+    "proximal": 0.0,
+    "sides": "left",
+    "floor": 1e-3,
+    "length": "fused",
+    "momentum": 0.3,
+    "server_learning_rate": 1.5,
+    "bias_learning_rate": 1.5,
+}
 SWITCHES: list[dict] = [
     {},
+    V1,
+    V1 | {"rank": 3, "momentum_kind": "procrustes"},
+    V1 | {"basis": "randomised", "rank": 4},
+    {"sides": "left"},
+    {"length": "fused", "momentum": 0.3},
+    {"momentum": 0.3, "rank": 3},
     {"clip": 0.0},
     {"clip": 1.0, "reliability": "direction", "warmup": 0, "space": "weights"},
     {"warmup": 0},
@@ -46,12 +64,12 @@ SWITCHES: list[dict] = [
     {"residual": False, "rank": 3},
     {"residual": False, "rank": 3, "equalise": 0.0},
     {"energy": 0.6},
-    {"momentum_kind": "plain"},
-    {"momentum_kind": "procrustes", "rank": 3},
-    {"momentum_kind": "procrustes", "energy": 0.7},
+    {"momentum": 0.3, "momentum_kind": "plain", "rank": 3},
+    {"momentum": 0.3, "momentum_kind": "procrustes", "rank": 3},
+    {"momentum": 0.3, "momentum_kind": "procrustes", "energy": 0.7},
     {"basis": "randomised", "rank": 4},
     {"basis": "randomised", "rank": 4, "basis_momentum": 0.0},
-    {"basis": "randomised", "rank": 4, "momentum_kind": "procrustes", "space": "weights"},
+    {"basis": "randomised", "rank": 4, "momentum": 0.3, "momentum_kind": "procrustes", "space": "weights"},
     {"basis": "randomised", "energy": 0.7, "reliability": "direction", "warmup": 0},
     {"equalise": 0.0, "basis_momentum": 0.0, "momentum": 0.0},
 ]
@@ -163,8 +181,9 @@ class TestEverySwitch:
 @pytest.mark.parametrize("kind", ["projected", "plain", "procrustes"])
 @pytest.mark.parametrize("space", ["updates", "weights"])
 @pytest.mark.parametrize("basis", ["exact", "randomised"])
-def test_with_its_parts_off_it_is_fedavg(basis: str, space: str, kind: str, size: dict) -> None:
-    ours = FedCmp(**PLAIN | size, basis=basis, space=space, momentum_kind=kind)
+@pytest.mark.parametrize("sides", ["both", "left"])
+def test_with_its_parts_off_it_is_fedavg(sides: str, basis: str, space: str, kind: str, size: dict) -> None:
+    ours = FedCmp(**PLAIN | size, sides=sides, basis=basis, space=space, momentum_kind=kind)
     result = run(ours, 3)
     average = FedAvg().aggregate(tall(0), of_round(2), {})
     assert_same(result.state, average.state)
@@ -182,14 +201,15 @@ def test_identical_clients() -> None:
     for reliability in ("client", "direction"):
         off = PLAIN | {"reliability": reliability, "warmup": 0}
         assert_same(FedCmp(**off).aggregate(state, same, {}).state, draw(5), 1e-5)
-    equalised = FedCmp(**(PLAIN | {"equalise": 1.0})).aggregate(state, same, {}).state
-    for name in ("linear_1.weight", "linear_2.weight"):
-        moved, given_ = equalised[name] - state[name], draw(5)[name] - state[name]
-        assert float(moved.norm()) == pytest.approx(float(given_.norm()), rel=1e-5)
-        u, _, v = torch.linalg.svd(given_, full_matrices=False)
-        inside = u.T @ moved @ v.T
-        torch.testing.assert_close(inside, torch.diag(inside.diag()), rtol=0, atol=1e-4)
-        assert bool((inside.diag() > 0).all())
+    for options, rate in ((PLAIN | {"equalise": 1.0}, 1.0), (PLAIN | V1, 1.5), ({"clip": 0.0}, 1.35)):
+        equalised = FedCmp(**options | {"server_learning_rate": rate}).aggregate(state, same, {}).state
+        for name in ("linear_1.weight", "linear_2.weight"):
+            moved, given_ = equalised[name] - state[name], draw(5)[name] - state[name]
+            assert float(moved.norm()) == pytest.approx(rate * float(given_.norm()), rel=1e-5)
+            u, _, v = torch.linalg.svd(given_, full_matrices=False)
+            inside = u.T @ moved @ v.T
+            torch.testing.assert_close(inside, torch.diag(inside.diag()), rtol=0, atol=1e-3)
+            assert bool((inside.diag() > 0).all())
 
 
 @settings(max_examples=20, deadline=None)
@@ -199,24 +219,84 @@ def test_identical_clients() -> None:
     reliability=st.sampled_from(["client", "direction", "none"]),
     kind=st.sampled_from(["projected", "plain", "procrustes"]),
     size=st.sampled_from([{}, {"rank": 2}, {"energy": 0.6}, {"rank": 2, "residual": False}]),
+    version=st.sampled_from([{}, {"momentum": 0.3}, V1]),
 )
-def test_it_turns_with_the_embedding_space(
-    seed: int, number: int, reliability: str, kind: str, size: dict
+def test_it_turns_with_the_spaces_on_both_sides(
+    seed: int, number: int, reliability: str, kind: str, size: dict, version: dict
 ) -> None:
-    """Replacing every D_k by Q D_k gives Q times the steps, also with all parts on."""
+    """Replacing every D_k by Q D_k R gives Q times the steps times R, also with all parts on."""
     turn, _ = torch.linalg.qr(random(6, 6, seed=seed))
-    changes = [[random(6, 9, seed=seed + 10 * r + k + 1) for k in range(number)] for r in range(2)]
+    other, _ = torch.linalg.qr(random(9, 9, seed=seed + 1))
+    changes = [[random(6, 9, seed=seed + 10 * r + k + 2) for k in range(number)] for r in range(2)]
 
-    def end(turn: torch.Tensor) -> torch.Tensor:
+    def end(turn: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         state, memory = {"w": torch.zeros(6, 9, dtype=torch.float64)}, {}
-        strategy = FedCmp(warmup=0, reliability=reliability, momentum_kind=kind, **size)
+        strategy = FedCmp(**version | size, warmup=0, reliability=reliability, momentum_kind=kind)
         for each in changes:
-            updates = [Update(f"c{k}", {"w": state["w"] + turn @ d}, k + 1) for k, d in enumerate(each)]
+            updates = [
+                Update(f"c{k}", {"w": state["w"] + turn @ d @ other}, k + 1) for k, d in enumerate(each)
+            ]
             result = strategy.aggregate(state, updates, memory)
             state, memory = result.state, result.memory
         return state["w"]
 
-    torch.testing.assert_close(end(turn), turn @ end(torch.eye(6).double()), rtol=1e-6, atol=1e-7)
+    plain = end(torch.eye(6).double(), torch.eye(9).double())
+    torch.testing.assert_close(end(turn, other), turn @ plain @ other, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    number=st.integers(1, 5),
+    d_out=st.integers(1, 12),
+    d_in=st.integers(1, 12),
+)
+def test_the_formulation_by_hand(seed: int, number: int, d_out: int, d_in: int) -> None:
+    """Three rounds of docs/fed_cmp.md, written out; reliability and clip have tests of their own."""
+    floor, b, rate, a = 1e-2, 0.6, 1.35, 1.0
+    start = torch.zeros(d_out, d_in).double()
+    ours, memory = {"w": start}, {}
+    plain, left, right, longest = start, None, None, 0.0
+    for round_ in range(3):
+        changes = [random(d_out, d_in, seed=seed + 7 * round_ + k) * (3 - round_) for k in range(number)]
+        updates = [Update(f"c{k}", {"w": ours["w"] + d}, k + 1) for k, d in enumerate(changes)]
+        result = FedCmp(reliability="none", clip=0.0).aggregate(ours, updates, memory)
+        ours, memory = result.state, result.memory
+
+        shares = [share for _, share in sorted(data_weights(updates).items())]
+        grams = [sum(p * d @ d.T for p, d in zip(shares, changes, strict=True))]
+        grams.append(sum(p * d.T @ d for p, d in zip(shares, changes, strict=True)))
+        length = float(grams[0].trace()) ** 0.5
+        longest = max(longest, length)
+        new = [gram / gram.trace() for gram in grams]
+        left = new[0] if left is None else b * left + (1 - b) * new[0]
+        right = new[1] if right is None else b * right + (1 - b) * new[1]
+        (e, u), (f, v) = torch.linalg.eigh(left), torch.linalg.eigh(right)
+        c = u.T @ sum(p * d for p, d in zip(shares, changes, strict=True)) @ v
+        c = (e.clamp(min=0) / e[-1] + floor)[:, None] ** (-a / 2) * c
+        c = c * (f.clamp(min=0) / f[-1] + floor) ** (-a / 2)
+        plain = plain + rate * (u @ c @ v.T) * (length * longest) ** 0.5 / c.norm()
+        torch.testing.assert_close(ours["w"], plain, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("version", [{}, V1, {"rank": 3}], ids=described)
+def test_scaling_all_updates_scales_every_step(version: dict) -> None:
+    """Also over rounds: nothing in it has a length of its own."""
+
+    def steps(factor: float) -> list[State]:
+        state, memory, found = {n: 0 * t for n, t in tall(0).items()}, {}, []
+        for round_ in range(3):
+            moved = [
+                Update(u.client, {n: state[n] + factor * t for n, t in u.state.items()}, u.samples)
+                for u in of_round(round_)
+            ]
+            result = FedCmp(**version).aggregate(state, moved, memory)
+            found.append({name: result.state[name] - state[name] for name in TALL})
+            state, memory = result.state, result.memory
+        return found
+
+    for one, eight in zip(steps(1.0), steps(8.0), strict=True):
+        assert_same({name: 8 * t for name, t in one.items()}, eight, 1e-4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -230,10 +310,10 @@ def test_it_turns_with_the_embedding_space(
 def test_exact_is_the_svd_of_the_concatenation(
     seed: int, number: int, d_out: int, d_in: int, a: float
 ) -> None:
-    """Also where there are fewer columns than rows (K · d_in < d_out)."""
+    """One side alone; also where there are fewer columns than rows (K · d_in < d_out)."""
     changes = [random(d_out, d_in, seed=seed + k) for k in range(number)]
     updates = [Update(f"c{k}", {"w": change}, k + 1) for k, change in enumerate(changes)]
-    off = PLAIN | {"equalise": a}
+    off = PLAIN | {"equalise": a, "sides": "left", "floor": 1e-3}
     ours = FedCmp(**off).aggregate({"w": torch.zeros(d_out, d_in).double()}, updates, {}).state["w"]
 
     shares = list(data_weights(updates).values())
@@ -306,20 +386,26 @@ def test_randomised_basis_properties(seed: int, rank: int, columns: int) -> None
 @pytest.mark.parametrize("basis", ["exact", "randomised"])
 @pytest.mark.parametrize("size", [{"rank": 4}, {"energy": 0.7}, {"rank": 12}], ids=described)
 def test_the_basis_stays_orthonormal(basis: str, size: dict) -> None:
-    result = run(FedCmp(basis=basis, momentum_kind="procrustes", **size), 8)
+    result = run(FedCmp(basis=basis, momentum=0.3, momentum_kind="procrustes", **size), 8)
     for name in ("linear_1.weight", "linear_2.weight"):
-        u = result.memory[f"basis/{name}"]
-        torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1]).double(), rtol=0, atol=1e-6)
-        assert u.shape[1] <= size.get("rank", 40)
+        for axis, width in enumerate(TALL[name]):
+            u = result.memory[f"basis/{axis}/{name}"]
+            torch.testing.assert_close(u.T @ u, torch.eye(u.shape[1]).double(), rtol=0, atol=1e-6)
+            assert u.shape[0] == width
+            assert u.shape[1] <= min(size.get("rank", width), width)
 
 
 def test_procrustes_is_vacuous_at_full_rank_and_only_there() -> None:
     projected, plain, procrustes = (
-        run(FedCmp(momentum_kind=kind), 4).state for kind in ("projected", "plain", "procrustes")
+        run(FedCmp(momentum=0.3, momentum_kind=kind), 4).state
+        for kind in ("projected", "plain", "procrustes")
     )
     assert_same(procrustes, projected, 1e-5)
     assert_same(plain, projected, 1e-5)
-    ends = [run(FedCmp(momentum_kind=kind, rank=3), 4).state for kind in ("projected", "plain", "procrustes")]
+    ends = [
+        run(FedCmp(momentum=0.3, momentum_kind=kind, rank=3), 4).state
+        for kind in ("projected", "plain", "procrustes")
+    ]
     for one, two in ((0, 1), (0, 2), (1, 2)):
         assert not torch.allclose(ends[one]["linear_2.weight"], ends[two]["linear_2.weight"], atol=1e-3)
 
@@ -359,7 +445,7 @@ def test_basis_of_weights_is_not_that_of_updates() -> None:
         name = "linear_2.weight"
         gram = Matrices.of(updates, name, source[name]).gram(data_weights(updates))
         expected, _ = canonical_basis(gram, 3)
-        torch.testing.assert_close(result.memory[f"basis/{name}"].abs(), expected.abs(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(result.memory[f"basis/0/{name}"].abs(), expected.abs(), rtol=0, atol=1e-6)
 
 
 def test_splitting_a_client_changes_nothing_without_reliability() -> None:

@@ -381,7 +381,12 @@ def test_an_odd_answer_is_one_clients_failure(
 def test_no_client_adds_most_of_a_sum(weights: dict[str, float], message: str) -> None:
     state = {"x": torch.ones(2, 2)}
     own = Own("a", state, {"x": torch.zeros(2, 2)})
-    for request in ({"updates": {"x": weights}, "grams": {}}, {"updates": {}, "grams": {"x": weights}}):
+    asked = {"x": weights}
+    for request in (
+        {"updates": asked, "grams": {}},
+        {"updates": {}, "grams": {"left": asked}},
+        {"updates": {}, "grams": {"left": {}, "right": asked}},
+    ):
         with pytest.raises(ValueError, match=message):
             own.contribute(request)
     fair = {"updates": {"x": {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.1}}, "grams": {}}
@@ -481,7 +486,8 @@ def contrary(state: State, round_: int, length: float = 1.0) -> list[Update]:
         {"name": "fedcmp"},
         {"name": "fedcmp", "warmup": 0},
         {"name": "fedcmp", "reliability": "none"},
-        {"name": "fedcmp", "rank": 3, "momentum_kind": "procrustes"},
+        {"name": "fedcmp", "rank": 3, "momentum": 0.3, "momentum_kind": "procrustes"},
+        {"name": "fedcmp", "sides": "left", "length": "fused"},
     ],
     ids=lambda component: ",".join(map(str, component.values())),
 )

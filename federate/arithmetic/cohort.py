@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from fedcmp.federate.arithmetic.norms import factors, norm, shortened, usual_nor
 from fedcmp.federate.arithmetic.updates import State, Update, data_weights, deltas, weighted_sum
 
 Weights = dict[str, float]
+Side = Literal["left", "right"]
 
 
 class Gram(Protocol):
-    """G = Σ_k p_k X_k X_kᵀ of one matrix, as `Matrices` has it."""
+    """G = Σ_k p_k X_k X_kᵀ of one matrix, as `Matrices` has it; X_k is D_k, or D_kᵀ on the right side."""
 
     @property
     def shape(self) -> torch.Size:
@@ -58,8 +59,8 @@ class Cohort(ABC):
         """c_k of every matrix and client: cosine of D_k with the others' consensus."""
 
     @abstractmethod
-    def gram(self, name: str) -> Gram:
-        """G of a matrix's updates."""
+    def gram(self, name: str, side: Side) -> Gram:
+        """G of a matrix's updates: Σ_k p_k D_k D_kᵀ on the left, Σ_k p_k D_kᵀ D_k on the right."""
 
     @abstractmethod
     def weigh(self, weights: Mapping[str, Weights]) -> None:
@@ -98,9 +99,9 @@ class Open(Cohort):
         """Computed from the updates."""
         return {name: agreement(self.matrices(name), self.shares) for name in names}
 
-    def gram(self, name: str) -> Gram:
+    def gram(self, name: str, side: Side) -> Gram:
         """Computed from the updates."""
-        return self.matrices(name)
+        return self.matrices(name) if side == "left" else self.matrices(name).transposed
 
     def weigh(self, weights: Mapping[str, Weights]) -> None:
         """Nothing is computed before it is asked for."""

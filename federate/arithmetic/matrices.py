@@ -24,15 +24,27 @@ class Matrices:
 
     They are made a few columns at a time, which every sum below allows: whole, they would be a
     second copy of what the clients sent.
+
+    Attributes:
+        new: W_k by client.
+        old: W, or None.
+        turned: Whether X_k are the transposes of these.
     """
 
     new: Mapping[str, Tensor]
     old: Tensor | None
+    turned: bool = False
 
     @classmethod
     def of(cls, updates: Sequence[Update], name: str, old: Tensor | None) -> Matrices:
         """In order of client names, so that the order of arrival does not matter."""
         return cls({u.client: u.state[name] for u in sorted(updates, key=lambda u: u.client)}, old)
+
+    @property
+    def transposed(self) -> Matrices:
+        """X_kᵀ by client, whose G is Σ_k w_k X_kᵀ X_k."""
+        old = None if self.old is None else self.old.T
+        return Matrices({client: new.T for client, new in self.new.items()}, old, not self.turned)
 
     @property
     def shape(self) -> torch.Size:
@@ -42,7 +54,8 @@ class Matrices:
     @property
     def dtype(self) -> torch.dtype:
         """Above 1024 rows float64 would double time and memory, and float32 is accurate enough."""
-        return torch.float64 if self.shape[0] <= _DOUBLE_ROWS else next(iter(self.new.values())).dtype
+        rows = self.shape[1 if self.turned else 0]
+        return torch.float64 if rows <= _DOUBLE_ROWS else next(iter(self.new.values())).dtype
 
     def pieces(self) -> Iterator[tuple[str, slice, Tensor]]:
         """Client, columns, and those columns of X_k; to be read only."""

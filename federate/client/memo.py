@@ -26,6 +26,7 @@ def job_key(job: Job) -> dict[str, Any]:
         "proximal": job.objective.proximal,
         "linear": None if linear is None else content_hash(linear),
         "gradient": "gradient" in job.wants,
+        "update": job.update,
     }
 
 

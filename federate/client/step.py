@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from fedcmp.federate.arithmetic.paths import path_projector
 from fedcmp.federate.arithmetic.updates import State
 from fedcmp.federate.client.stream import Batch
 from fedcmp.federate.messages import Job, LocalResult
@@ -54,6 +55,11 @@ class _Learner:
     tokens: int = 0
     gradient: State = field(default_factory=dict)
 
+    @property
+    def follows(self) -> bool:
+        """Whether the mean gradient along the path is needed."""
+        return self.job.update == "path" or "gradient" in self.job.wants
+
     def take(self, noisy: NoisySteps, features: Tensor, visual: Tensor, units: Tensor) -> None:
         """Take the private gradient of a batch."""
         try:
@@ -72,7 +78,7 @@ class _Learner:
         proximal, linear = self.job.objective.proximal, self.job.objective.linear
         for name, parameter in self.model.trainable().items():
             assert parameter.grad is not None
-            if "gradient" in self.job.wants:
+            if self.follows:
                 mean = self.gradient.setdefault(name, torch.zeros_like(parameter.grad))
                 mean.add_(parameter.grad, alpha=1 / self.steps)
             if proximal:
@@ -148,16 +154,18 @@ def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) 
             f"client '{learner.job.client}', round {learner.job.round}: the loss is {loss}; lower "
             f"federate.optimizer.learning_rate ({options.learning_rate:g})"
         )
+    job, state = learner.job, state_of(learner.model.projector)
+    gradient = {name: mean.cpu() for name, mean in learner.gradient.items()}
     return LocalResult(
-        client=learner.job.client,
-        state=state_of(learner.model.projector),
+        client=job.client,
+        state=path_projector(job.start, state, gradient) if job.update == "path" else state,
         loss=loss,
         samples=learner.samples,
         steps=learner.steps,
         tokens=learner.tokens,
         seconds=seconds,
         optimizer=learner.optimizer.state_dict() if options.carry else None,
-        gradient={name: mean.cpu() for name, mean in learner.gradient.items()} or None,
+        gradient=gradient if "gradient" in job.wants else None,
     )
 
 

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedcmp.federate.arithmetic.cohort import Side
 from fedcmp.federate.arithmetic.matrices import Matrices, agreement_with
 from fedcmp.federate.arithmetic.norms import norm
 from fedcmp.federate.arithmetic.updates import State
 from fedcmp.federate.secure.numbers import LEAST
+
+Place = tuple[Side, str]
 
 
 class Own:
@@ -37,8 +40,9 @@ class Own:
         self.permit(request)
         parts = [weights[self._name] * self._delta(name) for name, weights in request["updates"].items()]
         parts += [
-            self._matrix(name).gram({self._name: weights[self._name]}).double()
-            for name, weights in request["grams"].items()
+            self._side(side, name).gram({self._name: weights[self._name]}).double()
+            for side, matrices in request["grams"].items()
+            for name, weights in matrices.items()
         ]
         return torch.cat([part.flatten() for part in parts]).numpy()
 
@@ -52,7 +56,8 @@ class Own:
         Raises:
             ValueError: Fewer than three have a weight, or this client has more than half of all.
         """
-        for name, weights in [*request["updates"].items(), *request["grams"].items()]:
+        grams = [named for matrices in request["grams"].values() for named in matrices.items()]
+        for name, weights in [*request["updates"].items(), *grams]:
             among = {client: weights[client] for client in survivors or weights}
             if not all(isfinite(weight) and weight >= 0 for weight in among.values()):
                 raise ValueError(f"client '{self._name}' refuses weights of {name} that are none")
@@ -79,16 +84,19 @@ class Own:
     def _matrix(self, name: str) -> Matrices:
         return Matrices({self._name: self._state[name]}, self._start[name])
 
+    def _side(self, side: Side, name: str) -> Matrices:
+        return self._matrix(name) if side == "left" else self._matrix(name).transposed
+
     def _delta(self, name: str) -> Tensor:
         return self._state[name].double() - self._start[name].double()
 
 
 def parts_of(
-    vector: np.ndarray, state: State, updates: Sequence[str], grams: Sequence[str]
-) -> tuple[State, State]:
-    """The sums in a vector that `contribute` made, by name."""
+    vector: np.ndarray, state: State, updates: Sequence[str], grams: Sequence[Place]
+) -> tuple[State, dict[Place, Tensor]]:
+    """The sums in a vector that `contribute` made, by name; Gram matrices by side and name."""
     shapes = [state[name].shape for name in updates]
-    shapes += [torch.Size((state[name].shape[0],) * 2) for name in grams]
+    shapes += [torch.Size((state[name].shape[0 if side == "left" else 1],) * 2) for side, name in grams]
     pieces = torch.from_numpy(vector).split([shape.numel() for shape in shapes])
     tensors = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
     return dict(zip(updates, tensors, strict=False)), dict(zip(grams, tensors[len(updates) :], strict=True))

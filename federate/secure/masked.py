@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedcmp.federate.arithmetic.cohort import Cohort, Gram, Weights
+from fedcmp.federate.arithmetic.cohort import Cohort, Gram, Side, Weights
 from fedcmp.federate.arithmetic.norms import factors, usual_norms
 from fedcmp.federate.arithmetic.updates import Memory, State, Update
-from fedcmp.federate.secure.contribution import parts_of
+from fedcmp.federate.secure.contribution import Place, parts_of
 from fedcmp.federate.secure.summation import Exchange, secure_sum
 from fedcmp.federate.strategies.base import Aggregate, Strategy
 from fedcmp.pipeline.errors import DroppedOutError, SpoiledError
@@ -52,7 +52,7 @@ class Masked(Cohort):
         state: Global projector they started from.
         samples: Samples of every client, which the server knows.
         threshold: Clients that have to stay until the end.
-        grams: Matrices whose G is needed.
+        grams: Matrices and sides whose G is needed.
 
     Raises:
         DroppedOutError: Too few clients stayed.
@@ -64,24 +64,24 @@ class Masked(Cohort):
         state: State,
         samples: Mapping[str, int],
         threshold: int,
-        grams: Sequence[str],
+        grams: Sequence[Place],
     ) -> None:
         self._exchange, self._state, self._threshold = exchange, state, threshold
-        self._samples, self._names = samples, grams
+        self._samples, self._places = samples, grams
         self._factors = dict.fromkeys(samples, 1.0)
         self._norms: dict[str, float] = {}
         self._sums: State = {}
 
     @cached_property
-    def _first(self) -> tuple[State, State, Weights]:
+    def _first(self) -> tuple[State, dict[Place, Tensor], Weights]:
         """Σ_k p_k D_k of everything, G of the matrices, and p_k of who is in them."""
         total = sum(self._samples.values())
         expected = {client: n / total for client, n in self._samples.items()}
-        means, grams, survivors = self._summed(dict.fromkeys(self._state, expected), self._names)
+        means, grams, survivors = self._summed(dict.fromkeys(self._state, expected), self._places)
         shares = {client: expected[client] for client in survivors}
-        self._rescale(means, dict.fromkeys(self._state, shares))
-        self._rescale(grams, dict.fromkeys(self._names, shares))
         whole = sum(shares.values())
+        for summed in [*means.values(), *grams.values()]:
+            summed /= whole
         return means, grams, {client: share / whole for client, share in shares.items()}
 
     @property
@@ -111,18 +111,28 @@ class Masked(Cohort):
         self._factors = factors(norms, usual_norms(norms, self._samples), longest)
         return self._factors
 
-    def _summed(self, weights: Mapping[str, Weights], grams: Sequence[str]) -> tuple[State, State, list[str]]:
+    def _summed(
+        self, weights: Mapping[str, Weights], grams: Sequence[Place]
+    ) -> tuple[State, dict[Place, Tensor], list[str]]:
         """Sums of shortened updates: their factors are part of the weights."""
         once = {name: self._times(each, 1) for name, each in weights.items()}
         shares = next(iter(weights.values()))
-        request: dict[str, Any] = {"updates": once, "grams": dict.fromkeys(grams, self._times(shares, 2))}
+        twice = self._times(shares, 2)
+        asked: dict[str, dict[str, Weights]] = {}
+        for side, name in grams:
+            asked.setdefault(side, {})[name] = twice
+        request: dict[str, Any] = {"updates": once, "grams": asked}
         vector, survivors = secure_sum(self._exchange, sorted(shares), self._threshold, request)
         updates, squares = parts_of(vector, self._state, list(weights), grams)
         self._check_lengths(updates, squares, once, survivors)
         return updates, squares, survivors
 
     def _check_lengths(
-        self, updates: State, squares: State, weights: Mapping[str, Weights], among: Sequence[str]
+        self,
+        updates: State,
+        squares: Mapping[Place, Tensor],
+        weights: Mapping[str, Weights],
+        among: Sequence[str],
     ) -> None:
         """No sum is longer than what its clients said, ‖Σ w_k D_k‖ ≤ Σ w_k ‖D_k‖, for every parameter."""
         if not self._norms:
@@ -135,19 +145,15 @@ class Masked(Cohort):
                     f"{', '.join(among)} said allow {most:.3g}: one of them said less than it added"
                 )
         most = sum(next(iter(weights.values()))[c] * self._factors[c] * self._norms[c] ** 2 for c in among)
-        for name, total in squares.items():
+        for (side, name), total in squares.items():
             if float(total.trace()) > most * _ROUNDED + _TINY * len(total):
+                product = "D Dᵀ" if side == "left" else "Dᵀ D"
                 raise SpoiledError(
-                    f"the secure sum of {name} D Dᵀ is larger than the norms that were said allow"
+                    f"the secure sum of {name} {product} is larger than the norms that were said allow"
                 )
 
     def _times(self, weights: Weights, power: int) -> Weights:
         return {client: weight * self._factors[client] ** power for client, weight in weights.items()}
-
-    def _rescale(self, sums: State, weights: Mapping[str, Weights]) -> None:
-        """Weights of clients that dropped out are missing from the sum."""
-        for name, total in sums.items():
-            total /= sum(weights[name].values())
 
     def agreements(self, names: Sequence[str]) -> dict[str, Weights]:
         """Every client compares itself with the broadcast consensus; its cosines are not secret."""
@@ -166,9 +172,10 @@ class Masked(Cohort):
             )
         return {name: {client: replies[client][name] for client in self.shares} for name in names}
 
-    def gram(self, name: str) -> Gram:
+    def gram(self, name: str, side: Side) -> Gram:
         """G, summed in the first sum."""
-        return _Summed(self._state[name].shape, self._first[1][name])
+        total = self._first[1][side, name]
+        return _Summed(total.shape, total)
 
     def weigh(self, weights: Mapping[str, Weights]) -> None:
         """A second sum, where weights are not the shares already."""
@@ -176,7 +183,8 @@ class Masked(Cohort):
             self._sums = self.means
             return
         self._sums, _, survivors = self._summed(weights, ())
-        self._rescale(self._sums, {n: {c: each[c] for c in survivors} for n, each in weights.items()})
+        for name, total in self._sums.items():
+            total /= sum(weights[name][client] for client in survivors)
 
     def sum(self, name: str) -> Tensor:
         """Σ_k ω_k D_k of a parameter."""
@@ -202,7 +210,8 @@ def aggregate(
     """
     sums = strategy.sees() == "sums"
     matrices = [name for name, old in state.items() if old.ndim == 2]
-    cohort = Masked(exchange, state, samples, threshold, matrices if sums else ())
+    grams = [(side, name) for side in strategy.looks_at() for name in matrices]
+    cohort = Masked(exchange, state, samples, threshold, grams if sums else ())
     if sums:
         return strategy.fuse(state, cohort, memory)
     # To a strategy that needs the mean alone, the round is one client that moved by it.

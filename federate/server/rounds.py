@@ -70,6 +70,7 @@ def run_rounds(
                 round=round_,
                 rounds=len(rounds),
                 objective=strategy.objective(client, progress.memory),
+                update=strategy.update,
                 wants=strategy.wants,
                 optimizer=progress.optimizers.get(client),
                 counted=progress.counted.get(client),

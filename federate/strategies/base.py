@@ -14,7 +14,7 @@ from fedcmp.pipeline.options import Options
 from fedcmp.pipeline.registry import Registry
 
 if TYPE_CHECKING:
-    from fedcmp.federate.arithmetic.cohort import Cohort
+    from fedcmp.federate.arithmetic.cohort import Cohort, Side
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Strategy(Options, ABC):
     and never receive the global one. `wants`: optional fields of `Update` it cannot do without.
 
     Args:
+        update: What clients send: their `weights` W_k as they end, or where their mean gradient along
+            the `path` leads, stretched to the length of their update (`arithmetic.paths`).
         proximal: FedProx's μ: pulls clients towards where they started (arXiv 1812.06127).
     """
 
@@ -40,6 +42,7 @@ class Strategy(Options, ABC):
     personal: ClassVar[bool] = False
     wants: ClassVar[frozenset[str]] = frozenset()
 
+    update: Literal["weights", "path"] = "weights"
     proximal: float = Field(0.0, ge=0)
 
     def begin(self, state: State, samples: Mapping[str, int]) -> Memory:
@@ -58,6 +61,10 @@ class Strategy(Options, ABC):
     def sees(self) -> Literal["updates", "mean", "sums"]:
         """What it has to know of a round: every update, their mean alone, or sums (`fuse`)."""
         return "updates"
+
+    def looks_at(self) -> tuple[Side, ...]:
+        """Sides of the matrices whose G it needs, where it sees sums."""
+        return ()
 
     def releases(self) -> int:
         """Different sums of the same updates that a round takes at most, where it sees sums."""
