@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fedcmp.federate.arithmetic.updates import Objective, Sent, State
+from fedcmp.federate.arithmetic.updates import Measure, Objective, Sent, State
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Job:
         objective: What it minimises besides its loss.
         update: Whether it sends its `weights` or its `path` projector (`arithmetic.paths`).
         wants: What it must send besides its projector.
+        measure: Of its alignment, where that is wanted.
         optimizer: Moments to go on from, or None.
         counted: Last round in which its answer counted, or None.
     """
@@ -33,6 +34,7 @@ class Job:
     objective: Objective = field(default_factory=Objective)
     update: Literal["weights", "path"] = "weights"
     wants: frozenset[str] = frozenset()
+    measure: Measure = "likelihood"
     optimizer: dict[str, Any] | None = None
     counted: int | None = None
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcmp.cli import main
-from fedcmp.federate.arithmetic.updates import State, Update
+from fedcmp.federate.arithmetic.updates import Measure, State, Update
 from fedcmp.federate.client.alignment import alignment_contributions, linear_cka
 from fedcmp.federate.client.stream import Batch, Stream
 from fedcmp.federate.strategies.base import STRATEGIES
@@ -253,7 +253,7 @@ def test_contributions_are_what_is_lost_without_a_layer(language, batches: list[
     assert sum(len(batch.ids) for batch in batches) == 20
     module, start = real(0)
     _, trained = real(1)
-    found = alignment_contributions(VisionLanguage(module, language), start, trained, iter(batches))
+    found = alignment_contributions(VisionLanguage(module, language), start, trained, iter(batches), "cka")
     assert list(found) == list(MATRICES)
     whole = alignment(module, trained, language, batches)
     for layer in ("linear_1", "linear_2"):
@@ -265,23 +265,49 @@ def test_contributions_are_what_is_lost_without_a_layer(language, batches: list[
     assert 0 < whole < 1
 
 
-def test_an_untrained_layer_contributes_nothing(language, batches: list[Batch]) -> None:  # type: ignore[no-untyped-def]
+def test_a_layer_contributes_what_the_loss_rises_without_its_training(language, batches: list[Batch]) -> None:  # type: ignore[no-untyped-def]
+    """transformers' own loss of all texts, token by token."""
+    module, start = real(0)
+    _, trained = real(1)
+
+    def loss(state: State) -> float:
+        module.load_state_dict(state)
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for batch in batches:
+                embeds = language.embed(batch.ids, module(batch.features))
+                count = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+                total += count * float(language.model(inputs_embeds=embeds, labels=batch.labels).loss)
+                tokens += count
+        return total / tokens
+
+    found = alignment_contributions(
+        VisionLanguage(module, language), start, trained, iter(batches), "likelihood"
+    )
+    for layer in ("linear_1", "linear_2"):
+        without = {name: start[name] if name.startswith(layer) else trained[name] for name in trained}
+        assert found[f"{layer}.weight"] == pytest.approx(loss(without) - loss(trained), abs=1e-5)
+        assert abs(found[f"{layer}.weight"]) > 1e-4
+
+
+@pytest.mark.parametrize("measure", ["likelihood", "cka"])
+def test_an_untrained_layer_contributes_nothing(language, batches: list[Batch], measure: Measure) -> None:  # type: ignore[no-untyped-def]
     module, start = real(0)
     before = projectors.state_of(module)
     half = real(1)[1] | {name: start[name] for name in ("linear_1.weight", "linear_1.bias")}
-    found = alignment_contributions(VisionLanguage(module, language), start, half, batches)
+    found = alignment_contributions(VisionLanguage(module, language), start, half, batches, measure)
     assert found["linear_1.weight"] == 0
     assert found["linear_2.weight"] != 0
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
-    assert set(alignment_contributions(VisionLanguage(module, language), half, half, batches).values()) == {
-        0.0
-    }
+    assert set(
+        alignment_contributions(VisionLanguage(module, language), half, half, batches, measure).values()
+    ) == {0.0}
 
 
 def test_against_a_zero_base_every_layer_is_all_there_is(language, batches: list[Batch]) -> None:  # type: ignore[no-untyped-def]
     module, trained = real(1)
     zero = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
-    found = alignment_contributions(VisionLanguage(module, language), zero, trained, batches)
+    found = alignment_contributions(VisionLanguage(module, language), zero, trained, batches, "cka")
     whole = alignment(module, trained, language, batches)
     assert list(found.values()) == pytest.approx([whole, whole], abs=1e-5)
 
@@ -422,10 +448,13 @@ def test_runs_bring_their_samples(tmp_path: Path) -> None:
     assert list(samples_of(tmp_path / "m.json")) == [f"same-{content}-0", f"same-{content}-1"]
 
 
+@pytest.mark.parametrize("measure", ["likelihood", "cka"])
 def test_alignments_weight_the_layers(
-    files: list[Path], cache_path: Path, llama_dir: Path, tmp_path: Path
+    files: list[Path], cache_path: Path, llama_dir: Path, tmp_path: Path, measure: str
 ) -> None:
-    words = [*files, "--base", tmp_path / "base.safetensors", "--method", "pivotmerge"]
+    # Of random projectors layers contribute less than nothing, and the floor is for those alone.
+    floor = ["--set", "floor=1e-9", "--set", f"pivotmerge.measure={measure}"]
+    words = [*files, "--base", tmp_path / "base.safetensors", "--method", "pivotmerge", *floor]
     plain = good(*words, "--out", tmp_path / "plain.safetensors")
     assert "pivotmerge: without --features and --language" in plain
     guide = ["--features", cache_path, "--language", llama_dir, "--texts", "12"]
@@ -436,16 +465,17 @@ def test_alignments_weight_the_layers(
     assert one == two
     assert one != (tmp_path / "plain.safetensors").read_bytes()
     manifest = json.loads((tmp_path / "one.json").read_text())
+    assert manifest["alignment"]["measure"] == measure
     contributions = manifest["alignment"]["contributions"]
     assert set(contributions) == {"berlin", "lyon", "turin"}
     assert all(set(layers) == set(MATRICES) for layers in contributions.values())
     updates = [Update(p.stem, loaded(p), 1, alignment=contributions[p.stem]) for p in files]
-    by_hand = merged(real(0)[1], updates)
+    by_hand = merged(real(0)[1], updates, floor=1e-9)
     for name, tensor in loaded(tmp_path / "one.safetensors").items():
         assert torch.equal(tensor, by_hand[name])
     each = ["--features", cache_path, "--features", cache_path.with_name("lab.zarr")]
     each += ["--features", cache_path, "--language", llama_dir]
-    good(*words, "--method", "fedavg", *each, "--out", tmp_path / "both")
+    good(*words[:-4], "--method", "fedavg", *each, "--out", tmp_path / "both")
     assert json.loads((tmp_path / "both/fedavg.json").read_text())["alignment"] is None
     unused = good(*files, "--method", "fedavg", *guide, "--out", tmp_path / "unused.safetensors")
     assert "--features and --language are not used: fedavg" in unused

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
-
 
 State = dict[str, Tensor]
 
 
 Memory = dict[str, Tensor]
+
+
+Measure = Literal["likelihood", "cka"]
 
 
 _PIECE = 2**16

@@ -1,24 +1,29 @@
-"""How well visual tokens are aligned with text embeddings, and what each layer contributes to it.
+"""What each layer of a client's projector contributes to aligning visual tokens with texts.
 
-For samples j = 1..n, x_j is the mean of a picture's projected visual tokens and y_j the mean of the
-LLM's input embeddings of the sample's supervised tokens, both in R^d_llm. With the rows of X and Y
-centred, the alignment of projector P is linear CKA (Kornblith et al., 2019, arXiv 1905.00414):
+Layer l contributes what is lost without its training: the measure of the trained projector against that of
+the trained one with weight and bias of l as they were at the start.
+
+`likelihood`: the rise of the frozen LLM's mean loss a supervised token, in nats. It asks the model that the
+projector is for, at the price of a forward pass of the LLM for every layer and one more.
+
+`cka`: the fall of linear CKA (Kornblith et al., 2019, arXiv 1905.00414), which takes no pass of the LLM. For
+samples j = 1..n, x_j is the mean of a picture's projected visual tokens and y_j the mean of the LLM's input
+embeddings of the sample's supervised tokens, both in R^d_llm. With the rows of X and Y centred,
 
     A(P) = ‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) = ⟨X Xᵀ, Y Yᵀ⟩ / (‖X Xᵀ‖ ‖Y Yᵀ‖)   in [0, 1]
 
-It depends neither on scale nor on a rotation or shift of either space. Layer l contributes what is
-lost without its training: A(trained) - A(trained, with weight and bias of l as they were at the start).
+which depends neither on scale nor on a rotation or shift of either space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from fedcmp.federate.arithmetic.updates import State
+from fedcmp.federate.arithmetic.updates import Measure, State
 from fedcmp.federate.client.stream import Batch
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
@@ -50,20 +55,43 @@ def alignment_contributions(
     start: State,
     trained: State,
     batches: Iterable[Batch],
+    measure: Measure,
 ) -> dict[str, float]:
     """What training each layer contributed to the alignment, by name of its weight matrix.
 
     Args:
-        model: Its projector gives the architecture and the device, its LLM the input embeddings; the
+        model: Its projector gives the architecture and the device, its LLM the embeddings and the loss; the
             projector's weights are neither used nor changed.
         start: Weights before training.
         trained: Weights after training.
         batches: At least one, on the LLM's device; each is taken once.
+        measure: Of the alignment.
     """
     device = next(model.projector.parameters()).device
     matrices = [name for name, tensor in trained.items() if tensor.ndim == 2]
     variants = {"": trained} | {matrix: _without(matrix, start, trained) for matrix in matrices}
     variants = {name: {n: t.to(device) for n, t in state.items()} for name, state in variants.items()}
+    aligned = _likelihoods if measure == "likelihood" else _ckas
+    of = aligned(model, variants, batches)
+    return {matrix: of[""] - of[matrix] for matrix in matrices}
+
+
+def _likelihoods(
+    model: VisionLanguage, variants: Mapping[str, State], batches: Iterable[Batch]
+) -> dict[str, float]:
+    """Mean log-likelihood of a supervised token, in nats, by variant."""
+    sums, tokens = dict.fromkeys(variants, 0.0), 0
+    for batch in batches:
+        for name, state in variants.items():
+            visual = functional_call(model.projector, state, (batch.features,))
+            losses, _ = model.losses(batch.ids, batch.labels, visual)
+            sums[name] -= float(losses.double().sum())
+        tokens += len(losses)
+    return {name: each / tokens for name, each in sums.items()}
+
+
+def _ckas(model: VisionLanguage, variants: Mapping[str, State], batches: Iterable[Batch]) -> dict[str, float]:
+    """Linear CKA of visual tokens and text embeddings by variant."""
     visual: dict[str, list[Tensor]] = {name: [] for name in variants}
     texts = []
     for batch in batches:
@@ -73,8 +101,7 @@ def alignment_contributions(
             tokens = functional_call(model.projector, state, (batch.features[answered],))
             visual[name].append(tokens.double().mean(1))
     y = torch.cat(texts)
-    alignment = {name: linear_cka(torch.cat(x), y) for name, x in visual.items()}
-    return {matrix: alignment[""] - alignment[matrix] for matrix in matrices}
+    return {name: linear_cka(torch.cat(x), y) for name, x in visual.items()}
 
 
 def _without(matrix: str, start: State, trained: State) -> State:

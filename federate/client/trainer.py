@@ -100,5 +100,5 @@ class Trainer:
             return result
         batches = self.streams[job.client].batches(job.turn)
         some = islice(batches, -(-_ALIGNMENT_SAMPLES // self.batch_size))
-        contributions = alignment_contributions(self.model, job.start, result.state, some)
+        contributions = alignment_contributions(self.model, job.start, result.state, some, job.measure)
         return replace(result, alignment=contributions)

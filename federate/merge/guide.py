@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+from fedcmp.federate.arithmetic.updates import Measure
 from fedcmp.federate.client.stream import Stream
 from fedcmp.federate.client.texts import unusable
 from fedcmp.federate.merge.inputs import Inputs
@@ -42,7 +43,7 @@ class Guide:
     texts: int
 
 
-def aligned(inputs: Inputs, guide: Guide, plugins: tuple[Plugin, ...] = ()) -> Inputs:
+def aligned(inputs: Inputs, guide: Guide, measure: Measure, plugins: tuple[Plugin, ...] = ()) -> Inputs:
     """The inputs with the alignments of their updates."""
     from fedcmp.federate.client.alignment import alignment_contributions
 
@@ -92,7 +93,7 @@ def aligned(inputs: Inputs, guide: Guide, plugins: tuple[Plugin, ...] = ()) -> I
                 without={name: without[name]},
             )
             some = islice(stream.batches(0), -(-guide.texts // _BATCH))
-            contributions = alignment_contributions(model, inputs.base, update.state, some)
+            contributions = alignment_contributions(model, inputs.base, update.state, some, measure)
             aligned.append(replace(update, alignment=contributions))
             task.advance()
     say(f"Alignment: {guide.texts} training texts at most from each of {', '.join(caches)}")
@@ -106,6 +107,7 @@ def aligned(inputs: Inputs, guide: Guide, plugins: tuple[Plugin, ...] = ()) -> I
         },
         "template": guide.template,
         "texts": guide.texts,
+        "measure": measure,
         "contributions": {update.client: update.alignment for update in aligned},
     }
     return replace(inputs, updates=aligned, guided=guided)

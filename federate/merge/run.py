@@ -62,15 +62,18 @@ def merge(
     inputs = read_inputs(paths, base, weights, plugins)
     _refuse_overwriting(inputs, targets)
     wanting = [name for name, strategy in strategies.items() if "alignment" in strategy.wants]
+    guided = dict.fromkeys(strategies, inputs)
     if guide and wanting:
-        inputs = aligned(inputs, guide, plugins)
+        measures = {strategies[name].aligned_by() for name in wanting}
+        of = {measure: aligned(inputs, guide, measure, plugins) for measure in sorted(measures)}
+        guided |= {name: of[strategies[name].aligned_by()] for name in wanting}
     elif wanting:
         say(f"{', '.join(wanting)}: without --features and --language, alignments do not weight the layers")
     elif guide:
         say(f"--features and --language are not used: {', '.join(strategies)} takes no alignments")
     for name, strategy in strategies.items():
         plugin = STRATEGIES.provenance(components[name], name)
-        _merge(name, strategy, inputs, targets[name], plugin)
+        _merge(name, strategy, guided[name], targets[name], plugin)
     return list(targets.values())
 
 

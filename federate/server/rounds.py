@@ -72,6 +72,7 @@ def run_rounds(
                 objective=strategy.objective(client, progress.memory),
                 update=strategy.update,
                 wants=strategy.wants,
+                measure=strategy.aligned_by(),
                 optimizer=progress.optimizers.get(client),
                 counted=progress.counted.get(client),
             )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from fedcmp.federate.arithmetic.updates import Memory, Objective, State, Update
+from fedcmp.federate.arithmetic.updates import Measure, Memory, Objective, State, Update
 from fedcmp.pipeline.options import Options
 from fedcmp.pipeline.registry import Registry
 
@@ -57,6 +57,10 @@ class Strategy(Options, ABC):
     def objective(self, client: str, memory: Memory) -> Objective:
         """What a client minimises besides its loss in the next round."""
         return Objective(self.proximal)
+
+    def aligned_by(self) -> Measure:
+        """How clients measure their alignment, where it wants that (`client.alignment`)."""
+        return "likelihood"
 
     def sees(self) -> Literal["updates", "mean", "sums"]:
         """What it has to know of a round: every update, their mean alone, or sums (`fuse`)."""

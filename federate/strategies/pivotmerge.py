@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedcmp.federate.arithmetic.bases import canonical_basis
 from fedcmp.federate.arithmetic.updates import (
+    Measure,
     Memory,
     State,
     Update,
@@ -47,7 +48,9 @@ class PivotMerge(Strategy):
     Without alignments every layer is weighted by samples alone.
 
     Args:
-        floor: Least contribution to the alignment a client is taken to have (f), in units of CKA;
+        measure: What a layer contributes: the rise of the frozen LLM's loss without its training, in nats a
+            token (`likelihood`), or the fall of CKA (`cka`).
+        floor: Least contribution to the alignment a client is taken to have (f), in units of the measure;
             what is below is beyond what some hundred samples can tell from zero.
         specific: Exponent q by which agreement damps domain-specific parts; 0 keeps them whole.
         energy: Share of the updates' energy that the canonical directions must hold; what lies
@@ -57,10 +60,15 @@ class PivotMerge(Strategy):
 
     wants: ClassVar[frozenset[str]] = frozenset({"alignment"})
 
+    measure: Measure = "likelihood"
     floor: float = Field(1e-3, gt=0)
     specific: float = Field(1.0, ge=0)
     energy: float = Field(1.0, gt=0, le=1)
     scale: float = Field(1.0, gt=0)
+
+    def aligned_by(self) -> Measure:
+        """As its option says."""
+        return self.measure
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Fuse matrices in their canonical space; biases take the weights of their layer."""
