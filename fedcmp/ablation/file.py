@@ -41,10 +41,25 @@ Measure = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+: .+$")]
 
 
 class Tuning(Options):
-    """How options are chosen: the best mean of `measure` over seeds that results never use."""
+    """How options are chosen: the best mean of `measure` over seeds that results never use.
+
+    Where the best value is at the edge of its grid, a better one may lie beyond: such a strategy was not
+    tuned, which is an error unless `edges` are only to be reported.
+    """
 
     seeds: tuple[int, ...] = Field(min_length=1)
     measure: Measure = "validation: loss"
+    edges: Literal["error", "report"] = "error"
+
+
+class Contest(Options):
+    """Comparisons that were decided on before any result was seen: `subject` against each of `rivals`.
+
+    Ratios of the first measure, paired by seed: averaged over scenarios for the primary comparisons, and in
+    every scenario for the secondary ones.
+    """
+
+    rivals: tuple[Name, ...] = Field(min_length=1)
 
 
 class Ablation(Options):
@@ -67,6 +82,7 @@ class Ablation(Options):
     scenarios: dict[Name, Path] = Field(min_length=1)
     strategies: dict[Name, dict[str, Any]] = Field(min_length=1)
     tuning: Tuning | None = None
+    contest: Contest | None = None
     set: tuple[str, ...] = ()
     plugins: tuple[Path, ...] = ()
 
@@ -119,6 +135,7 @@ def _problems(ablation: Ablation) -> Iterator[str]:
         ("baseline", ablation.baseline),
         ("subject", ablation.subject),
         *(("bounds", bound) for bound in ablation.bounds),
+        *(("contest.rivals", rival) for rival in (ablation.contest.rivals if ablation.contest else ())),
     ):
         if name not in known:
             yield f"{role} = '{name}': no such strategy{did_you_mean(name, known)}"
@@ -128,6 +145,8 @@ def _problems(ablation: Ablation) -> Iterator[str]:
                 yield f"strategies.{strategy}.{name} = {value}: give different values"
         if ablation.tuning is None and len(list(grid(ablation, strategy))) > 1:
             yield f"strategies.{strategy} has a list to choose from; add a table [tuning]"
+    if ablation.contest is not None and ablation.better == "higher":
+        yield "contest: compares ratios of losses; better = 'higher' does not fit, so remove one of the two"
     seeds = [*ablation.seeds, *(ablation.tuning.seeds if ablation.tuning else ())]
     if len(set(seeds)) < len(seeds):
         yield "a seed is named twice; tune on seeds that results never use"

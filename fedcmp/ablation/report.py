@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from fedcmp.ablation import contest
+from fedcmp.ablation.edges import at_edges
 from fedcmp.ablation.file import Ablation, Chosen, Trial
 from fedcmp.ablation.sweep import Finished
 from fedcmp.evaluate.report.charts import dots
@@ -35,9 +37,10 @@ def section(finished: Finished) -> Section:
     lines = [f"## {ablation.title or ablation.name}", "", *_setting(ablation), ""]
     plots: dict[str, str] = {}
     against_subject: dict[str, dict[str, Difference]] = {}
+    tested_values: dict[str, Values] = {}
     for scenario in ablation.scenarios:
         scores = _scores(ablation.measures, [t for t in trials if t.scenario == scenario], failures)
-        values = scores[tested]
+        values = tested_values[scenario] = scores[tested]
         if not values:
             lines += [f"### {scenario}", "", "Every run diverged.", ""]
             continue
@@ -55,11 +58,27 @@ def section(finished: Finished) -> Section:
         name = f"{ablation.name}-{scenario}.svg"
         plots[name] = dots({each: values[each] for each in order}, f"{tested}, a dot a seed")
         lines += [f"### {scenario}", "", *_markdown(columns, body), "", f"![{scenario}](results/{name})", ""]
+    lines += _contest(ablation, tested_values)
     lines += _verdict(ablation, against_subject)
+    lines += [f"- not tuned: {each}" for each in at_edges(ablation, finished.tuned)]
     lines += [f"- diverged: {run}: {why}" for run, why in sorted(failures.items())]
     saved = _saved(trials)
     say(saved)
     return Section("\n".join([*lines, "", saved, ""]), plots)
+
+
+def _contest(ablation: Ablation, values: Mapping[str, Values]) -> list[str]:
+    if ablation.contest is None:
+        return []
+    columns, body = contest.rows(ablation, values)
+    tested, number = ablation.measures[0], len(ablation.seeds)
+    what = (
+        f"Ratios of {tested}, the geometric mean over {number} seeds with its 95 % interval; below 1 "
+        f"{ablation.subject} is better. P by sign flips, adjusted (Holm) over rivals in the column of all "
+        "scenarios and over scenarios in the others, which also say in how many seeds it is lower."
+    )
+    table(f"{ablation.name}: {ablation.subject} against its rivals", columns, body)
+    return ["### The contest", "", what, "", *_markdown(columns, body), ""]
 
 
 def _setting(ablation: Ablation) -> list[str]:
