@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,11 +14,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from fedcmp.ablation import contest
+from fedcmp.ablation.edges import at_edges
 from fedcmp.ablation.file import grid, read_ablation, trial
 from fedcmp.cli import main
 from fedcmp.evaluate.report.charts import dots
-from fedcmp.evaluate.statistics import holm, paired
+from fedcmp.evaluate.statistics import holm, paired, ratio
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -38,6 +43,10 @@ skewed = "{experiment}"
 [tuning]
 seeds = [7]
 measure = "loss: loss"
+edges = "report"
+
+[contest]
+rivals = ["fedavg"]
 
 [strategies]
 fedavg = {{ server_learning_rate = [1.0, 1.5] }}
@@ -156,7 +165,10 @@ def test_memoisation_changes_no_byte(done: tuple[Path, Result], extracted: Path,
         (("seeds = [0, 1]", "seeds = [0]"), "seeds = .*at least 2"),
         (("seeds = [7]", "seeds = [1]"), "a seed is named twice"),
         (("fedcmp = {}", "fedcmpp = {}"), "subject = 'fedcmp': no such strategy; did you mean 'fedcmpp'"),
-        (('[tuning]\nseeds = [7]\nmeasure = "loss: loss"', ""), r"fedavg has a list .*add a table"),
+        (
+            ('[tuning]\nseeds = [7]\nmeasure = "loss: loss"\nedges = "report"', ""),
+            r"fedavg has a list .*add a table",
+        ),
         (("fedcmp = {}", "fedcmp = { kapa = 1 }"), r"'strategies\.fedcmp\.kapa'; did you mean 'kappa'"),
         (("fedcmp = {}", 'fedcmp = { name = "fedcmq" }'), "no strategy is called 'fedcmq'"),
         (("loss: loss", "loss: los"), "benchmark 'loss' has no such metric; did you mean 'loss'"),
@@ -166,6 +178,12 @@ def test_memoisation_changes_no_byte(done: tuple[Path, Result], extracted: Path,
         (("[1.0, 1.5]", "[]"), r"fedavg\.server_learning_rate = \[\]: give different values"),
         (("[1.0, 1.5]", "[1.0, 1.0]"), "give different values"),
         (('set = ["', 'set = ["seed=3", "'), "the ablation itself decides this"),
+        (
+            ('rivals = ["fedavg"]', 'rivals = ["fedavgg"]'),
+            "contest.rivals = 'fedavgg': no such strategy",
+        ),
+        (('rivals = ["fedavg"]', "rivals = []"), r"contest\.rivals"),
+        (('title = "A study"', 'better = "higher"'), "contest: compares ratios of losses"),
         (("name", "= ="), "not valid TOML"),
     ],
 )
@@ -180,6 +198,80 @@ def test_mistakes_are_one_line(
     assert result.exit_code == 2
     assert re.search(message, result.output)
     assert "Traceback" not in result.output
+
+
+def test_the_contest_and_what_was_not_tuned_are_in_the_report(done: tuple[Path, Result]) -> None:
+    """Of two values one is always at an edge; where that is an error, all is written before."""
+    folder, _ = done
+    text = (folder / "report.md").read_text()
+    contest = text.split("### The contest")[1].split("###")[0]
+    assert re.search(
+        r"\| fedavg \| \d\.\d\d \(.* to .*\) \| \d\.\d{4} \| .* p \d\.\d{4}, [012] of 2 \|", contest
+    )
+    found = re.search(
+        r"- not tuned: fedavg, skewed: server_learning_rate = 1\.[05], at the edge of 1\.0, 1\.5", text
+    )
+    assert found
+    path = folder / "strict.toml"
+    path.write_text((folder / "study.toml").read_text().replace('edges = "report"\n', ""))
+    (folder / "report.md").unlink()
+    result = ablate(path)
+    assert result.exit_code == 2
+    assert "1 options were not tuned" in result.output.replace("\n", " ")
+    assert (folder / "report.md").read_text() == text.replace("study.toml", "strict.toml")
+
+
+def test_edges_by_hand(extracted: Path, tmp_path: Path) -> None:
+    options = "proximal = [0.0, 0.1, 0.2], momentum = [0.1, 0.3, 0.5]"
+    kinds = 'update = ["weights", "path"], server_learning_rate = 3.0'
+    ablation = read_ablation(write(tmp_path, extracted, f"muon = {{ {options}, {kinds} }}"))
+
+    def found(proximal: float, momentum: float, update: str = "path") -> list[str]:
+        chosen = (("proximal", proximal), ("momentum", momentum), ("update", update))
+        chosen += (("server_learning_rate", 3.0),)  # type: ignore[assignment]
+        return list(at_edges(ablation, {("skewed", "muon"): chosen}))
+
+    assert found(0.1, 0.3) == found(0.0, 0.3) == found(0.1, 0.3, "weights") == []
+    assert found(0.2, 0.3) == ["muon, skewed: proximal = 0.2, at the edge of 0.0, 0.1, 0.2"]
+    assert len(found(0.2, 0.1)) == len(found(0.2, 0.5)) == 2
+
+
+def test_the_contest_by_hand(extracted: Path, tmp_path: Path) -> None:
+    """Two scenarios, four seeds: half the loss in one, the same in the other."""
+    path = write(tmp_path, extracted)
+    text = path.read_text().replace("seeds = [0, 1]", "seeds = [0, 1, 2, 3]")
+    other = tmp_path / "other.toml"
+    other.write_text(f'extends = "{extracted}"\nexperiment = "other"\n')
+    path.write_text(text.replace("[scenarios]\n", f'[scenarios]\nother = "{other}"\n'))
+    ablation = read_ablation(path)
+    theirs, ours = [1.0, 2.0, 3.0, 4.0], [0.5, 1.0, 1.5, 2.0001]
+    values = {
+        "skewed": {"fedcmp": ours, "fedavg": theirs},
+        "other": {"fedcmp": theirs, "fedavg": theirs},
+    }
+    found = contest.primary(ablation, values, "fedavg")
+    assert (found.value, found.low, found.high) == pytest.approx([0.5**0.5] * 3, abs=1e-4)
+    assert found.p == pytest.approx(2 / 16)
+    columns, ((rival, over_all, p, of_other, of_skewed),) = contest.rows(ablation, values)
+    assert columns == ["fedcmp / rival", "all scenarios", "p (Holm)", "other", "skewed"]
+    assert (rival, over_all, p) == ("fedavg", "0.71 (0.71 to 0.71)", "0.1250")
+    assert of_skewed == "0.50 (0.50 to 0.50) p 0.2500, 4 of 4"
+    assert of_other == "1.00 (1.00 to 1.00) p 1.0000, 0 of 4"
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), number=st.integers(2, 8))
+def test_ratios_are_tested_by_every_flip_of_signs(seed: int, number: int) -> None:
+    generator = np.random.default_rng(seed)
+    ours, theirs = np.exp(generator.normal(-0.2, 1, number)), np.exp(generator.normal(0, 1, number))
+    logs = np.log(ours / theirs)
+    means = [abs(np.mean(np.array(signs) * logs)) for signs in product([-1, 1], repeat=number)]
+    found = ratio(ours.tolist(), theirs.tolist())
+    assert found.p == pytest.approx(np.mean(np.array(means) >= abs(logs.mean()) * (1 - 1e-12)))
+    assert found.value == pytest.approx(np.exp(logs.mean()))
+    of_logs = paired(logs.tolist(), [0.0] * number)
+    assert (found.low, found.high) == pytest.approx((np.exp(of_logs.low), np.exp(of_logs.high)))
+    assert ratio((3 * ours).tolist(), (3 * theirs).tolist()).value == pytest.approx(found.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
