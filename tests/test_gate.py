@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import gc
 import http.server
 import json
 import os
@@ -16,7 +17,9 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -285,6 +288,33 @@ def test_there_are_so_many_connections_and_no_more(
     assert asked(gate, keys, HEARTBEAT, signed(keys, "lab")).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_a_gate_that_closes_closes_every_connection(
+    keys: Path, inside: http.server.ThreadingHTTPServer, encrypted: bool
+) -> None:
+    """Also those that have just come, are within their handshake, or wait for the rest of a request."""
+    certificate = (keys / "server.crt", keys / "server.key") if encrypted else None
+    with warnings.catch_warnings(record=True) as left:
+        warnings.simplefilter("always", ResourceWarning)
+        for _ in range(5):
+            port = free_port()
+            gate = Gate(f"127.0.0.1:{port}", inside.server_address[1], certificate, None, None)
+            with gate:
+                silent = [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(8)]
+                if encrypted:
+                    silent += [connected(port, keys) for _ in range(2)]
+                silent[-1].sendall(b"POST / HTTP/1.1\r\n")
+                silent += [socket.create_connection(("127.0.0.1", port), timeout=20) for _ in range(8)]
+            gate.close()
+            for each in silent:
+                with suppress(ConnectionResetError):
+                    assert each.recv(1) == b""
+                each.close()
+            gc.collect()
+    assert not [str(each.message) for each in left if "127.0.0.1" in str(each.message)]
+    assert not [str(each.message) for each in left if "transport" in str(each.message)]
+
+
 def test_a_superlink_that_is_not_there(
     gate: int, keys: Path, inside: http.server.ThreadingHTTPServer
 ) -> None:
@@ -326,6 +356,7 @@ def test_every_silo_has_a_key_of_its_own(keys: Path, tmp_path: Path) -> None:
 
 SERVER_APP = """
 import time
+import warnings
 from pathlib import Path
 from flwr.app import Message, RecordDict
 from flwr.serverapp import ServerApp

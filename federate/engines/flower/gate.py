@@ -86,6 +86,7 @@ class Gate:
         self._outside = _server_side(*certificate) if certificate else None
         self._inside = ssl.create_default_context(cafile=str(authority)) if authority else None
         self._places: Counter[str] = Counter()
+        self._serving: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._told: set[str] = set()
         host, _, port = address.rpartition(":")
         self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -102,7 +103,7 @@ class Gate:
     def __enter__(self) -> Gate:
         self._thread.start()
         serving = asyncio.start_server(
-            self._serve,
+            self._come,
             sock=self._socket,
             ssl=self._outside,
             limit=_PIECE,
@@ -125,12 +126,23 @@ class Gate:
         self._socket.close()
 
     async def _closed(self) -> None:
+        # What has just come belongs to nobody yet: cancelled, or with its server closed, it would stay open.
+        self._loop.remove_reader(self._socket)
+        await asyncio.sleep(0)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for writer in self._serving.values():
+                writer.transport.abort()
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.sleep(0)
         self._server.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
         await asyncio.sleep(0.05)  # transports close in the loop's next turns
+
+    def _come(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._serving[task] = writer
+        task.add_done_callback(self._serving.pop)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         place = str((writer.get_extra_info("peername") or ("?",))[0])
