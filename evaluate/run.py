@@ -169,6 +169,10 @@ def _say_counts(work: Work, scored: Scored) -> None:
     for what in ("missing images", "duplicate ids", "bad entries", "failed items"):
         if counts[what]:
             say(f"{work.name}: {counts[what]} {what} not scored")
+        if what == "missing images" and work.missing:
+            named = list(dict.fromkeys(work.missing))
+            more = f" and {len(named) - _PROBLEMS_SHOWN:,} more" if len(named) > _PROBLEMS_SHOWN else ""
+            say(f"  {', '.join(named[:_PROBLEMS_SHOWN])}{more}")
     if counts["images trained on"]:
         say(f"{work.name}: {counts['images trained on']} of its images were trained on too, byte for byte")
     if counts["empty answers"]:

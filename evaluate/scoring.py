@@ -213,7 +213,7 @@ def _counts(work: Work, found: Given) -> dict[str, int]:
     """What was scored and what was not, over all projectors."""
     return {
         "items": len(found.items),
-        "missing images": work.missing,
+        "missing images": len(work.missing),
         "duplicate ids": work.duplicates,
         "bad entries": len(work.problems),
         "failed items": len(work.items) - len(found.items),

@@ -32,7 +32,8 @@ class Work:
         benchmark: Its options and rules.
         items: What is asked.
         keys: Hash of all that decides an item's answer besides the model, by the item's id.
-        missing: Items whose image has no features. Neither these nor the next two are asked or scored.
+        missing: Images without features, a name for every item about one. Neither these items nor the next
+            two kinds are asked or scored.
         duplicates: Items whose id came before.
         problems: Entries of the files that cannot be asked.
         trained: Images asked about that the run was trained on.
@@ -42,7 +43,7 @@ class Work:
     benchmark: Benchmark
     items: list[Item]
     keys: dict[str, str]
-    missing: int
+    missing: list[str]
     duplicates: int
     problems: list[str]
     trained: int
@@ -108,7 +109,8 @@ def prepare(experiment: Experiment, name: str, benchmark: Benchmark, cache: Feat
     path = _asked_path(experiment, name)
     if read_json(path) != record:
         write_json(path, record)
-    return Work(name, benchmark, asked, keys, len(items) - len(asked), duplicates, problems, trained)
+    missing = [item.image for item in items if item.image not in contents]
+    return Work(name, benchmark, asked, keys, missing, duplicates, problems, trained)
 
 
 def recall(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
@@ -145,7 +147,7 @@ def recall(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
         )
     asked = [item for item in items if item.image in known]
     keys = _keys(experiment, benchmark, asked, known)
-    missing = len(items) - len(asked)
+    missing = [item.image for item in items if item.image not in known]
     return Work(name, benchmark, asked, keys, missing, duplicates, problems, record["trained"])
 
 

@@ -275,7 +275,9 @@ def _rows(decoded: Sequence[Decoded], features: torch.Tensor, dtype: str) -> lis
     rows = [item.row for item in decoded]
     kept = features if dtype == "int8" else features.to(getattr(torch, dtype))
     for place in (~torch.isfinite(kept).flatten(1).all(1)).nonzero().flatten().tolist():
-        rows[place] = replace(rows[place], status=STATUS.index("not finite"), reason="features overflow")
+        finite = bool(torch.isfinite(features[place]).all())
+        reason = f"features overflow {dtype}" if finite else "features are not finite"
+        rows[place] = replace(rows[place], status=STATUS.index("not finite"), reason=reason)
     return rows
 
 

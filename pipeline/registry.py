@@ -104,7 +104,7 @@ class Registry(Generic[T]):
         twice = sorted(named.keys() & options.keys())
         if twice:
             raise UserError(f"{where}.{twice[0]}: the name '{component.name}' sets it; remove the option")
-        return validate(entry.cls, options | named, where)
+        return validate(entry.cls, options | named, where, str(entry.plugin.path) if entry.plugin else "")
 
     def provenance(self, component: Component, where: str) -> dict[str, str]:
         """What identities hold of a component besides its options: the plugin that has it, if one has.

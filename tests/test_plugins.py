@@ -61,6 +61,18 @@ class FirstTen(LlavaJson):
     def records(self):
         yield from list(super().records())[:10]
 """
+ENCODER = """
+from fedcmp.extract.encoders import ENCODERS, Encoder
+
+
+@ENCODERS.register("grid")
+class Grid(Encoder):
+    def identity(self):
+        return {"name": "grid"}
+
+    def load(self, device, dtype):
+        raise NotImplementedError
+"""
 PROJECTOR = """
 from torch import nn
 
@@ -189,6 +201,19 @@ def test_what_a_strategy_returns_is_checked(extracted: Path, tmp_path: Path, cod
     message = refused("federate", half(tmp_path, extracted, text))
     assert re.search(WRONG[code], message), message
     assert f"{tmp_path}/half.py: " in message
+
+
+def test_what_a_merge_method_returns_is_checked(extracted: Path, tmp_path: Path) -> None:
+    plugin = half(tmp_path, extracted, re.sub(r"(?m)^        return .*$", "        return None", HALF))
+    fine("federate", plugin, "--set", "federate.rounds=0", "--set", "federate.strategy.name=fedavg")
+    (projector,) = tmp_path.rglob("projector.safetensors")
+    out = ("--out", str(tmp_path / "merged.safetensors"))
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(projector.read_bytes())
+    words = ("merge", projector, other, "--method", "half", "--plugin", tmp_path / "half.py", *out)
+    message = refused(*words)
+    assert f"--method half: {tmp_path}/half.py: " in message
+    assert "aggregate returned NoneType, not Aggregate" in message
 
 
 @pytest.mark.parametrize(
@@ -488,11 +513,43 @@ def test_installed_packages_bring_components(workplace: Path, tmp_path: Path) ->
     ).splitlines()
     hashed = sha256_file(tmp_path / "halver_plugin.py")
     expected = {"name": "half", "plugin file": hashed, "plugin package": "halver 1.2"}
-    assert json.loads(half) == expected | {"proximal": 0.0, "rate": 0.5}
+    assert json.loads(half) == expected | {"update": "weights", "proximal": 0.0, "rate": 0.5}
     assert "plugin" not in fedprox
     assert "registered twice, by fedcmp.federate.strategies.fedavg.FedAvg and greedy_plugin.Half" in fedavg
     assert "package broken 1.2 (fedcmp.strategies: broken_plugin) cannot be imported: Module" in quarter
     assert "package empty 1.2 (fedcmp.strategies: empty_plugin) registers no strategy" in quarter
+
+
+BUILD = """
+import sys
+from importlib import import_module
+from fedcmp.pipeline.options import Component
+package, registry, name = sys.argv[1:4]
+component = Component(name=name, **dict(each.split("=") for each in sys.argv[4:]))
+built = getattr(import_module(package), registry)
+print(type(built.build(component, "here")).__name__, built.provenance(component, "here")["plugin package"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "code", "words", "said"),
+    [
+        ("benchmarks", BENCHMARK, ("fedcmp.evaluate.benchmarks", "BENCHMARKS", "lengths"), "Lengths"),
+        (
+            "sources",
+            SOURCE,
+            ("fedcmp.extract.sources", "SOURCES", "first_ten", "path=a.json", "images=a"),
+            "FirstTen",
+        ),
+        ("projectors", PROJECTOR, ("fedcmp.pipeline.models.projectors", "PROJECTORS", "scaled"), "Scaled"),
+        ("encoders", ENCODER, ("fedcmp.extract.encoders", "ENCODERS", "grid"), "Grid"),
+    ],
+)
+def test_installed_packages_bring_every_kind(
+    tmp_path: Path, group: str, code: str, words: tuple[str, ...], said: str
+) -> None:
+    install(tmp_path, "other", f"fedcmp.{group}", code)
+    assert python(BUILD, *words, path=tmp_path).split("\n")[0] == f"{said} other 1.2"
 
 
 def test_what_writes_components_is_in_one_place() -> None:

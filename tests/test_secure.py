@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from test_strategies import SHAPES, draw
 
 from fedcmp.federate.arithmetic.updates import Memory, State, Update
+from fedcmp.federate.messages import LocalResult
 from fedcmp.federate.secure import numbers
 from fedcmp.federate.secure.contribution import Own
 from fedcmp.federate.secure.ledger import Ledger
@@ -28,8 +29,11 @@ from fedcmp.federate.secure.masks import KeyPair, add_mask, seal, unseal
 from fedcmp.federate.secure.party import Party
 from fedcmp.federate.secure.signing import Signing
 from fedcmp.federate.secure.summation import secure_sum, threshold_of
-from fedcmp.federate.strategies.base import STRATEGIES, Strategy
-from fedcmp.pipeline.errors import DroppedOutError, SpoiledError, UserError
+from fedcmp.federate.server.fusion import Secure, aggregated
+from fedcmp.federate.server.progress import Progress
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
+from fedcmp.federate.strategies.fedavg import FedAvg
+from fedcmp.pipeline.errors import ComponentError, DroppedOutError, SpoiledError, UserError
 from fedcmp.pipeline.options import Component
 
 VECTOR = np.array([1.5, -2.25, 0.0, 1e-9])
@@ -514,6 +518,23 @@ def test_secure_rounds_equal_plain_ones(component: dict) -> None:
         plain, masked = (result.state, result.memory), (secure.state, secure.memory)
     if component.get("reliability", "client") == "client" and component["name"] == "fedcmp":
         assert secure.figures["reliability"]["c4"] == pytest.approx(0.02)
+
+
+def test_what_a_strategy_makes_of_sums_is_checked() -> None:
+    """As in the clear: nothing of another form goes on to the next round."""
+
+    class Odd(FedAvg):
+        def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
+            return Aggregate({}, memory)
+
+    state = draw(0)
+    updates = contrary(state, 0)
+    results = [LocalResult(u.client, {}, None, u.samples, 1, None, None) for u in updates]
+    samples = {update.client: update.samples for update in updates}
+    secure = Secure(Updates(state, updates), 0.5)
+    with pytest.raises(ComponentError, match=r"Odd.*aggregate returned a state with other keys"):
+        aggregated(Odd(), Progress(state), results, samples, secure)
+    assert aggregated(FedAvg(), Progress(state), results, samples, secure).state.keys() == state.keys()
 
 
 def test_long_updates_are_shortened_in_the_sums() -> None:

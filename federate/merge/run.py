@@ -12,7 +12,7 @@ import torch
 from fedcmp.federate.arithmetic.updates import State, distance
 from fedcmp.federate.merge.guide import Guide, aligned
 from fedcmp.federate.merge.inputs import Inputs, read_inputs
-from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
+from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy, require_form
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import write_json
@@ -81,6 +81,7 @@ def _merge(name: str, strategy: Strategy, inputs: Inputs, target: Path, plugin: 
     memory = strategy.begin(inputs.base, {update.client: update.samples for update in inputs.updates})
     with blamed(strategy, f"--method {name}"):
         result = strategy.aggregate(inputs.base, inputs.updates, memory)
+        require_form(inputs.base, result)
     for key, tensor in result.state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"--method {name}: {key} is not finite after merging; use milder options (--set)")

@@ -12,8 +12,7 @@ from fedcmp.federate.arithmetic.updates import State, Update, check
 from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.outgoing import compression as communication
 from fedcmp.federate.server.progress import Progress
-from fedcmp.federate.strategies.base import Aggregate, Strategy
-from fedcmp.pipeline import history
+from fedcmp.federate.strategies.base import Aggregate, Strategy, require_form
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import ComponentError, DivergedError, DroppedOutError, SpoiledError
 from fedcmp.pipeline.plugins import blamed
@@ -78,34 +77,18 @@ def _fused(
         updates = [_update(result, samples[result.client]) for result in results]
         with blamed(strategy, f"strategy '{type(strategy).__name__}'"):
             aggregate = strategy.aggregate(progress.state, updates, progress.memory)
-            _require_form(progress.state, aggregate)
+            require_form(progress.state, aggregate)
         return aggregate
     from fedcmp.federate.secure import masked
     from fedcmp.federate.secure.summation import threshold_of
 
     threshold = threshold_of(len(samples), secure.threshold, strategy.releases())
-    return masked.aggregate(strategy, secure.exchange, progress.state, samples, threshold, progress.memory)
-
-
-def _require_form(before: State, aggregate: Aggregate) -> None:
-    """Refuse what is no projector of the same form, and figures in the place of the history's own.
-
-    Raises:
-        TypeError: It is something else.
-    """
-    if not isinstance(aggregate, Aggregate):
-        raise TypeError(f"aggregate returned {type(aggregate).__name__}, not Aggregate")
-    if aggregate.state.keys() != before.keys():
-        names = ", ".join(sorted(aggregate.state.keys() ^ before.keys()))
-        raise TypeError(f"aggregate returned a state with other keys: {names}")
-    for name, old in before.items():
-        new = aggregate.state[name]
-        if (new.shape, new.dtype) != (old.shape, old.dtype):
-            found, expected = (f"{each.dtype} {tuple(each.shape)}" for each in (new, old))
-            raise TypeError(f"aggregate returned {name} as {found}, not {expected}")
-    taken = sorted(history.OF_EVERY_ROW & aggregate.figures.keys())
-    if taken:
-        raise TypeError(f"a figure is called '{taken[0]}', as one of the history's own; rename it")
+    with blamed(strategy, f"strategy '{type(strategy).__name__}'"):
+        aggregate = masked.aggregate(
+            strategy, secure.exchange, progress.state, samples, threshold, progress.memory
+        )
+        require_form(progress.state, aggregate)
+    return aggregate
 
 
 def aggregated(

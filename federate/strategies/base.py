@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from fedcmp.federate.arithmetic.updates import Measure, Memory, Objective, State, Update
+from fedcmp.pipeline import history
 from fedcmp.pipeline.options import Options
 from fedcmp.pipeline.registry import Registry
 
@@ -24,6 +25,27 @@ class Aggregate:
     state: State
     memory: Memory
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def require_form(before: State, aggregate: Aggregate) -> None:
+    """Refuse what is no projector of the same form, and figures in the place of the history's own.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(aggregate, Aggregate):
+        raise TypeError(f"aggregate returned {type(aggregate).__name__}, not Aggregate")
+    if aggregate.state.keys() != before.keys():
+        names = ", ".join(sorted(aggregate.state.keys() ^ before.keys()))
+        raise TypeError(f"aggregate returned a state with other keys: {names}")
+    for name, old in before.items():
+        new = aggregate.state[name]
+        if (new.shape, new.dtype) != (old.shape, old.dtype):
+            found, expected = (f"{each.dtype} {tuple(each.shape)}" for each in (new, old))
+            raise TypeError(f"aggregate returned {name} as {found}, not {expected}")
+    taken = sorted(history.OF_EVERY_ROW & aggregate.figures.keys())
+    if taken:
+        raise TypeError(f"a figure is called '{taken[0]}', as one of the history's own; rename it")
 
 
 class Strategy(Options, ABC):
