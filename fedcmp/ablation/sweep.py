@@ -16,7 +16,18 @@ from fedcmp.ablation.file import Ablation, Chosen, Trial, grid, plugins_of, tria
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
 
-Work = Callable[[Trial, tuple[str, ...], Path], str]
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What came of a trial: why it diverged, if it did, and the CPU seconds that it took."""
+
+    failure: str
+    seconds: float
+
+
+Work = Callable[[Trial, tuple[str, ...], Path], _Done]
 
 
 @dataclass(frozen=True)
@@ -139,19 +150,24 @@ def _each(
     from fedcmp.pipeline.errors import UserError
 
     failures = {}
+    seconds = 0.0
     with progress(title, len(trials), "runs") as task:
         futures = {pool.submit(work, trial, benchmarks, log): trial for trial in trials}
         try:
             for future in as_completed(futures):
-                if future.result():
-                    failures[futures[future].experiment.run_path] = future.result()
-                    say(f"{futures[future].experiment.run_path}: {future.result()}")
+                done, run = future.result(), futures[future].experiment.run_path
+                seconds += done.seconds
+                if done.failure:
+                    failures[run] = done.failure
+                    say(f"{run}: {done.failure}")
                 task.advance()
         except BrokenProcessPool:
             raise UserError(
                 f"{title}: a process was killed, perhaps for lack of memory; run the same command with "
                 "fewer --jobs to go on"
             ) from None
+    if trials:
+        say(f"{title}: {seconds:,.0f} CPU s, {seconds / len(trials):.1f} each")
     return failures
 
 
@@ -163,6 +179,9 @@ def _pool(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
     from fedcmp.pipeline.models.device import pick_device
 
     size = jobs or (1 if pick_device("auto") != "cpu" else os.cpu_count() or 1)
+    # Also LAPACK's threads, which are counted when it is loaded.
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ |= dict.fromkeys(_THREADS, "1")
     pool = ProcessPoolExecutor(size, get_context("spawn"), _begin_worker)
     try:
         yield pool
@@ -173,6 +192,10 @@ def _pool(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _begin_worker() -> None:
@@ -194,26 +217,28 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _extract(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> str:
+def _extract(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> _Done:
     from fedcmp.extract.run import run
 
+    began = time.process_time()
     with _logged(log):
         run(trial.experiment, only=(), overwrite=False)
-    return ""
+    return _Done("", time.process_time() - began)
 
 
-def _run(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> str:
+def _run(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> _Done:
     from fedcmp.evaluate.run import evaluate_run
     from fedcmp.federate.run import run
     from fedcmp.pipeline.errors import DivergedError
 
+    began, failure = time.process_time(), ""
     with _logged(log):
         try:
             run(trial.experiment)
+            evaluate_run(trial.experiment, benchmarks)
         except DivergedError as error:
-            return str(error)
-        evaluate_run(trial.experiment, benchmarks)
-    return ""
+            failure = str(error)
+    return _Done(failure, time.process_time() - began)
 
 
 @contextmanager
