@@ -17,9 +17,9 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcmp.ablation import contest
+from fedcmp.ablation import contest, sweep
 from fedcmp.ablation.edges import at_edges
-from fedcmp.ablation.file import grid, read_ablation, trial
+from fedcmp.ablation.file import Trial, grid, read_ablation, trial
 from fedcmp.cli import main
 from fedcmp.evaluate.report.charts import dots
 from fedcmp.evaluate.statistics import holm, paired, ratio
@@ -175,6 +175,7 @@ def test_memoisation_changes_no_byte(done: tuple[Path, Result], extracted: Path,
         (("loss: loss", "lost: loss"), "--benchmark lost: not configured; did you mean 'loss'"),
         (("skewed =", "skewed = 1 #"), r"scenarios\.skewed = 1"),
         (("seeds = [0, 1]", "seeds = [0, 0]"), "a seed is named twice"),
+        (("seeds = [7]", "seeds = [7]\nscreened = 2"), r"tuning\.screened = 2: there are 1 seeds"),
         (("[1.0, 1.5]", "[]"), r"fedavg\.server_learning_rate = \[\]: give different values"),
         (("[1.0, 1.5]", "[1.0, 1.0]"), "give different values"),
         (('set = ["', 'set = ["seed=3", "'), "the ablation itself decides this"),
@@ -219,6 +220,33 @@ def test_the_contest_and_what_was_not_tuned_are_in_the_report(done: tuple[Path, 
     assert result.exit_code == 2
     assert "1 options were not tuned" in result.output.replace("\n", " ")
     assert (folder / "report.md").read_text() == text.replace("study.toml", "strict.toml")
+
+
+def test_all_are_screened_and_the_better_quarter_is_tuned(
+    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best on the first seed, rate 5, is worse than the second best on the others."""
+    path = write(tmp_path, extracted, "muon = { server_learning_rate = [1, 2, 3, 4, 5, 6, 7, 8] }")
+    path.write_text(path.read_text().replace("seeds = [7]", "seeds = [7, 8, 9]\nscreened = 1"))
+    asked: list[list[Trial]] = []
+
+    def run_all(pool: object, ablation: object, trials: list[Trial], *rest: object) -> dict[Path, str]:
+        asked.append([each for each in trials if each.strategy == "muon"])
+        return {}
+
+    def score(tried: Trial, measure: str) -> float:
+        rate = dict(tried.options)["server_learning_rate"]
+        return float(abs(rate - 4.6) if tried.seed == 7 else abs(rate - 3.9))
+
+    monkeypatch.setattr(sweep, "_run_all", run_all)
+    monkeypatch.setattr(Trial, "score", score)
+    tuned, failures = sweep._tuned(None, read_ablation(path), tmp_path / "log")  # type: ignore[arg-type]
+    first, second = ([(dict(t.options)["server_learning_rate"], t.seed) for t in each] for each in asked)
+    assert first == [(rate, 7) for rate in range(1, 9)]
+    assert second == [(5, 8), (5, 9), (4, 8), (4, 9)]
+    assert dict(tuned["skewed", "muon"]) == {"server_learning_rate": 4}
+    assert dict(tuned["skewed", "fedcmp"]) == {}
+    assert failures == {}
 
 
 def test_edges_by_hand(extracted: Path, tmp_path: Path) -> None:

@@ -43,12 +43,16 @@ Measure = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+: .+$")]
 class Tuning(Options):
     """How options are chosen: the best mean of `measure` over seeds that results never use.
 
+    All combinations are tried on the first `screened` seeds, and the better quarter of them on the rest
+    (successive halving); on all seeds without it.
+
     Where the best value is at the edge of its grid, a better one may lie beyond: such a strategy was not
     tuned, which is an error unless `edges` are only to be reported.
     """
 
     seeds: tuple[int, ...] = Field(min_length=1)
     measure: Measure = "validation: loss"
+    screened: int | None = Field(None, ge=1)
     edges: Literal["error", "report"] = "error"
 
 
@@ -147,6 +151,8 @@ def _problems(ablation: Ablation) -> Iterator[str]:
             yield f"strategies.{strategy} has a list to choose from; add a table [tuning]"
     if ablation.contest is not None and ablation.better == "higher":
         yield "contest: compares ratios of losses; better = 'higher' does not fit, so remove one of the two"
+    if ablation.tuning is not None and (ablation.tuning.screened or 0) > len(ablation.tuning.seeds):
+        yield f"tuning.screened = {ablation.tuning.screened}: there are {len(ablation.tuning.seeds)} seeds"
     seeds = [*ablation.seeds, *(ablation.tuning.seeds if ablation.tuning else ())]
     if len(set(seeds)) < len(seeds):
         yield "a seed is named twice; tune on seeds that results never use"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedcmp.ablation.file import Ablation, Chosen, Trial, grid, plugins_of, trial
 
@@ -99,27 +99,37 @@ def _tuned(
     pool: ProcessPoolExecutor, ablation: Ablation, log: Path
 ) -> tuple[dict[tuple[str, str], Chosen], dict[Path, str]]:
     """Options of every strategy in every scenario, chosen where there is a choice; and what diverged."""
-    choices = {name: list(grid(ablation, name)) for name in ablation.strategies}
-    chosen = {(s, name): options[0] for s in ablation.scenarios for name, options in choices.items()}
-    if ablation.tuning is None:
-        return chosen, {}
-    trials = [
-        trial(ablation, scenario, name, seed, options)
-        for name in ablation.strategies
-        for options in choices[name]
-        for scenario in ablation.scenarios
-        for seed in ablation.tuning.seeds
-        if len(choices[name]) > 1
-    ]
-    measure = ablation.tuning.measure
-    failures = _run_all(pool, ablation, trials, log, _benchmarks([measure]))
-    totals: dict[tuple[str, str], dict[Any, float]] = defaultdict(lambda: defaultdict(float))
-    for each in trials:
-        diverged = each.experiment.run_path in failures
-        value = float("inf") if diverged else ablation.sign * each.score(measure)
-        totals[each.scenario, each.strategy][each.options] += value
-    best = {place: min(values, key=values.__getitem__) for place, values in totals.items()}
-    return chosen | best, failures
+    places = [(scenario, name) for name in ablation.strategies for scenario in ablation.scenarios]
+    left = {(scenario, name): list(grid(ablation, name)) for scenario, name in places}
+    failures: dict[Path, str] = {}
+    if ablation.tuning is not None:
+        seeds, first = ablation.tuning.seeds, ablation.tuning.screened or len(ablation.tuning.seeds)
+        totals: dict[tuple[str, str], dict[Chosen, float]] = defaultdict(lambda: defaultdict(float))
+        for some in (seeds[:first], seeds[first:]):
+            trials = [
+                trial(ablation, *place, seed, options)
+                for place, choices in left.items()
+                for options in choices
+                for seed in some
+                if len(choices) > 1
+            ]
+            failures |= _run_all(pool, ablation, trials, log, _benchmarks([ablation.tuning.measure]))
+            for each in trials:
+                totals[each.scenario, each.strategy][each.options] += _cost(ablation, each, failures)
+            left = {
+                place: sorted(choices, key=totals[place].__getitem__)[: -(-len(choices) // 4)]
+                for place, choices in left.items()
+            }
+        left = {place: [min(choices, key=totals[place].__getitem__)] for place, choices in left.items()}
+    return {place: choices[0] for place, choices in left.items()}, failures
+
+
+def _cost(ablation: Ablation, tried: Trial, failures: Mapping[Path, str]) -> float:
+    """What tuning minimises; whatever diverged is worst."""
+    assert ablation.tuning is not None
+    if tried.experiment.run_path in failures:
+        return float("inf")
+    return ablation.sign * tried.score(ablation.tuning.measure)
 
 
 def _benchmarks(measures: Sequence[str]) -> tuple[str, ...]:
