@@ -1,7 +1,7 @@
 """Time, memory and accuracy of aggregation at LLaVA-1.5-7B size: python tests/bench_aggregation.py [--small]
 
 Eight clients, float32. Every method runs in a process of its own, so that its peak memory is its
-own. `naive` is the plain way: the SVD of the concatenation [√p_1 D_1 … √p_K D_K] of each matrix.
+own. `naive` is the plain way: SVDs of each matrix's updates √p_k D_k, side by side and one below the other.
 The others run two rounds, the second with a memory; seconds are the faster round, memory is the
 peak over both, with all libraries and without what they take before there are any data.
 `--small` is a smoke run without gates. Linux only (/proc).
@@ -29,6 +29,7 @@ METHODS: dict[str, Strategy | None] = {
     "naive": None,
     "fedavg": FedAvg(),
     "exact": FedCmp(),
+    "first formulation": FedCmp(sides="left", floor=1e-3, length="fused", momentum=0.3),
     "exact, rank 128": FedCmp(rank=128),
     "randomised": FedCmp(basis="randomised"),
 }
@@ -62,19 +63,20 @@ def make_round(small: bool) -> tuple[State, list[Update]]:
 
 
 def naive(state: State, updates: list[Update]) -> dict[str, torch.Tensor]:
-    """New matrices of the first round of Fed-CMP's defaults, and eigenpairs of G, the plain way."""
+    """New matrices of the first round of Fed-CMP's defaults, and eigenpairs of L, the plain way."""
     shares, result = data_weights(updates), {}
     for name in (name for name, old in state.items() if old.ndim == 2):
         parts = [shares[u.client] ** 0.5 * (u.state[name] - state[name]) for u in updates]
-        u, singular, _ = torch.linalg.svd(torch.cat(parts, dim=1), full_matrices=False)
-        coefficients = u.T @ sum(
-            shares[c.client] ** 0.5 * part for c, part in zip(updates, parts, strict=True)
-        )
-        values = singular.double() ** 2
-        gains = (values / values[0] + 1e-3).float() ** -0.5
-        equalised = gains[:, None] * coefficients
-        equalised *= coefficients.double().norm() / equalised.double().norm()
-        result[name] = state[name] + 1.5 * (u @ equalised)
+        u, left, _ = torch.linalg.svd(torch.cat(parts, dim=1), full_matrices=False)
+        _, right, vh = torch.linalg.svd(torch.cat(parts, dim=0), full_matrices=False)
+        mean = sum(shares[c.client] ** 0.5 * part for c, part in zip(updates, parts, strict=True))
+        coefficients = u.T @ mean @ vh.T
+        values = left.double() ** 2
+        for axis, each in enumerate((values, right.double() ** 2)):
+            gains = (each / each[0] + 1e-2).float() ** -0.5
+            coefficients = coefficients * gains[(slice(None), None) if axis == 0 else (None, slice(None))]
+        step = u @ coefficients @ vh * (values.sum().sqrt() / coefficients.double().norm())
+        result[name] = state[name] + 1.35 * step.float()
         result[f"values/{name}"] = values / values.sum()
         print(f"  naive {name}: done", file=sys.stderr, flush=True)
     return result
