@@ -107,7 +107,7 @@ def test_an_encoder_is_what_was_built(clip_dir: Path) -> None:
 
 DEFAULTS = (
     "federate.strategy.kappa=0.3",
-    "federate.strategy.proximal=0",
+    "federate.strategy.proximal=0.1",
     "federate.projector.name=mlp2x_gelu",
     "federate.micro_batch=4",
     "federate.clients_per_round=2",

@@ -313,6 +313,7 @@ def test_only_what_comes_from_a_plugin_holds_its_hash(workplace: Path, tmp_path:
     built = load(config).federate
     assert built.strategy.as_built() == {
         "name": "half",
+        "update": "weights",
         "proximal": 0.0,
         "rate": 0.5,
         "plugin file": sha256_file(tmp_path / "half.py"),
