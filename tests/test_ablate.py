@@ -79,8 +79,12 @@ def projectors(folder: Path) -> dict[str, bytes]:
 def done(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     folder = tmp_path_factory.mktemp("ablation")
     broken = 'broken = { name = "fedavg", server_learning_rate = 1e38 }'
-    result = ablate(write(folder, extracted, broken))
-    assert result.exit_code == 0, result.output
+    path = write(folder, extracted, broken)
+    path.write_text(path.read_text().replace('edges = "report"\n', ""))
+    # Of two values one is always at an edge, which is an error once all is written.
+    result = ablate(path)
+    assert result.exit_code == 2, result.output
+    assert "1 options were not tuned" in result.output.replace("\n", " ")
     return folder, result
 
 
@@ -123,7 +127,7 @@ def test_running_again_does_nothing(done: tuple[Path, Result]) -> None:
     folder, _ = done
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("runs/**/projector.safetensors")}
     report = (folder / "report.md").read_text()
-    assert ablate(folder / "study.toml").exit_code == 0
+    assert ablate(folder / "study.toml").exit_code == 2
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert (folder / "report.md").read_text() == report
 
@@ -202,24 +206,14 @@ def test_mistakes_are_one_line(
 
 
 def test_the_contest_and_what_was_not_tuned_are_in_the_report(done: tuple[Path, Result]) -> None:
-    """Of two values one is always at an edge; where that is an error, all is written before."""
     folder, _ = done
     text = (folder / "report.md").read_text()
-    contest = text.split("### The contest")[1].split("###")[0]
+    of_contest = text.split("### The contest")[1].split("###")[0]
+    row = r"\| fedavg \| \d\.\d\d \(.* to .*\) \| \d\.\d{4} \| .* p \d\.\d{4}, [012] of 2 \|"
+    assert re.search(row, of_contest)
     assert re.search(
-        r"\| fedavg \| \d\.\d\d \(.* to .*\) \| \d\.\d{4} \| .* p \d\.\d{4}, [012] of 2 \|", contest
-    )
-    found = re.search(
         r"- not tuned: fedavg, skewed: server_learning_rate = 1\.[05], at the edge of 1\.0, 1\.5", text
     )
-    assert found
-    path = folder / "strict.toml"
-    path.write_text((folder / "study.toml").read_text().replace('edges = "report"\n', ""))
-    (folder / "report.md").unlink()
-    result = ablate(path)
-    assert result.exit_code == 2
-    assert "1 options were not tuned" in result.output.replace("\n", " ")
-    assert (folder / "report.md").read_text() == text.replace("study.toml", "strict.toml")
 
 
 def test_all_are_screened_and_the_better_quarter_is_tuned(
