@@ -179,6 +179,23 @@ def test_wrong_components_are_named(extracted: Path, override: str, message: str
     assert message in result.output
 
 
+def test_any_strategy_can_be_given_path_updates_but_personal_ones(extracted: Path) -> None:
+    """The same local steps are taken, and another projector is sent of them."""
+    for name, update in (("weights", "weights"), ("path", "path"), ("again", "path")):
+        options = (f"run=sends-{name}", "federate.strategy.name=fedavg", f"federate.strategy.update={update}")
+        assert run(extracted, *options).exit_code == 0
+    losses = {
+        name: [row["loss"] for row in history(extracted, f"sends-{name}") if row["round"] == 0]
+        for name in ("weights", "path")
+    }
+    assert losses["weights"] == losses["path"]
+    assert projector_bytes(extracted, "sends-path") == projector_bytes(extracted, "sends-again")
+    assert projector_bytes(extracted, "sends-path") != projector_bytes(extracted, "sends-weights")
+    result = run(extracted, "run=odd", "federate.strategy={name='local_only', update='path'}")
+    assert result.exit_code == 2
+    assert "federate.strategy.update = 'path': with strategy 'local_only' clients go on" in result.output
+
+
 def test_more_rounds_than_texts(extracted: Path) -> None:
     result = run(extracted, "run=many", "federate.rounds=19")
     assert result.exit_code == 2
