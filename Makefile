@@ -125,7 +125,7 @@ lint: $(TOOLS)
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 
-PYTEST := -m pytest --numprocesses auto --dist loadfile
+PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 test: lint
 	$(PYTHON) $(PYTEST)
 check: test
