@@ -33,7 +33,7 @@ from fedcmp.federate.server.fusion import Secure, aggregated
 from fedcmp.federate.server.progress import Progress
 from fedcmp.federate.strategies.base import STRATEGIES, Aggregate, Strategy
 from fedcmp.federate.strategies.fedavg import FedAvg
-from fedcmp.pipeline.errors import ComponentError, DroppedOutError, SpoiledError, UserError
+from fedcmp.pipeline.errors import ComponentError, DivergedError, DroppedOutError, SpoiledError, UserError
 from fedcmp.pipeline.options import Component
 
 VECTOR = np.array([1.5, -2.25, 0.0, 1e-9])
@@ -568,7 +568,7 @@ def test_long_updates_are_shortened_in_the_sums() -> None:
     with pytest.raises(DroppedOutError, match="needs 5 clients, and 4 said how long"):
         aggregate(strategy, speaking, state, samples, 5, {})
     said["c1"] = {"norm": float("nan")}
-    with pytest.raises(ValueError, match="client 'c1' has an update of norm nan"):
+    with pytest.raises(DivergedError, match="client 'c1' has an update of norm nan"):
         aggregate(strategy, speaking, state, samples, 3, {})
 
 

@@ -17,7 +17,7 @@ from fedcmp.federate.arithmetic.updates import Memory, State, Update
 from fedcmp.federate.secure.contribution import Place, parts_of
 from fedcmp.federate.secure.summation import Exchange, secure_sum
 from fedcmp.federate.strategies.base import Aggregate, Strategy
-from fedcmp.pipeline.errors import DroppedOutError, SpoiledError
+from fedcmp.pipeline.errors import DivergedError, DroppedOutError, SpoiledError
 
 _ROUNDED = 1 + 1e-6
 _TINY = 1e-9  # of the fixed point, a number
@@ -100,7 +100,7 @@ class Masked(Cohort):
         norms = {client: float(replies[client]["norm"]) for client in sorted(replies)}
         for client, each in norms.items():
             if not (isfinite(each) and each >= 0):
-                raise ValueError(f"client '{client}' has an update of norm {each}")
+                raise DivergedError(f"client '{client}' has an update of norm {each}")
         if len(norms) < self._threshold:
             raise DroppedOutError(
                 f"a secure sum needs {self._threshold} clients, and {len(norms)} said how long their update "
