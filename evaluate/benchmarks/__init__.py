@@ -1,5 +1,7 @@
 """Benchmarks, one file each, and the words in which one is written."""
 
+from typing import TYPE_CHECKING, Any
+
 from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     LETTER,
@@ -32,9 +34,11 @@ from fedcmp.evaluate.official.files import (
     strings,
     to_json,
 )
-from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.prompts import CAPTION_PROMPT, question
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 __all__ = [
     "BENCHMARKS",
@@ -72,3 +76,12 @@ __all__ = [
     "to_json",
     "undecided",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The cache's class, for annotations; it takes longer to load than all benchmarks together."""
+    if name == "FeatureCache":
+        from fedcmp.pipeline.cache import FeatureCache
+
+        return FeatureCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import field_validator
@@ -16,8 +17,10 @@ from fedcmp.evaluate.official.caption_files import Captioned, captioned_images
 from fedcmp.evaluate.official.captions import bleu, bleu_score, cider_d, object_matches, rouge_l
 from fedcmp.evaluate.official.files import Problem, to_json
 from fedcmp.evaluate.official.ptb import caption_tokens
-from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.models.prompts import CAPTION_PROMPT, question
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 _ENOUGH = 20
 

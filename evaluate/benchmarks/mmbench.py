@@ -10,7 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedcmp.evaluate.benchmarks import (
     BENCHMARKS,
@@ -26,11 +26,12 @@ from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.official.files import Problem, field, read_text_file
 from fedcmp.evaluate.official.short_answers import mmbench_option
 from fedcmp.evaluate.official.spreadsheet import spreadsheet
-from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError, one_line
 from fedcmp.pipeline.files import write_atomic
 from fedcmp.pipeline.models.prompts import question
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _OFFICIAL = 4
@@ -119,6 +120,8 @@ class MmBench(Choice):
             if not path.is_file():
                 write_atomic(path, content)
         if bad:
+            from fedcmp.pipeline.console import say
+
             say(f"{self.path}: {len(bad)} images are not base64 and are left out (first: {bad[0]})")
 
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:

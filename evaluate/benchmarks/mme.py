@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,9 +22,11 @@ from fedcmp.evaluate.benchmarks import (
 from fedcmp.evaluate.metric import Metric, ratio
 from fedcmp.evaluate.official.files import Problem, read_text_file
 from fedcmp.evaluate.official.short_answers import mme_label
-from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.prompts import question
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 PERCEPTION = (
     "existence",

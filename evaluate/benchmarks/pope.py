@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
@@ -22,9 +22,11 @@ from fedcmp.evaluate.benchmarks import (
 from fedcmp.evaluate.metric import Metric, ratio
 from fedcmp.evaluate.official.files import Problem, field, json_lines, string
 from fedcmp.evaluate.official.short_answers import pope_decides, pope_label
-from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.prompts import question
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 
 @BENCHMARKS.register("pope")
