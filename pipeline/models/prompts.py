@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -186,17 +187,24 @@ def require_system_prompt(template: str, tokenizer: PreTrainedTokenizerBase, pro
     Raises:
         UserError: It has none, naming it.
     """
-    turns = (Turn("system", prompt), *question(_PROBE).turns)
+    remedy = "use 'v1', or put it into the question"
+    asked = question(_PROBE).turns
     try:
-        spans, _ = _RENDER[template](turns, tokenizer)
+        content = _joined(_RENDER[template]((Turn("system", prompt), *asked), tokenizer)[0])
     except BadTextError as error:
-        raise UserError(f"system_prompt: {error}; use 'v1', or put it into the question") from None
+        raise UserError(f"system_prompt: {error}; {remedy}") from None
     # Templates trim it.
-    if prompt.strip() not in _joined(spans):
-        raise UserError(
-            f"system_prompt: {tokenizer.name_or_path}: its chat template leaves it out; use 'v1', or put it "
-            "into the question"
-        )
+    if prompt.strip() not in content:
+        raise UserError(f"system_prompt: {tokenizer.name_or_path}: its chat template leaves it out; {remedy}")
+    if template == "chat":
+        messages = [{"role": turn.role, "content": turn.content} for turn in asked]
+        for role in ("user", "assistant"):
+            with suppress(BadTextError):
+                if content == _begun([{"role": role, "content": prompt}, *messages], tokenizer):
+                    raise UserError(
+                        f"system_prompt: {tokenizer.name_or_path}: its chat template writes it as the {role}'s; "
+                        f"{remedy}"
+                    )
 
 
 def _plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
