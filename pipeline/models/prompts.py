@@ -202,8 +202,8 @@ def require_system_prompt(template: str, tokenizer: PreTrainedTokenizerBase, pro
             with suppress(BadTextError):
                 if content == _begun([{"role": role, "content": prompt}, *messages], tokenizer):
                     raise UserError(
-                        f"system_prompt: {tokenizer.name_or_path}: its chat template writes it as the {role}'s; "
-                        f"{remedy}"
+                        f"system_prompt: {tokenizer.name_or_path}: its chat template writes it as the "
+                        f"{role}'s; {remedy}"
                     )
 
 
