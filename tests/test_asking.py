@@ -177,7 +177,7 @@ TEMPLATES = {
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}": (
         "leaves it out"
     ),
-    "{% for m in messages %}{{ '[A]' if m['role'] == 'assistant' else '[U]' }}{{ m['content'] }}{% endfor %}": (
+    "{% for m in messages %}{{ 'A:' if m['role'] == 'assistant' else 'U:' }}{{ m['content'] }}{% endfor %}": (
         "writes it as the user's"
     ),
 }

@@ -17,6 +17,7 @@ from fedcmp.evaluate.benchmarks.base import (
     annotators,
     averaged,
     averaged_by,
+    choices_prompt,
     collect,
     undecided,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "attempt",
     "averaged",
     "averaged_by",
+    "choices_prompt",
     "collect",
     "entries",
     "field",

@@ -260,6 +260,12 @@ def annotators(answers: list[str], place: str) -> list[str]:
     return answers
 
 
+def choices_prompt(hint: str, asked: str, choices: Mapping[str, str]) -> str:
+    """A question with its options as VLMEvalKit asks LLaVA."""
+    lines = [*([hint] if hint else []), asked, *(f"{letter}. {said}" for letter, said in choices.items())]
+    return "\n".join(lines) + LETTER
+
+
 def averaged(items: Sequence[Item], values: Sequence[float], images: Sequence[str] | None = None) -> Metric:
     """The mean of one value an item; `images` are resampled together, by default the items' own."""
     statistics = np.array([[value, 1.0] for value in values]).reshape(-1, 2)
