@@ -13,10 +13,9 @@ from pydantic import BeforeValidator, Field
 from fedcmp.evaluate.benchmarks.base import Benchmark, Item, averaged, averaged_by, collect
 from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.official.files import Problem, attempt, file_name
-from fedcmp.evaluate.official.pictures import picture, picture_name
+from fedcmp.evaluate.official.pictures import picture, picture_name, write_pictures
 from fedcmp.evaluate.official.tables import Row, cell, filled, table, text
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.files import write_atomic
 from fedcmp.pipeline.options import Options
 from fedcmp.pipeline.records import Text
 
@@ -95,12 +94,10 @@ class Tabular(Benchmark, ABC):
     def unpack(self, folder: Path) -> None:
         """Write the pictures that are in the table and asked about; those that are there stay."""
         wanted = {each.image for each in self.items(None) if isinstance(each, Item)}
-        for place, row in table(self.path, "questions", {self.columns.image}):
-            found = _embedded(row, self.columns.image, place)
-            if found is not None and picture_name(found) in wanted:
-                path = folder / picture_name(found)
-                if not path.is_file():
-                    write_atomic(path, found)
+        rows = table(self.path, "questions", {self.columns.image})
+        found = (_embedded(row, self.columns.image, place) for place, row in rows)
+        named = ((picture_name(each), each) for each in found if each is not None)
+        write_pictures((pair for pair in named if pair[0] in wanted), folder)
 
     def _rows(self, inside: dict[str, str]) -> Iterator[tuple[str, Row | Problem]]:
         """Rows that are let through; names of pictures that other rows may refer to go into `inside`."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from fedcmp.pipeline.errors import UserError, one_line
+from fedcmp.pipeline.files import write_atomic
 
 _SIGNATURES = {
     b"\xff\xd8\xff": ".jpg",
@@ -61,6 +64,13 @@ def _decoded(text: str, place: str) -> bytes | str:
         return base64.b64decode("".join(coded.split()), validate=True)
     except binascii.Error as error:
         raise UserError(f"{place}: the image is not base64: {one_line(error)}") from None
+
+
+def write_pictures(pictures: Iterable[tuple[str, bytes]], folder: Path) -> None:
+    """Write pictures by their names in a folder; files that are there stay."""
+    for name, data in pictures:
+        if not (folder / name).is_file():
+            write_atomic(folder / name, data)
 
 
 def picture_name(data: bytes) -> str:
