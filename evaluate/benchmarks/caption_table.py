@@ -25,7 +25,7 @@ class CaptionColumns(Columns):
 
 @BENCHMARKS.register("caption_table")
 class CaptionTable(Tabular, Captioning):
-    """Captions or reports in a table, as coco-caption scores them; rows about one picture are its references.
+    """BLEU, ROUGE-L and CIDEr-D as coco-caption has them; rows about one picture are its references.
 
     Args:
         prompt: What is asked about every picture.

@@ -37,7 +37,7 @@ class ClassColumns(Columns):
 
 @BENCHMARKS.register("classify")
 class Classify(Judged):
-    """Classes of pictures in a table by the LLM's likelihood of their names: accuracy, macro F1, macro AUROC.
+    """Accuracy, macro F1, and the mean over classes of the AUROC of one against the rest.
 
     Args:
         classes: The classes, or a table from labels to the words that stand for them; by default the labels

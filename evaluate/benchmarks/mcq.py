@@ -36,7 +36,7 @@ class McqColumns(Columns):
 
 @BENCHMARKS.register("mcq")
 class Mcq(Judged, Choice):
-    """Multiple choice in a table: the share of right letters, and of answers that name none.
+    """The share of right letters, and of answers that name none.
 
     Args:
         answer_as: What an answer is: the option's letter, its number from 0, or its text; by default

@@ -38,7 +38,7 @@ class VqaColumns(Columns):
 
 @BENCHMARKS.register("vqa")
 class Vqa(Judged):
-    """Short answers in a table: exact match, closed (yes/no) and open apart; word recall and F1 of open ones.
+    """Exact match, closed (yes/no) and open questions apart; word recall, F1 and BLEU-1 of open ones.
 
     Args:
         agreement: How an answer is compared with those of several people: `leave_one_out` as VQAv2 does,

@@ -35,7 +35,7 @@ class YesNoColumns(Columns):
 
 @BENCHMARKS.register("yes_no")
 class YesNo(Judged, Choice):
-    """Yes/no questions in a table: accuracy, precision, recall and F1 of yes, and the share of yes."""
+    """Accuracy; precision, recall and F1 of yes, its share, and that of answers which say neither."""
 
     version = 1
     headlines = ("accuracy", "f1")

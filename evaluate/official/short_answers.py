@@ -143,9 +143,12 @@ def vqa_normalise(answer: str, restored: Mapping[str, str] = _RESTORED) -> str:
         answer: An answer.
         restored: Contractions by their forms without an apostrophe.
     """
-    normal = _without_punctuation(_one_line(answer))
-    words = [_NUMBERS.get(word, word) for word in normal.lower().split()]
-    return " ".join(restored.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(_normal_words(_one_line(answer), restored))
+
+
+def _normal_words(text: str, restored: Mapping[str, str] = _RESTORED) -> list[str]:
+    words = [_NUMBERS.get(word, word) for word in _without_punctuation(text).lower().split()]
+    return [restored.get(word, word) for word in words if word not in _ARTICLES]
 
 
 def evalai_normalise(answer: str) -> str:
@@ -211,7 +214,7 @@ def token_overlap(prediction: str, reference: str) -> tuple[float, float, float]
 
     Every occurrence in the prediction of a word that the reference has counts as found.
     """
-    said, true = (Counter(vqa_normalise(text).split()) for text in (prediction, reference))
+    said, true = (Counter(_normal_words(text)) for text in (prediction, reference))
     found = sum(count for word, count in said.items() if word in true)
     if not found:
         return 0.0, 0.0, 0.0
