@@ -51,19 +51,22 @@ def picture(value: Any, place: str) -> bytes | str | int:
 
 def _decoded(text: str, place: str) -> bytes | str:
     """A text as it is, or the picture that it is the base64 of."""
-    coded = text.partition(",")[2] if text.startswith("data:") else text
-    if len(coded) <= _SHORTEST:
-        return text
-    try:
-        head = base64.b64decode("".join(coded[: 2 * _HEAD].split())[:_HEAD], validate=True)
-    except binascii.Error:
-        return text
-    if not text.startswith("data:") and not any(head.startswith(each) for each in _SIGNATURES):
+    is_url = text.startswith("data:")
+    coded = text.partition(",")[2] if is_url else text
+    if len(coded) <= _SHORTEST or not (is_url or _begins_like_a_picture(coded)):
         return text
     try:
         return base64.b64decode("".join(coded.split()), validate=True)
     except binascii.Error as error:
         raise UserError(f"{place}: the image is not base64: {one_line(error)}") from None
+
+
+def _begins_like_a_picture(coded: str) -> bool:
+    try:
+        head = base64.b64decode("".join(coded[: 2 * _HEAD].split())[:_HEAD], validate=True)
+    except binascii.Error:
+        return False
+    return head.startswith(tuple(_SIGNATURES))
 
 
 def write_pictures(pictures: Iterable[tuple[str, bytes]], folder: Path) -> None:
