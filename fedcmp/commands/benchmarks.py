@@ -22,8 +22,8 @@ def benchmarks(name: str | None) -> None:
 
     \b
     Example:
-      fedcmp benchmarks
       fedcmp benchmarks vqa
+      fedcmp benchmarks
     """
     from fedcmp.evaluate.benchmarks.base import BENCHMARKS
     from fedcmp.evaluate.describe import described
