@@ -79,7 +79,7 @@ def _documented(cls: type[Any]) -> tuple[str, dict[str, str]]:
 
 
 def _option(name: str, info: FieldInfo, means: str) -> Option:
-    default = info.get_default(call_default_factory=True, validated_data={})
+    default = info.get_default(call_default_factory=True)
     if isinstance(default, Options):
         columns = ", ".join(f"{field} = {_toml(value)}" for field, value in default if value is not None)
         told = " ".join(" ".join(inspect.cleandoc(type(default).__doc__ or "").split("\n\n")[1:]).split())

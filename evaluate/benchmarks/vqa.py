@@ -79,7 +79,7 @@ class Vqa(Judged):
         metrics = {"accuracy": averaged(items, points)}
         for name, wanted in (("closed", True), ("open", False)):
             inside = [place for place, item in enumerate(items) if item.truth["closed"] is wanted]
-            if 0 < len(inside):
+            if inside:
                 chosen = [items[place] for place in inside]
                 metrics[f"{name} accuracy"] = averaged(chosen, [points[place] for place in inside])
         single = [item for item in items if not item.truth["closed"] and len(item.truth["answers"]) == 1]
