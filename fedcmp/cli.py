@@ -14,6 +14,7 @@ import click
 
 # Each is in the module of its name in `commands`, which is imported when it is called.
 COMMANDS = {
+    "convert": "Write a GGUF file's LLM as a directory that transformers loads.",
     "show": "Print an experiment with every default written out.",
     "plan": "Estimate disk, GPU hours and memory before there are any data.",
     "extract": "Encode every silo's images once and cache their patch features.",
