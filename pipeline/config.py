@@ -194,6 +194,7 @@ class Experiment(Options):
     copy. A URL in `features` is short for that with a folder in `$FEDCMP_CACHE` or `~/.cache/fedcmp`.
     `trust` gives silos a public key: their caches are used only as signed by its owner, as that silo's.
     `plugins` are Python files with further components, from the folder of the file that names them.
+    `tracker` is sent every round's figures, too.
     """
 
     experiment: Name
@@ -204,6 +205,7 @@ class Experiment(Options):
     store: str | None = None
     build: Path = Path("build")
     memo: Memo | None = None
+    tracker: Literal["tensorboard", "wandb", "mlflow", "trackio"] | None = None
     plugins: tuple[Path, ...] = ()
     ledger: Ledger = Ledger()
     extract: Extract

@@ -34,7 +34,7 @@ from fedcmp.pipeline.plugins import Plugin
 from fedcmp.pipeline.toml import read_toml
 
 # Where things lie and how fast they are made changes no result, so such runs may share a directory.
-_WITHOUT_EFFECT = ("memo.", "build=", "features=", "device=", "evaluate.", "plugins=")
+_WITHOUT_EFFECT = ("memo.", "build=", "features=", "device=", "evaluate.", "plugins=", "tracker=")
 
 Chosen = tuple[tuple[str, Any], ...]
 Measure = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+: .+$")]

@@ -31,6 +31,7 @@ def run_rounds(
     *,
     carry: bool,
     history_path: Path,
+    track: Callable[[Sequence[dict[str, Any]]], None] = lambda rows: None,
     checkpoint: Callable[[Progress], None],
     secure: Secure | None = None,
     privacy: Privacy | None = None,
@@ -47,6 +48,7 @@ def run_rounds(
             returns the results of the others, at least one.
         carry: Whether clients keep their optimisers' moments.
         history_path: JSON lines to append to.
+        track: Called with every round's rows of the history.
         checkpoint: Called after every round.
         secure: How to sum what clients keep to themselves; None where they send their updates.
         privacy: How clients clip and noise their updates, if they do.
@@ -99,6 +101,7 @@ def run_rounds(
         sent, received = traffic()
         rows[-1] |= {"bytes": sent + received, "bytes_received": received}
         history.append(history_path, rows)
+        track(rows)
         personal, optimizers = dict(progress.personal), dict(progress.optimizers)
         if strategy.personal:
             personal |= {result.client: result.state for result in results}
