@@ -20,7 +20,7 @@ from fedcmp.cli import main
 from fedcmp.extract.encoders.base import ENCODERS, LoadedEncoder
 from fedcmp.extract.encoders.open_clip import OpenClip
 from fedcmp.extract.encoders.patches import expand_to_square, pool_squares
-from fedcmp.extract.encoders.transformers import _FAMILIES, Transformers
+from fedcmp.extract.encoders.transformers import FAMILIES, Transformers
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.options import Component
@@ -169,7 +169,7 @@ def test_blocks_after_the_layer_are_not_run(
     folder = save(maker, tmp_path)
     model, _ = maker()
     tower = getattr(model, "vision_model", model)
-    block = type(tower.get_submodule(_FAMILIES[model.config.model_type].blocks)[0])
+    block = type(tower.get_submodule(FAMILIES[model.config.model_type].blocks)[0])
     forward, ran = block.forward, []
     monkeypatch.setattr(
         block, "forward", lambda self, *args, **words: ran.append(1) or forward(self, *args, **words)

@@ -54,29 +54,6 @@ def write(out: Path, **amounts: Any) -> None:
 
 
 @world.command()
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("."))
-@click.option("--silo-images", default=1152, show_default=True, help="Images of a silo, on average.")
-def demo(folder: Path, silo_images: int) -> None:
-    """Write the demo's experiment files and data into a folder, to run it from there.
-
-    \b
-    Example:
-      fedcmp world demo tour
-      cd tour
-      fedcmp extract configs/demo.toml
-      fedcmp federate configs/demo/fedcmp.toml
-      fedcmp evaluate configs/demo/fedcmp.toml
-    """
-    from fedcmp.pipeline.console import say
-    from fedcmp.pipeline.world.demo import demo as write_demo
-
-    runs = write_demo(folder, silo_images=silo_images)
-    say(f"Wrote the data to {folder / 'build/world'}, and a file for each run:")
-    for run in runs:
-        say(f"  {run}")
-
-
-@world.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True, help="Seed of what is held out.")
 @click.option(
