@@ -2,7 +2,7 @@
 SCENARIOS := content domain quantity many few smollm2
 LAB_OPTIONS := --heldout-images 300 --validation-images 300
 DATA_few := --scenario domain --silo-images 160
-DATA_smollm2 := $(DATA_few)
+DATA_smollm2 := --scenario domain --silo-images 160
 data = $(or $(DATA_$(1)),--scenario $(1) --silo-images 384)
 WORLDS := $(foreach scenario,$(SCENARIOS),\
 	$(patsubst %,build/world/%/manifest.json,$(sort $(filter $(scenario)-%,$(EXPERIMENTS)))))

@@ -20,7 +20,7 @@ def demo(folder: Path, silo_images: int, only_write: bool) -> None:
 
     \b
     Example:
-      fedcmp demo
+      fedcmp demo tour
       fedcmp demo tour --only-write
     """
     from fedcmp.components import load

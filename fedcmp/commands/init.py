@@ -19,7 +19,13 @@ _ANY_SILOS = {"berlin": {"name": "llava_json", "path": "/data/pairs.json", "imag
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("."))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("experiment.toml"), show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("experiment.toml"),
+    show_default=True,
+    help="The file to write.",
+)
 def init(folder: Path, out: Path) -> None:
     """Write a commented experiment file from what lies in a folder.
 
