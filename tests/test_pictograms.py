@@ -140,13 +140,12 @@ def pinned(path: Path) -> Pinned:
 def pictures(path: Path) -> Pinned:
     """OpenMoji's package with thirty coloured squares a group."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, ["emoji", "hexcode", "group", "subgroups", "annotation", "skintone"])
+    writer = csv.DictWriter(table, ["hexcode", "group", "annotation", "skintone"])
     writer.writeheader()
     files = {}
     for number in range(30 * len(study.GROUPS)):
-        group = study.GROUPS[number % len(study.GROUPS)]
-        code, kind = f"{0x1F300 + number:X}", ("round", "flat")[number // len(study.GROUPS) % 2]
-        row = {"hexcode": code, "group": group, "subgroups": kind, "annotation": f"thing {number}"}
+        code, group = f"{0x1F300 + number:X}", list(study.GROUPS)[number % len(study.GROUPS)]
+        row = {"hexcode": code, "group": group, "annotation": f"thing {number}"}
         writer.writerow(row)
         writer.writerow(
             row | {"hexcode": code + "-1F3FB", "annotation": f"pale thing {number}", "skintone": "1"}
@@ -156,7 +155,10 @@ def pictures(path: Path) -> Pinned:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"><rect width="36" height="72" '
             f'fill="{colour}"/></svg>'
         )
-    writer.writerow({"hexcode": "1F1E9", "group": "flags", "subgroups": "flag", "annotation": "a flag"})
+        if number < 6:  # the same drawing under another name
+            writer.writerow(row | {"hexcode": code + "-2", "annotation": f"also thing {number}"})
+            files[f"package/color/svg/{code}-2.svg"] = files[f"package/color/svg/{code}.svg"]
+    writer.writerow({"hexcode": "1F1E9", "group": "flags", "annotation": "a flag"})
     files["package/data/openmoji.csv"] = table.getvalue()
     with tarfile.open(path, "w:gz") as archive:
         for name, text in files.items():

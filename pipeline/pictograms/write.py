@@ -15,7 +15,7 @@ import io
 import json
 import tarfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,15 @@ from fedcmp.pipeline.models.prompts import CAPTION_PROMPT
 from fedcmp.pipeline.pictograms.models import write_encoder, write_language
 from fedcmp.pipeline.pictograms.pinned import ENCODER, LANGUAGE, PICTURES
 
-GROUPS = ("animals-nature", "food-drink", "objects", "people-body", "smileys-emotion", "travel-places")
+# OpenMoji's groups, and what a picture of each is asked to be.
+GROUPS = {
+    "animals-nature": "an animal or a plant",
+    "food-drink": "something to eat or to drink",
+    "objects": "a thing that people use",
+    "people-body": "a person or a part of the body",
+    "smileys-emotion": "a face or a sign of a feeling",
+    "travel-places": "a place, a vehicle or the weather",
+}
 SIDE = 128
 _TABLE = "package/data/openmoji.csv"
 _PICTURE = "package/color/svg/{}.svg"
@@ -38,12 +46,11 @@ _PICTURE = "package/color/svg/{}.svg"
 
 @dataclass(frozen=True)
 class Pictogram:
-    """A named picture; `kind` is its subgroup, such as `animal-bird`."""
+    """A named picture of one of the groups."""
 
     code: str
     name: str
     group: str
-    kind: str
 
     @property
     def image(self) -> str:
@@ -70,14 +77,13 @@ def write(out: Path, *, seed: int = 0, most: int = 160) -> dict[str, int]:
     package = PICTURES.fetch(downloads)
     rng = np.random.default_rng(seed)
     silos, held = split(read(package), most, rng)
-    kinds = {group: sorted({each.kind for each in silo}) for group, silo in silos.items()}
     draw(package, [each for part in [*silos.values(), *held.values()] for each in part], out / "images")
     for group, silo in silos.items():
-        entries = [entry for each in silo for entry in _lessons(each, kinds[group], rng)]
+        entries = [entry for each in silo for entry in _lessons(each, rng)]
         write_json(out / "silos" / f"{group}.json", entries)
     for name, pictures in held.items():
         write_json(out / f"{name}.json", [_captioned(each) for each in pictures])
-    _write_benchmarks(out / "benchmarks", held["heldout"], kinds, rng)
+    _write_benchmarks(out / "benchmarks", held["heldout"], rng)
     write_encoder(ENCODER.fetch(downloads), out / "models/encoder")
     write_language(LANGUAGE.fetch(downloads), out / "models/language")
     counts = {name: len(part) for name, part in (silos | held).items()}
@@ -87,15 +93,22 @@ def write(out: Path, *, seed: int = 0, most: int = 160) -> dict[str, int]:
 
 
 def read(package: Path) -> list[Pictogram]:
-    """Pictograms of the six groups that have a name of their own, without variants of skin tone."""
+    """Pictograms of the six groups without variants of skin tone, every name and every drawing once."""
     with tarfile.open(package) as archive:
-        rows = csv.DictReader(io.TextIOWrapper(_file(archive, _TABLE), encoding="utf-8", newline=""))
-        found = [
-            Pictogram(row["hexcode"], row["annotation"], row["group"], row["subgroups"])
-            for row in rows
-            if row["group"] in GROUPS and not row["skintone"]
-        ]
-    return list({each.name: each for each in found}.values())
+        drawings = {
+            Path(member.name).stem: _file(archive, member).read()
+            for member in archive
+            if member.name.startswith("package/color/svg/") and member.isfile()
+        }
+        rows = list(csv.DictReader(io.TextIOWrapper(_file(archive, _TABLE), encoding="utf-8", newline="")))
+    found: dict[str, Pictogram] = {}
+    seen = set()
+    for row in rows:
+        code, name, group = row["hexcode"], row["annotation"], row["group"]
+        if group in GROUPS and not row["skintone"] and name not in found and drawings[code] not in seen:
+            seen.add(drawings[code])
+            found[name] = Pictogram(code, name, group)
+    return list(found.values())
 
 
 def split(
@@ -149,39 +162,31 @@ def _captioned(picture: Pictogram) -> dict[str, Any]:
     return _conversation(picture, CAPTION_PROMPT, picture.name)
 
 
-def _is_it(kind: str) -> str:
-    return f"Is this a picture of the kind '{kind.replace('-', ' ')}'?"
+def _is_it(group: str) -> str:
+    return f"Does this picture show {GROUPS[group]}?"
 
 
-def _lessons(picture: Pictogram, kinds: Sequence[str], rng: np.random.Generator) -> list[dict[str, Any]]:
+def _lessons(picture: Pictogram, rng: np.random.Generator) -> list[dict[str, Any]]:
     """A caption and a yes/no question, whose answer is as often yes as no."""
-    kind, answer = _asked_about(picture, kinds, rng)
-    return [_captioned(picture), _conversation(picture, _is_it(kind), answer.capitalize())]
+    group, answer = (picture.group, "Yes") if rng.random() < 0.5 else (_another(picture, rng), "No")
+    return [_captioned(picture), _conversation(picture, _is_it(group), answer)]
 
 
-def _asked_about(picture: Pictogram, kinds: Sequence[str], rng: np.random.Generator) -> tuple[str, str]:
-    others = [kind for kind in kinds if kind != picture.kind]
-    if rng.random() < 0.5 or not others:
-        return picture.kind, "yes"
-    return str(rng.choice(others)), "no"
+def _another(picture: Pictogram, rng: np.random.Generator) -> str:
+    return str(rng.choice([group for group in GROUPS if group != picture.group]))
 
 
-def _write_benchmarks(
-    out: Path, pictures: Sequence[Pictogram], kinds: Mapping[str, Sequence[str]], rng: np.random.Generator
-) -> None:
+def _write_benchmarks(out: Path, pictures: Sequence[Pictogram], rng: np.random.Generator) -> None:
     images = [{"id": n, "file_name": each.image} for n, each in enumerate(pictures)]
     captions = [{"id": n, "image_id": n, "caption": each.name} for n, each in enumerate(pictures)]
     write_json(out / "captions.json", {"images": images, "annotations": captions})
     questions: dict[str, list[str]] = defaultdict(list)
     for number, each in enumerate(pictures):
-        if each.kind not in kinds[each.group]:
-            continue
-        wrong = str(rng.choice([kind for kind in kinds[each.group] if kind != each.kind]))
-        for place, (kind, label) in enumerate(((each.kind, "yes"), (wrong, "no"))):
+        for place, (group, label) in enumerate(((each.group, "yes"), (_another(each, rng), "no"))):
             row = {
                 "question_id": 2 * number + place,
                 "image": each.image,
-                "text": _is_it(kind),
+                "text": _is_it(group),
                 "label": label,
             }
             questions[each.group].append(json.dumps(row))
