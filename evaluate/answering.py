@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from fedcmp.pipeline.hashes import canonical
 from fedcmp.pipeline.identity import language_options
 from fedcmp.pipeline.models.device import pick_device
 from fedcmp.pipeline.models.language import load_language
-from fedcmp.pipeline.models.prompts import Tokens, stop_string, tokenise_all
+from fedcmp.pipeline.models.prompts import Tokens, require_system_prompt, stop_string, tokenise_all
 from fedcmp.pipeline.models.vision_language import VisionLanguage
 from fedcmp.pipeline.records import Text, Turn
 from fedcmp.pipeline.run_folder import Run
@@ -47,6 +48,10 @@ class Reader:
     question_template: str
     max_length: int
     batch_size: int
+
+    def template_for(self, asks: Asks) -> str:
+        """How captions or questions are asked for."""
+        return self.template if asks == "caption" else self.question_template
 
     def tokens(self, texts: Sequence[Text], template: str) -> list[Tokens]:
         """Tokens of texts, one more than `max_length` where a text is longer."""
@@ -98,6 +103,9 @@ def answer(
     An item whose prompt does not fit is recorded as failed and stops no other. Items with one key are
     one question, asked once.
 
+    Raises:
+        UserError: The prompt template has no place for the benchmark's system prompt.
+
     Args:
         work: Its benchmark decides template, length and how answers come about.
         items: What is still to be answered; all of them for a benchmark that retrieves.
@@ -106,11 +114,15 @@ def answer(
         advance: Called with the number of answers after every batch.
     """
     benchmark, rows = work.benchmark, rows_of(reader.cache)
-    asks, mode, length = benchmark.asks, benchmark.mode, benchmark.max_new_tokens
+    asks, mode = benchmark.asks, benchmark.mode
+    length, stop = benchmark.max_new_tokens, benchmark.stop
+    if benchmark.system_prompt is not None:
+        tokenizer = reader.model.language.tokenizer
+        require_system_prompt(reader.template_for(asks), tokenizer, benchmark.system_prompt)
     once = list({work.keys[item.id]: item for item in items}.values())
     advance(len(items) - len(once))
     with path.open("ab") as file:
-        for batch in answers(reader, once, rows, asks=asks, mode=mode, length=length):
+        for batch in answers(reader, once, rows, asks=asks, mode=mode, length=length, stop=stop):
             for item, said in batch:
                 told = {"failed": said.reason} if isinstance(said, Failure) else {"answer": said}
                 line = {"key": work.keys[item.id], "benchmark": work.name, "id": item.id, "image": item.image}
@@ -127,6 +139,7 @@ def answers(
     asks: Asks,
     mode: Mode,
     length: int,
+    stop: Sequence[str] = (),
 ) -> Iterator[list[tuple[Item, Answer | Failure]]]:
     """Answers batch by batch, in the order that is fastest; those that cannot be given come first.
 
@@ -137,11 +150,12 @@ def answers(
         asks: Selects the template.
         mode: How answers come about.
         length: Tokens a generated answer may have.
+        stop: Texts before which a generated answer is cut.
     """
     if mode == "retrieve":
         yield list(zip(items, _ranks(reader, items, rows), strict=True))
         return
-    template = reader.template if asks == "caption" else reader.question_template
+    template = reader.template_for(asks)
     fitting, failed = _fitting(reader, items, template)
     yield [(item, Failure(reason)) for item, reason in failed.items()]
     for batch in _batches(_ordered(fitting), reader.batch_size):
@@ -153,15 +167,31 @@ def answers(
         if mode == "likelihood":
             measured = _likelihoods(reader.model, asked, projected[owners])
             yield [(item, _finite(each)) for item, each in zip(done, measured, strict=True)]
-        elif mode == "rank":
-            yield list(zip(done, _ranked(reader, done, projected[owners], template), strict=True))
+        elif mode in ("rank", "weigh"):
+            losses = _option_losses(reader, done, projected[owners], template)
+            yield [(item, _chosen(item, each, mode)) for item, each in zip(done, losses, strict=True)]
         else:
-            stop = stop_string(template)
-            said = reader.model.generate(asked, projected, owners, max_new_tokens=length, stop=stop)
-            yield list(zip(done, said, strict=True))
+            end = stop_string(template)
+            said = reader.model.generate(asked, projected, owners, max_new_tokens=length, stop=end)
+            yield [(item, cut(each, stop)) for item, each in zip(done, said, strict=True)]
 
 
-def _finite(likelihood: list[float]) -> Answer | Failure:
+def cut(answer: str, stop: Sequence[str]) -> str:
+    """What comes before the first of some texts, stripped; an answer with none of them as it is."""
+    if not any(text in answer for text in stop):
+        return answer
+    return min((answer.split(text)[0] for text in stop), key=len).strip()
+
+
+def _chosen(item: Item, losses: list[float] | Failure, mode: Mode) -> Answer | Failure:
+    """The likeliest option, of equals the first, or what all of them have."""
+    measured = losses if isinstance(losses, Failure) else _finite(losses)
+    if isinstance(measured, Failure) or mode == "weigh":
+        return measured
+    return item.options[measured.index(min(measured))]
+
+
+def _finite(likelihood: list[float]) -> list[float] | Failure:
     return likelihood if all(map(math.isfinite, likelihood)) else Failure("its likelihood is not finite")
 
 
@@ -185,27 +215,31 @@ def _fitting(
     reader: Reader, items: Sequence[Item], template: str
 ) -> tuple[list[tuple[Tokens, Item]], dict[Item, str]]:
     """Prompts of items, and why some have none."""
-    try:
-        tokens: list[Tokens | str] = [*reader.tokens([item.text for item in items], template)]
-    except UserError:
-        tokens = [_tokens_or_reason(reader, item, template) for item in items]
     fitting, failed = [], {}
-    for each, item in zip(tokens, items, strict=True):
+    for each, item in zip(_checked(reader, [item.text for item in items], template), items, strict=True):
         if isinstance(each, str):
             failed[item] = each
-        elif len(each.ids) > reader.max_length:
-            failed[item] = (
-                f"its prompt has more than {reader.max_length} tokens, the lesser of language.max_length and "
-                "the LLM's positions"
-            )
         else:
             fitting.append((each, item))
     return fitting, failed
 
 
-def _tokens_or_reason(reader: Reader, item: Item, template: str) -> Tokens | str:
+def _checked(reader: Reader, texts: Sequence[Text], template: str) -> list[Tokens | str]:
+    """Tokens of texts, or why one does not fit."""
     try:
-        return reader.tokens([item.text], template)[0]
+        tokens: list[Tokens | str] = [*reader.tokens(texts, template)]
+    except UserError:
+        tokens = [_tokens_or_reason(reader, text, template) for text in texts]
+    long = (
+        f"its prompt has more than {reader.max_length} tokens, the lesser of language.max_length and the "
+        "LLM's positions"
+    )
+    return [each if isinstance(each, str) or len(each.ids) <= reader.max_length else long for each in tokens]
+
+
+def _tokens_or_reason(reader: Reader, text: Text, template: str) -> Tokens | str:
+    try:
+        return reader.tokens([text], template)[0]
     except UserError as error:
         return str(error)
 
@@ -220,17 +254,23 @@ def _likelihoods(model: VisionLanguage, tokens: Sequence[Tokens], projected: Ten
     return [[float(total), float(each.supervised)] for total, each in zip(sums, tokens, strict=True)]
 
 
-def _ranked(reader: Reader, items: Sequence[Item], projected: Tensor, template: str) -> Iterator[str]:
-    """The likeliest option of every item; of equals the first."""
+def _option_losses(
+    reader: Reader, items: Sequence[Item], projected: Tensor, template: str
+) -> Iterator[list[float] | Failure]:
+    """The summed negative log-likelihood of every option, item by item."""
     texts = [Text((*item.text.turns, Turn("assistant", option))) for item in items for option in item.options]
     owners = [place for place, item in enumerate(items) for _ in item.options]
-    losses: list[list[float]] = []
-    for batch in _batches([*zip(reader.tokens(texts, template), owners, strict=True)], reader.batch_size):
-        tokens = [each for each, _ in batch]
-        losses += _likelihoods(reader.model, tokens, projected[[owner for _, owner in batch]])
-    answers = iter(losses)
-    for item in items:
-        yield min(((next(answers)[0], option) for option in item.options), key=lambda pair: pair[0])[1]
+    checked = list(zip(_checked(reader, texts, template), owners, strict=True))
+    reasons = {owner: each for each, owner in checked if isinstance(each, str)}
+    fitting = [(each, owner) for each, owner in checked if not isinstance(each, str)]
+    losses: dict[int, list[float]] = defaultdict(list)
+    for batch in _batches(fitting, reader.batch_size):
+        shown = projected[[owner for _, owner in batch]]
+        measured = _likelihoods(reader.model, [each for each, _ in batch], shown)
+        for (loss, _), (_, owner) in zip(measured, batch, strict=True):
+            losses[owner].append(loss)
+    for place in range(len(items)):
+        yield Failure(reasons[place]) if place in reasons else losses[place]
 
 
 @torch.inference_mode()

@@ -53,7 +53,7 @@ class Saved:
 def _has_form(answer: Answer, mode: Mode) -> bool:
     if mode in ("generate", "rank"):
         return isinstance(answer, str)
-    return isinstance(answer, list) and len(answer) >= 2 and (mode == "retrieve" or len(answer) == 2)
+    return isinstance(answer, list) and len(answer) >= 2 and (mode != "likelihood" or len(answer) == 2)
 
 
 def read_answers(path: Path, model: dict[str, Any]) -> Saved:

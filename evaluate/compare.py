@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fedcmp.evaluate.benchmarks.base import Answers, AskedItem, Benchmark, Item
+from fedcmp.evaluate.benchmarks.base import OF_THE_ANSWERS, Answers, AskedItem, Benchmark, Item
 from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.scoring import given, rules_of
 from fedcmp.evaluate.statistics import Gap, gap, holm, mcnemar, pooled, value_of
 from fedcmp.evaluate.trained import trained_run
-from fedcmp.evaluate.work import benchmarks_of, recall
+from fedcmp.evaluate.work import Work, benchmarks_of, recall
 from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say, table
@@ -136,7 +136,7 @@ def _method(run: Run) -> dict[str, Any]:
     return {**identity, "encoding": run.manifest["features"]["key"]}
 
 
-def _require_rules(name: str, benchmarks: Sequence[Benchmark], runs: Sequence[Experiment]) -> None:
+def _require_rules(name: str, works: Sequence[Work], runs: Sequence[Experiment]) -> None:
     """All runs answered under the same conditions.
 
     Raises:
@@ -144,11 +144,12 @@ def _require_rules(name: str, benchmarks: Sequence[Benchmark], runs: Sequence[Ex
     """
     conditions = [
         {
-            **rules_of(each, [])["options"],
-            "max_new_tokens": each.max_new_tokens,
+            **rules_of(work.benchmark, [])["options"],
+            **{option: getattr(work.benchmark, option) for option in OF_THE_ANSWERS},
+            "limit": work.limit,
             **run.evaluate.benchmarks[name].provenance,
         }
-        for each, run in zip(benchmarks, runs, strict=True)
+        for work, run in zip(works, runs, strict=True)
     ]
     for run, options in zip(runs[1:], conditions[1:], strict=True):
         found = differences(conditions[0], options)
@@ -165,7 +166,9 @@ def _benchmark(
     """A row for each headline of one benchmark, on the questions that all runs answered."""
     runs = [experiment for pair in pairs for experiment in pair]
     works = [recall(run, name, benchmarks_of(run, (name,))[name]) for run in runs]
-    _require_rules(name, [work.benchmark for work in works], runs)
+    _require_rules(name, works, runs)
+    if works[0].limit is not None:
+        say(f"{name}: LIMITED to the first {works[0].limit} questions")
     found = [given(*each) for each in zip(runs, trained, works, strict=True)]
     common: dict[str, Item] = {item.id: item for item in found[0].items}
     for run, each in zip(runs[1:], found[1:], strict=True):

@@ -23,14 +23,14 @@ T = TypeVar("T")
 _PROBLEMS_SHOWN = 3
 
 
-def evaluate_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> None:
+def evaluate_runs(experiments: Sequence[Experiment], only: tuple[str, ...], limit: int | None = None) -> None:
     """Answer what is not yet answered, score, and print the scores, run by run.
 
     Raises:
         UserError: At the end, where a run or benchmark could not be evaluated.
     """
     runs = [(experiment.run, experiment) for experiment in experiments]
-    _finish(_tried(runs, lambda experiment: evaluate_run(experiment, only)), len(runs), "runs")
+    _finish(_tried(runs, lambda experiment: evaluate_run(experiment, only, limit)), len(runs), "runs")
 
 
 def score_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> None:
@@ -65,8 +65,15 @@ def _finish(failed: Sequence[str], number: int, what: str) -> None:
         raise UserError(f"{len(failed)} of {number} {what} failed, as said above: {', '.join(failed)}")
 
 
-def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def evaluate_run(
+    experiment: Experiment, only: tuple[str, ...], limit: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Answer what is not yet answered, score, and print the scores; one benchmark stops no other.
+
+    Args:
+        experiment: The run.
+        only: Names of benchmarks; all where it is empty.
+        limit: Questions of each benchmark at most; scores of fewer than all say so.
 
     Returns:
         The content of every benchmark's file of scores.
@@ -83,7 +90,7 @@ def evaluate_run(experiment: Experiment, only: tuple[str, ...]) -> dict[str, dic
     def read(name: str) -> None:
         cache = cache_of(experiment, name, benchmarks[name])
         run.require_encoding(cache)
-        works.append((prepare(experiment, name, benchmarks[name], cache), cache))
+        works.append((prepare(experiment, name, benchmarks[name], cache, limit), cache))
 
     unread = _tried([(name, name) for name in benchmarks], read)
     _answer(experiment, run, works)
@@ -154,7 +161,8 @@ def _score(
             say(f"{work.name}: for the official evaluation: {path}")
         for name, each in scored.content["metrics"].items():
             interval = f"{each['low']:.3f} - {each['high']:.3f}"
-            rows.append([f"{work.name}: {name}", f"{each['value']:.3f}", interval, str(each["n"])])
+            whose = work.name if work.limit is None else f"{work.name}, first {work.limit}"
+            rows.append([f"{whose}: {name}", f"{each['value']:.3f}", interval, str(each["n"])])
         _say_counts(work, scored)
 
     failed = _tried([(work.name, work) for work in works], one)
@@ -166,6 +174,8 @@ def _score(
 
 def _say_counts(work: Work, scored: Scored) -> None:
     counts = scored.content["counts"]
+    if work.limit is not None:
+        say(f"{work.name}: LIMITED to its first {work.limit} questions; these are not the benchmark's scores")
     for what in ("missing images", "duplicate ids", "bad entries", "failed items"):
         if counts[what]:
             say(f"{work.name}: {counts[what]} {what} not scored")
@@ -177,8 +187,9 @@ def _say_counts(work: Work, scored: Scored) -> None:
         say(f"{work.name}: {counts['images trained on']} of its images were trained on too, byte for byte")
     if counts["empty answers"]:
         say(f"{work.name}: {counts['empty answers']} empty answers, scored by the rule as they are")
+    said = counts["items"] * counts["projectors"]
     for what, number in scored.content["remarks"].items():
-        say(f"{work.name}: {number} {what} among {counts['items'] * counts['projectors']}")
+        say(f"{work.name}: {number} {what} among {said} ({number / said:.0%})")
     for warning in scored.content["warnings"]:
         say(f"{work.name}: {warning}")
     for reason in [*work.problems, *scored.reasons][:_PROBLEMS_SHOWN]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedcmp.evaluate.answers import answers_path, read_answers
-from fedcmp.evaluate.benchmarks.base import Answers, Benchmark, Item
+from fedcmp.evaluate.benchmarks.base import OF_THE_ANSWERS, Answers, Benchmark, Item
 from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.statistics import interval, pooled
 from fedcmp.evaluate.work import Work
@@ -23,7 +23,7 @@ from fedcmp.pipeline.plugins import blamed
 from fedcmp.pipeline.run_folder import Run
 
 FORMAT = {"name": "fedcmp-scores", "version": 3}
-_ELSEWHERE = {"silo", "images", "max_new_tokens"}
+_ELSEWHERE = {"silo", "images", *OF_THE_ANSWERS}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def made_of(experiment: Experiment, work: Work, given: Given) -> dict[str, Any]:
         "bootstrap": experiment.evaluate.bootstrap,
         "seed": experiment.seed,
         "answers": fingerprint([[each[item.id] for item in given.items] for each in given.answers]),
-    }
+    } | ({} if work.limit is None else {"limit": work.limit})
 
 
 def rules_of(benchmark: Benchmark, items: Sequence[Item]) -> dict[str, Any]:
@@ -103,12 +103,14 @@ def rules_of(benchmark: Benchmark, items: Sequence[Item]) -> dict[str, Any]:
     labels = [item.digest if benchmark.asks_cache else item.label for item in items]
     # Files count by what is in them.
     kinds = {name: str(field.annotation) for name, field in type(benchmark).model_fields.items()}
-    return {
+    rules = {
         "questions": fingerprint([[item.id, item.image] for item in items]),
         "labels": fingerprint([labels, benchmark.evidence()]),
         "rules": f"{type(benchmark).__name__} {benchmark.version}",
         "options": {name: value for name, value in options.items() if "Path" not in kinds[name]},
     }
+    # Scores from before there was such a choice are of the usual words.
+    return rules | ({"wording": benchmark.wording} if benchmark.wording else {})
 
 
 def _require_form(
@@ -155,7 +157,7 @@ def score(experiment: Experiment, run: Run, work: Work) -> Scored:
         "strategy": run.manifest["strategy"],
         "benchmark": work.name,
         "made_of": made_of(experiment, work, found),
-        "settings": benchmark.settings,
+        "settings": _settings(work),
         "counts": _counts(work, found),
         "remarks": remarks,
         "warnings": warnings,
@@ -207,6 +209,12 @@ def _changes(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
         for each in (now, then)
     )
     return told + differences(ours, theirs)
+
+
+def _settings(work: Work) -> dict[str, str]:
+    """What the scores must not be quoted without."""
+    part = {} if work.limit is None else {"LIMITED": f"only the first {work.limit} questions"}
+    return part | work.benchmark.settings | work.benchmark.wording
 
 
 def _counts(work: Work, found: Given) -> dict[str, int]:

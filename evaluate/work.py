@@ -37,6 +37,7 @@ class Work:
         duplicates: Items whose id came before.
         problems: Entries of the files that cannot be asked.
         trained: Images asked about that the run was trained on.
+        limit: How many of the questions were taken, the first ones, where that is not all.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Work:
     duplicates: int
     problems: list[str]
     trained: int
+    limit: int | None = None
 
 
 def benchmarks_of(experiment: Experiment, only: tuple[str, ...] = ()) -> dict[str, Benchmark]:
@@ -84,14 +86,27 @@ def cache_of(experiment: Experiment, name: str, benchmark: Benchmark) -> Feature
     return open_cache(experiment, silo)
 
 
-def prepare(experiment: Experiment, name: str, benchmark: Benchmark, cache: FeatureCache) -> Work:
+def prepare(
+    experiment: Experiment, name: str, benchmark: Benchmark, cache: FeatureCache, limit: int | None = None
+) -> Work:
     """Read a benchmark's files, match its images with the cache, and save what is asked.
 
+    Args:
+        experiment: The run.
+        name: The benchmark's name.
+        benchmark: Its options and rules.
+        cache: Features of its images.
+        limit: Take only so many questions, the first in the order of the files.
+
     Raises:
-        UserError: There is nothing to ask, or no image has features.
+        UserError: There is nothing to ask, no image has features, or words would not be said.
     """
     contents = _contents(cache)
+    _require_place(experiment, name, benchmark)
     items, duplicates, problems = _questions(name, benchmark, cache)
+    if limit is not None and limit >= len(items):
+        limit = None
+    items = items[:limit]
     asked = [item for item in items if item.image in contents]
     if not asked:
         raise UserError(
@@ -105,12 +120,12 @@ def prepare(experiment: Experiment, name: str, benchmark: Benchmark, cache: Feat
         "trained": trained,
         "features": {item.image: contents.get(item.image) for item in items},
         "texts": [[item.id, item.image, item.digest] for item in asked] if benchmark.asks_cache else None,
-    }
+    } | ({} if limit is None else {"limit": limit})
     path = _asked_path(experiment, name)
     if read_json(path) != record:
         write_json(path, record)
     missing = [item.image for item in items if item.image not in contents]
-    return Work(name, benchmark, asked, keys, missing, duplicates, problems, trained)
+    return Work(name, benchmark, asked, keys, missing, duplicates, problems, trained, limit)
 
 
 def recall(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
@@ -124,6 +139,7 @@ def recall(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
     if record is None or record.get("format") != FORMAT:
         raise UserError(f"{place}: not asked yet, its answers are missing; run 'fedcmp evaluate' first")
     contents: dict[str, str | None] = record["features"]
+    limit: int | None = record.get("limit")
     cache = _cache_here(experiment, name, benchmark)
     if cache is not None:
         here = _contents(cache)
@@ -139,6 +155,7 @@ def recall(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
         duplicates, problems = 0, list[str]()
     else:
         items, duplicates, problems = _questions(name, benchmark, cache)
+        items = items[:limit]
     never = [item.image for item in items if item.image not in contents]
     if never:
         raise UserError(
@@ -148,12 +165,25 @@ def recall(experiment: Experiment, name: str, benchmark: Benchmark) -> Work:
     asked = [item for item in items if item.image in known]
     keys = _keys(experiment, benchmark, asked, known)
     missing = [item.image for item in items if item.image not in known]
-    return Work(name, benchmark, asked, keys, missing, duplicates, problems, record["trained"])
+    return Work(name, benchmark, asked, keys, missing, duplicates, problems, record["trained"], limit)
 
 
 def rows_of(cache: FeatureCache) -> dict[str, int]:
     """The row of every image that has features."""
     return {image: row for row, image in enumerate(cache.ids) if cache.status[row] == 0}
+
+
+def _require_place(experiment: Experiment, name: str, benchmark: Benchmark) -> None:
+    """Refuse words that the prompt template would leave out.
+
+    Raises:
+        UserError: Naming the option and the template.
+    """
+    if benchmark.own_words and benchmark.asks == "caption" and experiment.language.template == "plain":
+        raise UserError(
+            f"evaluate.benchmarks.{name}.{benchmark.own_words[0]}: language.template = 'plain' shows the "
+            "picture alone and says nothing; set language.template to 'chat' or 'v1', or remove the option"
+        )
 
 
 def _asked_path(experiment: Experiment, name: str) -> Path:
@@ -193,7 +223,7 @@ def _questions(
     except OSError as error:
         raise UserError(f"benchmark '{name}': {error.filename}: {error.strerror}; correct its path") from None
     problems = [each.reason for each in found if isinstance(each, Problem)]
-    listed = [each for each in found if isinstance(each, Item)]
+    listed = [benchmark.worded(each) for each in found if isinstance(each, Item)]
     if not listed:
         why = f"; {problems[0]}" if problems else ""
         raise UserError(f"benchmark '{name}': its files hold no question{why}")
@@ -214,10 +244,12 @@ def _keys(
         "max_length": language.max_length,
         "max_new_tokens": benchmark.max_new_tokens if mode == "generate" else None,
     }
+    if benchmark.stop:
+        settings["stop"] = benchmark.stop
     alone: dict[str, list[object]] = {}
     for item in items:
         alone[item.id] = [contents[item.image], item.digest]
-        if mode == "rank":
+        if mode in ("rank", "weigh"):
             alone[item.id] += item.options
         elif mode == "retrieve":
             alone[item.id] += [item.id, item.label]

@@ -24,6 +24,7 @@ COMMANDS = {
     "federate": "Train the projector federatedly from the caches.",
     "site": "Hold a silo ready to train for a server elsewhere.",
     "merge": "Merge trained projectors into one, without training.",
+    "benchmarks": "List the benchmarks and their options.",
     "evaluate": "Answer the benchmarks and score the answers.",
     "score": "Score saved answers again; no model is needed.",
     "compare": "Test whether one run is better than another.",

@@ -83,15 +83,19 @@ class Study:
 
         return run(self.experiment)
 
-    def evaluate(self, *benchmarks: str) -> Scores:
+    def evaluate(self, *benchmarks: str, limit: int | None = None) -> Scores:
         """Answer some benchmarks, or all, and score the answers.
+
+        Args:
+            *benchmarks: Their names.
+            limit: Questions of each at most, the first ones; scores of fewer than all say so.
 
         Raises:
             UserError: The run is not finished, or a benchmark cannot be evaluated.
         """
         from fedcmp.evaluate.run import evaluate_run
 
-        return Scores(evaluate_run(self.experiment, benchmarks))
+        return Scores(evaluate_run(self.experiment, benchmarks, limit))
 
     def compare(self, *others: Study, benchmarks: Sequence[str] = ()) -> list[Row]:
         """This run against another on the same questions: differences, intervals and p values.

@@ -32,13 +32,16 @@ def improper(name: str) -> str | None:
 class Turn:
     """One utterance of a conversation."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["system", "user", "assistant"]
     content: str
 
 
 @dataclass(frozen=True)
 class Text:
-    """A conversation about an image; a bare caption is a single assistant turn."""
+    """A conversation about an image; a bare caption is a single assistant turn.
+
+    What is asked, but not what is trained on, may begin with a system turn.
+    """
 
     turns: tuple[Turn, ...]
     split: str = "train"

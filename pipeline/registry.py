@@ -89,6 +89,17 @@ class Registry(Generic[T]):
     def _note_broken(self, place: str, error: BaseException) -> None:
         self._broken[place] = f"cannot be imported: {type(error).__name__}: {one_line(error)}"
 
+    def registered(self, name: str) -> type[T]:
+        """The class of a component by one of `names`.
+
+        Raises:
+            UserError: None has this name.
+        """
+        known = self.names()
+        if name not in known:
+            raise UserError(f"no {self.kind} is called '{name}'{did_you_mean(name, known)}")
+        return self._classes[name]
+
     def build(self, component: Component, where: str) -> T:
         """Construct a component from its configuration.
 

@@ -233,6 +233,59 @@ def karpathy(root: Path) -> Options:
     return {"annotations": path, "images": root / "images"}
 
 
+def vqa(root: Path) -> Options:
+    rows = []
+    for n in range(IMAGES):
+        image = draw(root / "images", f"{n}.jpg", n)
+        rows.append({"image": image, "question": "Is it red?", "answer": "yes", "answer_type": "CLOSED "})
+        rows.append({"image": image, "question": "What is it?", "answer": "The left lung"})
+    return {"path": dump(root / "questions.json", rows), "images": root / "images"}
+
+
+def mcq(root: Path) -> Options:
+    rows = [
+        {
+            "image": draw(root / "images", f"{n}.jpg", n),
+            "question": "What is it?",
+            **dict(zip("ABC", ("a dog", "a cat", "an ox"), strict=True)),
+            "answer": "ABC"[n % 3],
+        }
+        for n in range(IMAGES)
+    ]
+    return {"path": dump(root / "questions.json", rows), "images": root / "images"}
+
+
+def yes_no(root: Path) -> Options:
+    rows = [
+        {
+            "image": draw(root / "images", f"{n // 2}.jpg", n // 2),
+            "question": "Is it red?",
+            "answer": ("Yes", "No")[n % 2],
+        }
+        for n in range(2 * IMAGES)
+    ]
+    return {"path": dump(root / "questions.json", rows), "images": root / "images"}
+
+
+def classify(root: Path) -> Options:
+    rows = [
+        {"image": draw(root / "images", f"{n}.jpg", n), "label": ("ring", "star", "cross")[n % 3]}
+        for n in range(IMAGES)
+    ]
+    return {"path": dump(root / "dataset.json", rows), "images": root / "images"}
+
+
+def caption_table(root: Path) -> Options:
+    rows = [
+        {
+            "image": draw(root / "images", f"{n // 2}.jpg", n // 2),
+            "caption": f"a dog number {n} runs on grass",
+        }
+        for n in range(2 * IMAGES)
+    ]
+    return {"path": dump(root / "dataset.json", rows), "images": root / "images"}
+
+
 WRITERS: dict[str, Callable[[Path], Options]] = {
     "pope": pope,
     "mme": mme,
@@ -246,4 +299,9 @@ WRITERS: dict[str, Callable[[Path], Options]] = {
     "vizwiz": vizwiz,
     "captions": karpathy,
     "retrieval": karpathy,
+    "vqa": vqa,
+    "mcq": mcq,
+    "yes_no": yes_no,
+    "classify": classify,
+    "caption_table": caption_table,
 }

@@ -42,6 +42,12 @@ def replies(benchmark: Benchmark, items: list[Item], text: str | None) -> dict[s
     if benchmark.mode == "retrieve":
         rank = 0.0 if text is None else float(len(items))
         return {each.id: [rank] * (1 + len(each.truth)) for each in items}
+    if benchmark.mode == "weigh":
+        # Losses of the classes: that of the right one is the least, or the greatest.
+        best = 0.0 if text is None else 2.0
+        return {
+            each.id: [best if name == each.truth["label"] else 1.0 for name in each.options] for each in items
+        }
     return {each.id: benchmark.show_reference(each) if text is None else text for each in items}
 
 
@@ -98,7 +104,7 @@ class TestContract:
         for text in (None, "", "A", LONG):
             points = benchmark.points(items, replies(benchmark, items, text))
             if points is None:
-                assert name in ("mm_vet", "captions", "retrieval")
+                assert name in ("mm_vet", "captions", "caption_table", "retrieval")
                 continue
             assert len(points) == len(items)
             assert all(0 <= point <= 1 for point in points)
@@ -385,8 +391,11 @@ def test_circular_passes_are_one_question_and_strata_keep_categories(tmp_path: P
 # What answers of retrieval and scores are saved under, of the files in official.py: labels are hashed as the
 # text that they have always been hashed as, or everything saved would count as stale.
 LABELS = {
+    "caption_table": "d89f02cc34867a03",
     "captions": "546592c89d2a9e3f",
+    "classify": "3b66e57919ca4425",
     "gqa": "7149ac044e6fed7d",
+    "mcq": "2af79fee8bd66ac5",
     "mm_vet": "b668dab2481206e7",
     "mmbench": "24fe628145dce8ea",
     "mme": "06e1bbac2651e7f3",
@@ -396,7 +405,9 @@ LABELS = {
     "seed_bench": "d7b2e0b19c5bfc3a",
     "textvqa": "725d5478b9e87feb",
     "vizwiz": "da655655b76db3cc",
+    "vqa": "f8d684695b498b20",
     "vqav2": "d1571c23ec45c68a",
+    "yes_no": "b6bb8a55b75a9887",
 }
 
 

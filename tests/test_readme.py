@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import ROOT
+from tables import vqa_rad
 
 from fedcmp.cli import main
 from fedcmp.pipeline.cache import FeatureCache
@@ -113,3 +114,22 @@ def test_the_tree_of_the_readme_is_there() -> None:
 
 def test_no_placeholder_is_left() -> None:
     assert not re.findall(r"@[A-Z]+@", README)
+
+
+def test_a_table_alone_scores_questions_of_ones_own(extracted: Path, tmp_path: Path) -> None:
+    (block,) = [each for each in blocks("toml") if "evaluate.benchmarks.ours" in each]
+    vqa_rad(tmp_path)
+    (tmp_path / "vqa_rad").rename(tmp_path / "ours")
+    (tmp_path / "ours/VQA_RAD Dataset Public.json").rename(tmp_path / "ours/questions.json")
+    (tmp_path / "ours/VQA_RAD Image Folder").rename(tmp_path / "ours/images")
+    config = tmp_path / "clinics.toml"
+    places = f'build = "{tmp_path}/build"\nfeatures = "{tmp_path}/features"\n'
+    config.write_text(f'extends = "{extracted}"\n{places}' + block.replace("/data/", f"{tmp_path}/"))
+    (tmp_path / "features").mkdir()
+    for silo in ("clinic", "lab"):
+        (tmp_path / f"features/{silo}.zarr").symlink_to(extracted.parent / f"features/{silo}.zarr")
+    done("extract", str(config), "--benchmark", "ours")
+    done("federate", str(config))
+    output = done("evaluate", str(config), "--benchmark", "ours")
+    for metric in ("accuracy", "closed accuracy", "open recall", "accuracy image_organ CHEST"):
+        assert f"ours: {metric}" in output

@@ -1,5 +1,7 @@
 """Benchmarks, one file each, and the words in which one is written."""
 
+from typing import TYPE_CHECKING, Any
+
 from fedcmp.evaluate.benchmarks.base import (
     BENCHMARKS,
     LETTER,
@@ -15,6 +17,7 @@ from fedcmp.evaluate.benchmarks.base import (
     annotators,
     averaged,
     averaged_by,
+    choices_prompt,
     collect,
     undecided,
 )
@@ -32,9 +35,11 @@ from fedcmp.evaluate.official.files import (
     strings,
     to_json,
 )
-from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.prompts import CAPTION_PROMPT, question
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 __all__ = [
     "BENCHMARKS",
@@ -57,6 +62,7 @@ __all__ = [
     "attempt",
     "averaged",
     "averaged_by",
+    "choices_prompt",
     "collect",
     "entries",
     "field",
@@ -72,3 +78,12 @@ __all__ = [
     "to_json",
     "undecided",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The cache's class, for annotations; it takes longer to load than all benchmarks together."""
+    if name == "FeatureCache":
+        from fedcmp.pipeline.cache import FeatureCache
+
+        return FeatureCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

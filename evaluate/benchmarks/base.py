@@ -6,20 +6,22 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedcmp.evaluate.metric import Metric, mean
 from fedcmp.evaluate.official.files import Problem, attempt
-from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.options import Options
-from fedcmp.pipeline.records import Text
+from fedcmp.pipeline.records import Text, Turn
 from fedcmp.pipeline.registry import Registry
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache  # `fedcmp benchmarks` lists without it
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -67,7 +69,9 @@ class AskedItem(Item):
 Answer = str | list[float]
 Answers = Mapping[str, Answer]
 Asks = Literal["caption", "question"]
-Mode = Literal["generate", "rank", "likelihood", "retrieve"]
+Mode = Literal["generate", "rank", "weigh", "likelihood", "retrieve"]
+# Options that decide answers, so that the answers' keys hold them, and scores do not once more.
+OF_THE_ANSWERS = ("max_new_tokens", "prompt_suffix", "system_prompt", "stop")
 
 
 class Benchmark(Options, ABC):
@@ -80,6 +84,10 @@ class Benchmark(Options, ABC):
         silo: Silo that holds the images; by default the benchmark's own name where there is such a cache.
         images: Folder of the images, for extracting and showing them.
         max_new_tokens: Tokens an answer may have.
+        prompt_suffix: Ends every prompt in place of the usual instruction, such as "Answer the question
+            using a single word or phrase."; with its own line break.
+        system_prompt: In place of the prompt template's own.
+        stop: Texts that end an answer and are no part of it.
     """
 
     version: ClassVar[int]
@@ -90,15 +98,37 @@ class Benchmark(Options, ABC):
     silo: str | None = None
     images: Path | None = None
     max_new_tokens: int = Field(32, ge=1)
+    prompt_suffix: str | None = None
+    system_prompt: str | None = Field(None, min_length=1)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+
+    @model_validator(mode="after")
+    def _no_word_is_lost(self) -> Benchmark:
+        if self.own_words and self.mode in ("likelihood", "retrieve"):
+            raise ValueError(f"{self.own_words[0]} has no effect, as no question is asked; remove it")
+        if self.stop and self.mode != "generate":
+            raise ValueError("stop has no effect, as no text is generated; remove it")
+        return self
 
     @property
     def mode(self) -> Mode:
         """How answers come about.
 
-        `generate` writes text, `rank` takes the likeliest of the item's options, `likelihood` measures
-        the item's own text, `retrieve` matches all images with all references.
+        `generate` writes text, `rank` takes the likeliest of the item's options, `weigh` measures all of
+        them, `likelihood` measures the item's own text, `retrieve` matches all images with all references.
         """
         return "generate"
+
+    @property
+    def own_words(self) -> list[str]:
+        """Options that change what is said to the LLM, where they are set."""
+        return [name for name in ("prompt_suffix", "system_prompt") if getattr(self, name) is not None]
+
+    @property
+    def wording(self) -> dict[str, str]:
+        """What is asked otherwise than usually; a score must not be quoted without it, either."""
+        words = {name: repr(getattr(self, name)) for name in self.own_words}
+        return words | ({"stop": ", ".join(map(repr, self.stop))} if self.stop else {})
 
     @property
     def settings(self) -> dict[str, str]:
@@ -115,6 +145,16 @@ class Benchmark(Options, ABC):
         Raises:
             UserError: A file is missing or not in the official format.
         """
+
+    def worded(self, item: Item) -> Item:
+        """An item in this configuration's own words, where it has any."""
+        turns = list(item.text.turns)
+        if self.prompt_suffix is not None:
+            asked = turns[-1].content.removesuffix(SHORT_ANSWER).removesuffix(LETTER)
+            turns[-1] = Turn("user", asked + self.prompt_suffix)
+        if self.system_prompt is not None:
+            turns.insert(0, Turn("system", self.system_prompt))
+        return replace(item, text=Text(tuple(turns))) if self.own_words else item
 
     @abstractmethod
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
@@ -142,6 +182,10 @@ class Benchmark(Options, ABC):
     def show_reference(self, item: Item) -> str:
         """The reference as a person reads it; also an answer that scores well."""
         return item.label
+
+    def show_answer(self, item: Item, answer: Answer) -> str:
+        """An answer as a person reads it."""
+        return str(answer)
 
 
 class Choice(Benchmark, ABC):
@@ -214,6 +258,12 @@ def annotators(answers: list[str], place: str) -> list[str]:
             "with one answer a question"
         )
     return answers
+
+
+def choices_prompt(hint: str, asked: str, choices: Mapping[str, str]) -> str:
+    """A question with its options as VLMEvalKit asks LLaVA."""
+    lines = [*([hint] if hint else []), asked, *(f"{letter}. {said}" for letter, said in choices.items())]
+    return "\n".join(lines) + LETTER
 
 
 def averaged(items: Sequence[Item], values: Sequence[float], images: Sequence[str] | None = None) -> Metric:

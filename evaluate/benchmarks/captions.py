@@ -1,11 +1,13 @@
-"""Captioning of COCO or Flickr30k: BLEU, ROUGE-L, CIDEr-D, and object F1 if asked for."""
+"""Captioning of COCO, Flickr30k or NoCaps: BLEU, ROUGE-L, CIDEr-D, and object F1 if asked for."""
 
 from __future__ import annotations
 
 import re
+from abc import ABC
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import field_validator
@@ -14,30 +16,29 @@ from fedcmp.evaluate.benchmarks import BENCHMARKS, Answers, Benchmark, Item, ave
 from fedcmp.evaluate.metric import Metric, ratio
 from fedcmp.evaluate.official.caption_files import Captioned, captioned_images
 from fedcmp.evaluate.official.captions import bleu, bleu_score, cider_d, object_matches, rouge_l
-from fedcmp.evaluate.official.files import Problem, to_json
+from fedcmp.evaluate.official.files import Problem, field, to_json
 from fedcmp.evaluate.official.ptb import caption_tokens
-from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.models.prompts import CAPTION_PROMPT, question
 
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
+
 _ENOUGH = 20
+_BY_GROUP = ("CIDEr-D", "BLEU-4", "ROUGE-L")
 
 
-@BENCHMARKS.register("captions")
-class Captions(Benchmark):
-    """Captions as coco-caption scores them, without Java.
+class Captioning(Benchmark, ABC):
+    """Captions as coco-caption scores them, wherever their references are.
+
+    A truth is the captions, or a mapping with `captions` and `groups`, values by column.
 
     Args:
-        annotations: COCO's captions file, or Karpathy's `dataset_coco.json` or `dataset_flickr30k.json`.
-        split: Which of Karpathy's splits.
         object_pattern: Regular expression of the object names whose F1 is reported.
     """
 
-    version = 3
     asks = "caption"
     headlines = ("object F1", "CIDEr-D")
 
-    annotations: Path
-    split: str = "test"
     object_pattern: str | None = None
 
     @field_validator("object_pattern")
@@ -49,18 +50,13 @@ class Captions(Benchmark):
             raise ValueError(f"not a regular expression: {error}") from None
         return pattern
 
-    def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
-        """One item an image that has references."""
-
-        def make(entry: Captioned, place: str) -> Item:
-            return Item(entry.id, entry.image, question(CAPTION_PROMPT), entry.captions)
-
-        return collect(captioned_images(self.annotations, self.split), make)
-
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
-        """CIDEr-D takes its document frequencies from the references of these items."""
+        """CIDEr-D takes its document frequencies from the references of these items, also for groups.
+
+        So the groups' values average to that of all, as NoCaps' published ones of its domains do.
+        """
         said = [str(answers[item.id]) for item in items]
-        references = [item.truth for item in items]
+        references = [_captions(item) for item in items]
         tokens = [caption_tokens(text) for text in said]
         reference_tokens = [[caption_tokens(text) for text in texts] for texts in references]
         images = [item.image for item in items]
@@ -78,6 +74,11 @@ class Captions(Benchmark):
         metrics["ROUGE-L"] = averaged(items, list(map(rouge_l, tokens, reference_tokens)))
         exact = [float(text in texts) for text, texts in zip(tokens, reference_tokens, strict=True)]
         metrics["exact match"] = averaged(items, exact)
+        for column in _columns(items):
+            groups = [item.truth["groups"][column] or "none" for item in items]
+            for group in sorted(set(groups)):
+                inside = [place for place, each in enumerate(groups) if each == group]
+                metrics |= {f"{name} {column} {group}": _part(metrics[name], inside) for name in _BY_GROUP}
         return metrics
 
     def remarks(self, said: Sequence[str]) -> tuple[dict[str, int], str | None]:
@@ -101,7 +102,52 @@ class Captions(Benchmark):
 
     def show_reference(self, item: Item) -> str:
         """The first reference caption."""
-        return str(item.truth[0])
+        return _captions(item)[0]
+
+
+@BENCHMARKS.register("captions")
+class Captions(Captioning):
+    """Captions of COCO, Flickr30k or NoCaps as coco-caption scores them, without Java.
+
+    Args:
+        annotations: COCO's or NoCaps' captions file, or Karpathy's `dataset_coco.json` or
+            `dataset_flickr30k.json`.
+        split: Which of Karpathy's splits.
+        group: A field of the images by whose values scores are also given, such as NoCaps' `domain`.
+    """
+
+    version = 3
+
+    annotations: Path
+    split: str = "test"
+    group: str | None = None
+
+    def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
+        """One item an image that has references."""
+
+        def make(entry: Captioned, place: str) -> Item:
+            truth: Any = entry.captions
+            if self.group is not None:
+                value = str(field(entry.fields, self.group, place))
+                truth = {"captions": entry.captions, "groups": {self.group: value}}
+            return Item(entry.id, entry.image, question(CAPTION_PROMPT), truth)
+
+        return collect(captioned_images(self.annotations, self.split), make)
+
+
+def _captions(item: Item) -> list[str]:
+    captions: list[str] = item.truth["captions"] if isinstance(item.truth, dict) else item.truth
+    return captions
+
+
+def _columns(items: Sequence[Item]) -> list[str]:
+    first = items[0].truth if items else None
+    return list(first.get("groups", {})) if isinstance(first, dict) else []
+
+
+def _part(metric: Metric, inside: Sequence[int]) -> Metric:
+    """A metric of some of its rows."""
+    return Metric([metric.images[place] for place in inside], metric.statistics[list(inside)], metric.value)
 
 
 def _f1(sums: np.ndarray) -> np.ndarray:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from fedcmp.evaluate.benchmarks import BENCHMARKS, Answers, Benchmark, Item, Mode
 from fedcmp.evaluate.metric import Metric, mean
 from fedcmp.evaluate.official.files import Problem
-from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 _SHUFFLED = "loss, pictures shuffled"
 _OTHERS = 500

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedcmp.evaluate.benchmarks import BENCHMARKS, Answers, Benchmark, Item, collect
 from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.official.files import Problem, field, read_json_file, string, strings, to_json
-from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.prompts import question
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 
 @BENCHMARKS.register("mm_vet")

@@ -4,41 +4,37 @@ from __future__ import annotations
 
 import base64
 import binascii
-import csv
-import io
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedcmp.evaluate.benchmarks import (
     BENCHMARKS,
-    LETTER,
     Answers,
     Choice,
     Item,
     averaged,
     averaged_by,
+    choices_prompt,
     collect,
 )
 from fedcmp.evaluate.metric import Metric
-from fedcmp.evaluate.official.files import Problem, field, read_text_file
+from fedcmp.evaluate.official.files import Problem, field, string
+from fedcmp.evaluate.official.pictures import picture
 from fedcmp.evaluate.official.short_answers import mmbench_option
 from fedcmp.evaluate.official.spreadsheet import spreadsheet
-from fedcmp.pipeline.cache import FeatureCache
-from fedcmp.pipeline.console import say
+from fedcmp.evaluate.official.tables import NO_VALUE, table
 from fedcmp.pipeline.errors import UserError, one_line
 from fedcmp.pipeline.files import write_atomic
 from fedcmp.pipeline.models.prompts import question
 
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
+
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _OFFICIAL = 4
 _ROTATION = 1_000_000
-# What pandas, with which the official code reads the file, takes for no value.
-_NONE = frozenset(["", *"#N/A,#N/A N/A,#NA,-1.#IND,-1.#QNAN,-NaN,-nan,1.#IND,1.#QNAN,<NA>".split(",")]) | {
-    *"N/A,NA,NULL,NaN,None,n/a,nan,null".split(",")
-}
 
 
 @BENCHMARKS.register("mmbench")
@@ -46,8 +42,8 @@ class MmBench(Choice):
     """Circular accuracy: a question is right only if it is right in every rotation it is asked in.
 
     Args:
-        path: The official TSV, which holds the images; without answers in it only the submission file
-            is written.
+        path: The official TSV, or a parquet file (or a pattern of several) of lmms-lab's MMBench; both hold
+            the images. Without answers in it only the submission file is written.
         split: Only rows of this split, where the file has several.
     """
 
@@ -62,63 +58,59 @@ class MmBench(Choice):
         return collect(self._rows(), self._item)
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
-        text = read_text_file(self.path, "MMBench questions")
-        csv.field_size_limit(sys.maxsize)
-        # Strict, or an open quote would swallow the rest of the file without a word.
-        reader = csv.DictReader(io.StringIO(text, newline=""), dialect="excel-tab", strict=True)
-        try:
-            for number, row in enumerate(reader, 1):
-                if self.split is None or row.get("split") == self.split:
-                    yield f"{self.path}, row {number}", row
-        except csv.Error as error:
-            raise UserError(
-                f"{self.path}:{reader.line_num}: not a table of tabs and quotes: {error}"
-            ) from None
+        for place, row in table(self.path, "MMBench questions"):
+            if isinstance(row, Problem):
+                yield place, row
+            elif self.split is None or row.cells.get("split") == self.split:
+                yield place, row.cells
 
     def _item(self, row: Any, place: str) -> Item:
         index = _index(row, place)
         choices = {
             letter: row[letter]
             for letter in _LETTERS
-            if row.get(letter) is not None and row[letter] not in _NONE
+            if row.get(letter) is not None and row[letter] not in NO_VALUE
         }
         shown = [
             letter for rank, letter in enumerate(_LETTERS) if set(_LETTERS[: rank + 1]) <= choices.keys()
         ]
         answer = row.get("answer") or ""
-        if not shown or answer not in (*_LETTERS, *_NONE):
+        if not shown or answer not in (*_LETTERS, *NO_VALUE):
             raise UserError(f"{place}: no options, or the answer {answer!r} is not a letter")
-        if answer not in (*choices, *_NONE):
+        if answer not in (*choices, *NO_VALUE):
             raise UserError(f"{place}: the answer {answer!r} is none of the options {', '.join(choices)}")
         hint = row.get("hint") or ""
-        asked = [hint] if hint not in _NONE and hint.lower() != "none" else []
-        asked += [field(row, "question", place), *(f"{letter}. {choices[letter]}" for letter in shown)]
+        hint = "" if hint in NO_VALUE or hint.lower() == "none" else hint
+        asked = string(row, "question", place)
         truth = {
-            "answer": "" if answer in _NONE else answer,
+            "answer": "" if answer in NO_VALUE else answer,
             "choices": choices,
             "category": row.get("category") or "",
-            "l2-category": row.get("l2-category") or "",
+            "l2-category": row.get("l2-category") or row.get("L2-category") or "",
             "question": row["question"],
         }
-        text = question("\n".join(asked) + LETTER)
+        text = question(choices_prompt(hint, asked, {letter: choices[letter] for letter in shown}))
         return Item(str(index), _image(row, index), text, truth, tuple(shown))
 
     def unpack(self, folder: Path) -> None:
         """Write the images of the TSV as `<index>.jpg`; what is there stays, what is no base64 is said."""
         bad = []
         for place, row in self._rows():
-            data = "".join((row.get("image") or "").split())
-            if data.isdigit():
+            image = row.get("image") or "" if isinstance(row, dict) else ""
+            data = "".join(image.split()) if isinstance(image, str) else ""
+            if data.isdigit() or isinstance(row, Problem):
                 continue
             try:
                 path = folder / f"{_index(row, place)}.jpg"
-                content = base64.b64decode(data, validate=True)
+                content = picture(image, place) if not data else base64.b64decode(data, validate=True)
             except (UserError, binascii.Error) as error:
                 bad.append(f"{place}: {one_line(error)}")
                 continue
-            if not path.is_file():
+            if isinstance(content, bytes) and not path.is_file():
                 write_atomic(path, content)
         if bad:
+            from fedcmp.pipeline.console import say
+
             say(f"{self.path}: {len(bad)} images are not base64 and are left out (first: {bad[0]})")
 
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
@@ -188,7 +180,8 @@ def _index(row: Any, place: str) -> int:
     return int(index)
 
 
-def _image(row: dict[str, str], index: int) -> str:
+def _image(row: dict[str, Any], index: int) -> str:
     """An image is in its row, or the row names the one that has it."""
-    image = (row.get("image") or "").strip()
-    return f"{int(image)}.jpg" if image.isdigit() else f"{index}.jpg"
+    image = row.get("image")
+    named = image.strip() if isinstance(image, str) else ""
+    return f"{int(named)}.jpg" if named.isdigit() else f"{index}.jpg"

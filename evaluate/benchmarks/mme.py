@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,10 +21,14 @@ from fedcmp.evaluate.benchmarks import (
 )
 from fedcmp.evaluate.metric import Metric, ratio
 from fedcmp.evaluate.official.files import Problem, read_text_file
+from fedcmp.evaluate.official.pictures import picture, write_pictures
 from fedcmp.evaluate.official.short_answers import mme_label
-from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.evaluate.official.tables import Row, is_table, table, text
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.prompts import question
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 PERCEPTION = (
     "existence",
@@ -50,7 +54,8 @@ class Mme(Choice):
     given where all of their categories are there.
 
     Args:
-        path: The folder of categories, `MME_Benchmark_release_version`; images are in it, too.
+        path: The folder of categories, `MME_Benchmark_release_version`; images are in it, too. Or a parquet
+            file, or a pattern of several, of lmms-lab's MME, which has the pictures.
     """
 
     version = 1
@@ -60,6 +65,8 @@ class Mme(Choice):
 
     def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """Two questions an image; ids are `category/image#line`."""
+        if is_table(self.path):
+            return collect(self._of_table(), self._item)
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such folder; set 'path' to MME_Benchmark_release_version")
         found = collect(self._lines(), self._item)
@@ -88,15 +95,44 @@ class Mme(Choice):
                 if len(filled) != 2:
                     yield str(file), Problem(f"{file}: {len(filled)} questions about an image, not 2")
                 for number, line in filled[:2]:
-                    yield f"{file}:{number}", (category, image, line.rstrip("\r"))
+                    yield f"{file}:{number}", (category, image, number, line.rstrip("\r"))
+
+    def _of_table(self) -> Iterator[tuple[str, Any]]:
+        """Rows in the form of lines; pictures are named by `question_id`, `category/name.png`."""
+        asked: dict[tuple[str, str], int] = {}
+        for place, row in table(self.path, "MME questions"):
+            if isinstance(row, Problem):
+                yield place, row
+                continue
+            cells = [text(row.cells.get(name)) for name in ("category", "question_id", "question", "answer")]
+            category, image, question, answer = cells
+            if category not in (*PERCEPTION, *COGNITION) or not image:
+                yield place, Problem(f"{place}: no category of MME, or no question_id")
+                continue
+            number = asked[category, image] = asked.get((category, image), 0) + 1
+            yield place, (category, image, number, f"{question}\t{answer}")
+        for (category, image), number in asked.items():
+            if number != 2:
+                reason = f"{self.path}: {number} questions about {image} in {category}, not 2"
+                yield str(self.path), Problem(reason)
+
+    def unpack(self, folder: Path) -> None:
+        """Write the pictures that are in parquet files."""
+        if is_table(self.path):
+            rows = table(self.path, "MME questions", {"question_id", "image"})
+            pairs = ((row.cells, place) for place, row in rows if isinstance(row, Row))
+            found = ((text(cells["question_id"]), picture(cells["image"], place)) for cells, place in pairs)
+            wanted = {each.image for each in self.items(None) if isinstance(each, Item)}
+            write_pictures(
+                ((name, each) for name, each in found if name in wanted and isinstance(each, bytes)), folder
+            )
 
     def _item(self, entry: Any, place: str) -> Item:
-        category, image, line = entry
-        text, tab, label = line.partition("\t")
+        category, image, number, line = entry
+        said, tab, label = line.partition("\t")
         if not tab or label.strip().lower() not in ("yes", "no"):
             raise UserError(f"{place}: expected a question, a tab and Yes or No, found {line[:60]!r}")
-        asked = text.replace(" Please answer yes or no.", "") + SHORT_ANSWER
-        number = place.rpartition(":")[2]
+        asked = said.replace(" Please answer yes or no.", "") + SHORT_ANSWER
         return Item(f"{category}/{image}#{number}", image, question(asked), label.strip().lower(), YES_NO)
 
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:

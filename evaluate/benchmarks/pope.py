@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
@@ -21,10 +21,14 @@ from fedcmp.evaluate.benchmarks import (
 )
 from fedcmp.evaluate.metric import Metric, ratio
 from fedcmp.evaluate.official.files import Problem, field, json_lines, string
+from fedcmp.evaluate.official.pictures import picture, picture_name, write_pictures
 from fedcmp.evaluate.official.short_answers import pope_decides, pope_label
-from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.evaluate.official.tables import Row, is_table, table
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.prompts import question
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 
 @BENCHMARKS.register("pope")
@@ -32,7 +36,8 @@ class Pope(Choice):
     """Mean F1 over the splits and accuracy over all; then every split's official five figures.
 
     Args:
-        questions: The official JSON-lines file of each split.
+        questions: The official JSON-lines file of each split, or a parquet file (or a pattern of several) of
+            lmms-lab's POPE, which has the pictures; of its column `category` a split takes its own rows.
     """
 
     version = 1
@@ -51,10 +56,16 @@ class Pope(Choice):
                     raise UserError(f"{place}: label {entry['label']!r} is neither yes nor no")
                 text = question(string(entry, "text", place) + SHORT_ANSWER)
                 number = field(entry, "question_id", place)
-                return Item(f"{split}/{number}", string(entry, "image", place), text, label, YES_NO)
+                return Item(f"{split}/{number}", _image(entry, place), text, label, YES_NO)
 
-            found += collect(json_lines(path, "POPE questions"), make)
+            found += collect(_lines(path, split), make)
         return found
+
+    def unpack(self, folder: Path) -> None:
+        """Write the pictures that are in parquet files."""
+        for path in {*self.questions.values()}:
+            found = (picture(row.cells.get("image"), place) for place, row in _rows(path))
+            write_pictures(((picture_name(each), each) for each in found if isinstance(each, bytes)), folder)
 
     def score(self, items: Sequence[Item], answers: Answers) -> dict[str, Metric]:
         """By POPE's own parsing rule."""
@@ -85,6 +96,31 @@ class Pope(Choice):
     def remarks(self, said: Sequence[str]) -> tuple[dict[str, int], str | None]:
         """Answers that say neither yes nor no."""
         return undecided([not pope_decides(each) for each in said], "for yes", rank=self.rank)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of parquet files; there are none in any other."""
+    rows = table(path, "POPE questions") if is_table(path) else iter(())
+    return ((place, row) for place, row in rows if isinstance(row, Row))
+
+
+def _lines(path: Path, split: str) -> Iterator[tuple[str, Any]]:
+    """Entries of an official file, or a split's rows in the form of such entries."""
+    if not is_table(path):
+        return json_lines(path, "POPE questions")
+    names = {"question": "text", "answer": "label"}
+    return (
+        (place, {names.get(name, name): value for name, value in row.cells.items()})
+        for place, row in _rows(path)
+        if row.cells.get("category", split) == split
+    )
+
+
+def _image(entry: Any, place: str) -> str:
+    if isinstance(entry.get("image"), dict | bytes):
+        found = picture(entry["image"], place)
+        return picture_name(found) if isinstance(found, bytes) else str(found)
+    return string(entry, "image", place)
 
 
 def _f1(sums: np.ndarray) -> np.ndarray:

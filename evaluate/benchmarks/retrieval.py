@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,8 +16,10 @@ from fedcmp.evaluate.benchmarks import BENCHMARKS, Answers, Benchmark, Item, Mod
 from fedcmp.evaluate.metric import Metric, mean
 from fedcmp.evaluate.official.caption_files import Captioned, captioned_images
 from fedcmp.evaluate.official.files import Problem
-from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.models.prompts import CAPTION_PROMPT, question
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 _AT = (1, 5, 10)
 

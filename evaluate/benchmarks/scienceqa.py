@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedcmp.evaluate.benchmarks import (
     BENCHMARKS,
@@ -19,10 +19,12 @@ from fedcmp.evaluate.benchmarks import (
 from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.official.files import Problem, entries, field, read_json_file, string, strings
 from fedcmp.evaluate.official.short_answers import scienceqa_letter
-from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.prompts import question
 from fedcmp.pipeline.records import IMAGE_PLACEHOLDER
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 _LETTERS = "ABCDE"
 

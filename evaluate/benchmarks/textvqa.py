@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedcmp.evaluate.benchmarks import (
     BENCHMARKS,
     SHORT_ANSWER,
     Answers,
     Benchmark,
-    FeatureCache,
     Item,
     Metric,
     Problem,
@@ -29,6 +28,9 @@ from fedcmp.evaluate.benchmarks import (
     strings,
 )
 from fedcmp.evaluate.official.short_answers import textvqa_accuracy
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 _OCR = "Reference OCR token: "
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedcmp.evaluate.benchmarks import (
     BENCHMARKS,
@@ -20,8 +20,10 @@ from fedcmp.evaluate.benchmarks import (
 from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.official.files import Problem, entries, string, to_json
 from fedcmp.evaluate.official.short_answers import evalai_normalise, vizwiz_accuracy
-from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.models.prompts import question
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.cache import FeatureCache
 
 _HINT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 

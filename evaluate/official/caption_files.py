@@ -14,11 +14,12 @@ from fedcmp.pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Captioned:
-    """An image's id, its file's name, and its captions."""
+    """An image's id, its file's name, its captions, and its entry in the file."""
 
     id: str
     image: str
     captions: list[str]
+    fields: dict[str, Any]
 
 
 def captioned_images(path: Path, split: str) -> Iterator[tuple[str, Captioned | Problem]]:
@@ -56,7 +57,7 @@ def captioned_images(path: Path, split: str) -> Iterator[tuple[str, Captioned | 
         if isinstance(image, Problem):
             yield where, image
         elif image[0] in captions:
-            yield where, Captioned(*image, captions[image[0]])
+            yield where, Captioned(*image, captions[image[0]], entry)
 
 
 def _karpathy(entry: Any, where: str) -> Captioned:
@@ -65,7 +66,7 @@ def _karpathy(entry: Any, where: str) -> Captioned:
     captions = [string(each, "raw", where) for each in field(entry, "sentences", where)]
     if not captions:
         raise UserError(f"{where}: it has no caption")
-    return Captioned(str(entry.get("cocoid", entry.get("imgid", name))), image, captions)
+    return Captioned(str(entry.get("cocoid", entry.get("imgid", name))), image, captions, entry)
 
 
 def _annotation(entry: Any, where: str) -> tuple[str, str]:

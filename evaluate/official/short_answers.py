@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 
@@ -125,6 +126,16 @@ def _one_line(answer: str) -> str:
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
+def _without_punctuation(text: str) -> str:
+    """Text without punctuation, which becomes a space where it stood between letters."""
+    number = re.search(r"\d,\d", text) is not None
+    normal = text
+    for mark in _PUNCTUATION:
+        spaced = f"{mark} " in text or f" {mark}" in text or number
+        normal = normal.replace(mark, "" if spaced else " ")
+    return re.sub(r"\.(?!\d)", "", normal, count=_PERIODS)
+
+
 def vqa_normalise(answer: str, restored: Mapping[str, str] = _RESTORED) -> str:
     """The normal form of an answer in the VQA evaluation (punctuation, numbers, articles).
 
@@ -132,15 +143,12 @@ def vqa_normalise(answer: str, restored: Mapping[str, str] = _RESTORED) -> str:
         answer: An answer.
         restored: Contractions by their forms without an apostrophe.
     """
-    text = _one_line(answer)
-    number = re.search(r"\d,\d", text) is not None
-    normal = text
-    for mark in _PUNCTUATION:
-        spaced = f"{mark} " in text or f" {mark}" in text or number
-        normal = normal.replace(mark, "" if spaced else " ")
-    normal = re.sub(r"\.(?!\d)", "", normal, count=_PERIODS)
-    words = [_NUMBERS.get(word, word) for word in normal.lower().split()]
-    return " ".join(restored.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(_normal_words(_one_line(answer), restored))
+
+
+def _normal_words(text: str, restored: Mapping[str, str] = _RESTORED) -> list[str]:
+    words = [_NUMBERS.get(word, word) for word in _without_punctuation(text).lower().split()]
+    return [restored.get(word, word) for word in words if word not in _ARTICLES]
 
 
 def evalai_normalise(answer: str) -> str:
@@ -180,6 +188,39 @@ def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VizWiz's accuracy in [0, 1]: leave-one-out; the prediction is normalised, the answers are not."""
     return _leave_one_out(vqa_normalise(prediction, _VIZWIZ_RESTORED), answers)
+
+
+def aokvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """A-OKVQA's accuracy in [0, 1]: min(agreeing / 3, 1) (allenai/aokvqa, eval_predictions.py).
+
+    The official code compares answers as they are; here both sides go through the EvalAI processor, as an
+    LLM's words do not come from the vocabulary that the official predictions are mapped to.
+    """
+    guess = evalai_normalise(prediction)
+    return min([evalai_normalise(answer) for answer in answers].count(guess) / 3, 1.0)
+
+
+def yes_no_word(answer: str) -> str | None:
+    """`yes` or `no` by VLMEvalKit's rule (yorn.py): the one of the two that is among the words.
+
+    None where neither is, or both are.
+    """
+    found = {"yes", "no"} & set(_without_punctuation(answer.lower()).split())
+    return found.pop() if len(found) == 1 else None
+
+
+def token_overlap(prediction: str, reference: str) -> tuple[float, float, float]:
+    """F1, precision and recall of words after normalisation (LLaVA-Med, evaluate_metrics.py).
+
+    Every occurrence in the prediction of a word that the reference has counts as found.
+    """
+    said, true = (Counter(_normal_words(text)) for text in (prediction, reference))
+    found = sum(count for word, count in said.items() if word in true)
+    if not found:
+        return 0.0, 0.0, 0.0
+    missed = sum(count for word, count in true.items() if word not in said)
+    precision, recall = found / said.total(), found / (found + missed)
+    return 2 * precision * recall / (precision + recall), precision, recall
 
 
 def _leave_one_out(guess: str, truths: Sequence[str], *, numbered: bool = True) -> float:

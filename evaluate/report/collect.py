@@ -15,6 +15,7 @@ from fedcmp.evaluate.report.page import RunResult, Said, Sample, page
 from fedcmp.evaluate.scoring import Given, given, read_scores
 from fedcmp.evaluate.trained import trained_run
 from fedcmp.evaluate.work import Work, benchmarks_of, recall
+from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
@@ -67,8 +68,12 @@ def write_report(experiments: Sequence[Experiment]) -> Path:
     table(f"{experiment.experiment}: value and 95 % bootstrap interval over images", heads, rows)
     for result in results:
         for benchmark, note in result.notes.items():
-            if benchmark not in result.scores:
+            if benchmark not in result.scores or benchmark in result.limits:
                 say(f"{result.name}, {benchmark}: {note}")
+    for run in runs:
+        for benchmark, scored in run.contents.items():
+            for warning in scored["warnings"]:
+                say(f"{run.result.name}, {benchmark}: {warning}")
     say(f"Report: {out / 'report.html'}")
     return out
 
@@ -85,6 +90,8 @@ def _judged(experiment: Experiment) -> Judged:
         content = read_scores(experiment, trained, work)
         run.works[name], run.given[name] = work, given(experiment, trained, work)
         run.contents[name] = content
+        if work.limit is not None:
+            result.limits[name] = work.limit
         result.scores[name] = content["metrics"]
         result.headlines.extend((name, metric) for metric in content["headlines"])
         result.notes[name] = _note(content)
@@ -101,7 +108,8 @@ def _note(content: dict[str, Any]) -> str:
     ]
     projectors = content["counts"]["projectors"]
     several = [f"mean over {projectors} projectors"] if projectors > 1 else []
-    remarks = [f"{number} {what}" for what, number in content["remarks"].items()]
+    said = content["counts"]["items"] * projectors
+    remarks = [f"{number} {what} ({number / said:.0%})" for what, number in content["remarks"].items()]
     return "; ".join([*several, *settings, *left_out, *remarks, *content["warnings"]])
 
 
@@ -117,7 +125,8 @@ def _mark_others(runs: Sequence[Judged]) -> None:
             theirs = model.contents[name]["made_of"]
             ours = content["made_of"]
             keys = [key for key in dict.fromkeys([*ours, *theirs]) if key not in _OF_THE_RUN]
-            changed = [key for key in keys if theirs.get(key) != ours.get(key)]
+            # An option that a file from before there was such a choice lacks is none.
+            changed = [key for key in keys if differences(theirs.get(key), ours.get(key))]
             if changed:
                 note = f"not comparable with '{model.result.name}': other {', '.join(changed)}"
                 run.result.notes[name] = "; ".join(filter(None, [note, run.result.notes[name]]))
@@ -164,7 +173,8 @@ def _cell(result: RunResult, column: tuple[str, str], between: str) -> str:
     score = result.scores.get(column[0], {}).get(column[1])
     if score is None:
         return "-"
-    return f"{score['value']:.3f}{between}({score['low']:.3f}-{score['high']:.3f})"
+    part = f"{between}first {result.limits[column[0]]}" if column[0] in result.limits else ""
+    return f"{score['value']:.3f}{between}({score['low']:.3f}-{score['high']:.3f}){part}"
 
 
 def _summary(results: Sequence[RunResult], between: str = " ") -> tuple[list[str], list[list[str]]]:
@@ -200,7 +210,7 @@ def _samples(runs: Sequence[Judged]) -> list[Sample]:
     for name in dict.fromkeys(name for run in runs for name in run.works):
         asked = [run for run in runs if name in run.works]
         benchmark = asked[0].benchmarks[name]
-        if benchmark.mode not in ("generate", "rank"):
+        if benchmark.mode not in ("generate", "rank", "weigh"):
             continue
         items = _common([run.given[name].items for run in asked])
         answers = [run.given[name].answers[0] for run in asked]
@@ -214,7 +224,7 @@ def _samples(runs: Sequence[Judged]) -> list[Sample]:
             said = [
                 Said(
                     run.result.name,
-                    str(each[item.id]),
+                    benchmark.show_answer(item, each[item.id]),
                     None if worth is None else worth[place] >= 0.5,
                     _whose(run.given[name].projectors),
                 )
@@ -259,7 +269,7 @@ def _spread(places: Sequence[int], number: int) -> list[int]:
 
 def _asked(item: Item) -> str:
     """The question as a person reads it, without the image's place and the standing instruction."""
-    asked = item.text.turns[0].content.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
+    asked = item.text.turns[-1].content.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
     return asked.removesuffix(SHORT_ANSWER).removesuffix(LETTER)
 
 

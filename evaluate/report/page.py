@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ class RunResult:
         scores: By benchmark and metric.
         headlines: (benchmark, metric) of a summary.
         notes: What scores must not be quoted without, by benchmark; or why there are none.
+        limits: How many questions were taken, by benchmark, where that is not all.
         history: Its rows by round and client.
     """
 
@@ -33,6 +34,7 @@ class RunResult:
     headlines: list[tuple[str, str]]
     notes: dict[str, str]
     history: list[dict[str, Any]]
+    limits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def _interval(result: RunResult, benchmark: str, metric: str) -> str:
     if score is None:
         return "-"
     bounds = f"{score['low']:.3f} to {score['high']:.3f}"
-    return f"<b>{score['value']:.3f}</b><br><small>{bounds}<br>n = {score['n']}</small>"
+    part = f", first {result.limits[benchmark]} questions" if benchmark in result.limits else ""
+    return f"<b>{score['value']:.3f}</b><br><small>{bounds}<br>n = {score['n']}{part}</small>"
 
 
 def _note(result: RunResult, benchmark: str) -> str:

@@ -12,17 +12,27 @@ from fedcmp.commands.options import experiments_options, only_benchmarks
 @click.command()
 @experiments_options
 @only_benchmarks
-def evaluate(configs: tuple[Path, ...], overrides: tuple[str, ...], only: tuple[str, ...]) -> None:
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Only the first N questions of each benchmark; scores say so.",
+)
+def evaluate(
+    configs: tuple[Path, ...], overrides: tuple[str, ...], only: tuple[str, ...], limit: int | None
+) -> None:
     """Answer the benchmarks from cached features and score the answers.
 
-    Each CONFIG is one run.
+    Each CONFIG is one run. With --limit, scores, report and comparisons are of those questions alone and
+    say so, until the run is evaluated without it, which keeps the answers that are there.
 
     \b
     Example:
       fedcmp evaluate configs/demo/fedcmp.toml
       fedcmp evaluate configs/demo/*.toml --benchmark pope
+      fedcmp evaluate configs/demo/fedcmp.toml --limit 50
     """
     from fedcmp.components import load
     from fedcmp.evaluate.run import evaluate_runs
 
-    evaluate_runs([load(config, overrides) for config in configs], only)
+    evaluate_runs([load(config, overrides) for config in configs], only, limit)

@@ -12,7 +12,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 
 from fedcmp.components import load
-from fedcmp.evaluate.answering import Failure, answers, load_reader
+from fedcmp.evaluate.answering import Failure, answers, cut, load_reader
 from fedcmp.evaluate.benchmarks.base import Item
 from fedcmp.evaluate.trained import trained_run
 from fedcmp.lmms.lookup import Lookup
@@ -84,7 +84,9 @@ class CachedRun(lmms):  # type: ignore[misc]
                     if isinstance(answer, Failure):
                         say(f"not answered: {item.text.turns[0].content[:60]!r}: {answer.reason}")
                     else:
-                        said[int(item.id)] = _cut(str(answer), requests[int(item.id)].args[1].get("until"))
+                        until = requests[int(item.id)].args[1].get("until") or []
+                        stop = [until] if isinstance(until, str) else until
+                        said[int(item.id)] = cut(str(answer), stop).strip()
         return said
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
@@ -92,12 +94,6 @@ class CachedRun(lmms):  # type: ignore[misc]
         raise UserError("only tasks of one generated answer; for likelihoods a benchmark has 'rank = true'")
 
     generate_until_multi_round = loglikelihood
-
-
-def _cut(answer: str, until: str | list[str] | None) -> str:
-    for stop in [until] if isinstance(until, str) else until or []:
-        answer = answer.split(stop)[0]
-    return answer.strip()
 
 
 def plugin() -> Any:

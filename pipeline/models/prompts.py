@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,8 @@ def tokenise(
 ) -> Tokens:
     """Render a text about one image and tokenise it.
 
-    The last turn may be the user's, which gives a prompt to generate from. Each stretch of text
+    The last turn may be the user's, which gives a prompt to generate from; the first may be a system
+    prompt, which stands in the place of the template's own. Each stretch of text
     between images is tokenised as a whole, so the ids are those of ordinary tokenisation.
 
     Args:
@@ -179,7 +181,35 @@ def stop_string(template: str) -> str | None:
     return "\n" if template == "plain" else None
 
 
+def require_system_prompt(template: str, tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """See whether a template has a place for a system prompt.
+
+    Raises:
+        UserError: It has none, naming it.
+    """
+    remedy = "use 'v1', or put it into the question"
+    asked = question(_PROBE).turns
+    try:
+        content = _joined(_RENDER[template]((Turn("system", prompt), *asked), tokenizer)[0])
+    except BadTextError as error:
+        raise UserError(f"system_prompt: {error}; {remedy}") from None
+    # Templates trim it.
+    if prompt.strip() not in content:
+        raise UserError(f"system_prompt: {tokenizer.name_or_path}: its chat template leaves it out; {remedy}")
+    if template == "chat":
+        messages = [{"role": turn.role, "content": turn.content} for turn in asked]
+        for role in ("user", "assistant"):
+            with suppress(BadTextError):
+                if content == _begun([{"role": role, "content": prompt}, *messages], tokenizer):
+                    raise UserError(
+                        f"system_prompt: {tokenizer.name_or_path}: its chat template writes it as the "
+                        f"{role}'s; {remedy}"
+                    )
+
+
 def _plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
+    if turns[0].role == "system":
+        raise BadTextError("template 'plain' has no place for a system prompt")
     answers = [turn.content for turn in turns if turn.role == "assistant"]
     if len(answers) > 1:
         raise BadTextError(
@@ -192,10 +222,11 @@ def _plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_
 def _with_user(turns: Sequence[Turn]) -> list[Turn]:
     """Give a bare caption its prompt, and the first user turn its image."""
     full = list(turns)
-    if full[0].role == "assistant":
-        full.insert(0, Turn("user", CAPTION_PROMPT))
+    first = int(full[0].role == "system")
+    if full[first].role == "assistant":
+        full.insert(first, Turn("user", CAPTION_PROMPT))
     if not any(IMAGE_PLACEHOLDER in turn.content for turn in full):
-        full[0] = Turn("user", f"{IMAGE_PLACEHOLDER}\n{full[0].content}")
+        full[first] = Turn("user", f"{IMAGE_PLACEHOLDER}\n{full[first].content}")
     return full
 
 
@@ -204,6 +235,8 @@ def _chat(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_S
     spans: _Spans = []
     done = ""
     for index, message in enumerate(messages):
+        if message["role"] == "system":
+            continue  # many a template writes none without the user's turn
         answer = message["role"] == "assistant"
         upto = _begun(messages[: index + 1], tokenizer)
         if not upto.startswith(done):
@@ -271,8 +304,11 @@ def _written(
 
 
 def _v1(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[_Spans, bool]:
-    spans: _Spans = [(V1_SYSTEM + " ", False)]
+    system = turns[0].content if turns[0].role == "system" else V1_SYSTEM
+    spans: _Spans = [(system + " ", False)]
     for turn in _with_user(turns):
+        if turn.role == "system":
+            continue
         if turn.role == "user":
             spans.append((f"USER: {turn.content} ASSISTANT:", False))
         else:
