@@ -132,17 +132,25 @@ def _fill(number: int) -> str:
 
 @dataclass(frozen=True)
 class Span:
-    """A value with its interval; `told` is what a mouse and a screen reader are told."""
+    """A value with its interval.
+
+    Attributes:
+        value: The value.
+        low: Lower end.
+        high: Upper end.
+        told: What a mouse and a screen reader are told.
+        good: Whether it is better or worse than 0; None where neither is clear, which is drawn hollow.
+    """
 
     value: float
     low: float
     high: float
     told: str
-    strong: bool
+    good: bool | None
 
 
 def forest(title: str, rows: Mapping[str, Mapping[str, Span]], unit: str, width: int = 640) -> str:
-    """Values with their intervals about 0: a block a measure, a row a run.
+    """Values with their intervals about 0: a block with its own scale a measure, a row a run.
 
     Args:
         title: What the chart shows.
@@ -151,30 +159,45 @@ def forest(title: str, rows: Mapping[str, Mapping[str, Span]], unit: str, width:
         width: Of the drawing, in pixels.
     """
     longest = max(len(name) for block in rows.values() for name in block)
-    left, right = 20 + _LETTER * longest, width - 14
-    spans = [span for block in rows.values() for span in block.values()]
-    edge = max(max(abs(span.low), abs(span.high)) for span in spans) or 1.0
-    x = Axis(-edge, edge, left, right)
-    parts, y = [text(8, 16, title, weight=600)], 40.0
+    left, right = 20 + _LETTER * longest, width - 24
+    parts, y = [text(8, 16, title, weight=600)], 22.0
+    for number, (name, good) in enumerate(_GOOD.items()):
+        parts += [_dot(left + number * 80, 36, good), text(left + number * 80 + 9, 40, name)]
     for measure, block in rows.items():
+        edge = max(max(abs(span.low), abs(span.high)) for span in block.values()) or 1.0
+        axis = Axis(-edge, edge, left, right)
+        y += 44
         parts.append(text(8, y, measure, weight=600))
+        top, bottom = y + 6, y + 14 + 20 * len(block)
+        for tick in axis.ticks:
+            middle = abs(tick) < edge * 1e-6
+            parts.append(_rule(axis(tick), axis(tick), top, bottom, strong=middle))
+            parts.append(text(axis(tick), bottom + 14, "0" if middle else f"{tick:+.3g}", "middle"))
         for name, span in block.items():
             y += 20
             parts.append(text(left - 8, y + 4, name, "end"))
-            colour = COLOURS[0 if span.strong else 6]
+            ends = f"M{axis(span.low):.1f} {y}H{axis(span.high):.1f}"
             parts.append(
-                f'<g stroke="{colour}" stroke-width="2"><title>{escape(span.told)}</title>'
-                f'<path d="M{x(span.low):.1f} {y}H{x(span.high):.1f}"/>'
-                f'<circle cx="{x(span.value):.1f}" cy="{y}" r="4" '
-                f'fill="{colour if span.strong else "none"}"/></g>'
+                f'<g><title>{escape(span.told)}</title><path d="{ends}" stroke="{_COLOUR_OF[span.good]}" '
+                f'stroke-width="2"/>{_dot(axis(span.value), y, span.good)}</g>'
             )
-        y += 28
-    bottom = y - 12
-    axis = [_rule(x(tick), x(tick), 28, bottom) for tick in x.ticks]
-    axis += [text(x(tick), bottom + 16, f"{tick:+.3g}" if tick else "0", "middle") for tick in x.ticks]
-    axis.append(_rule(x(0), x(0), 28, bottom, strong=True))
-    axis.append(text((left + right) / 2, bottom + 34, unit, "middle"))
-    return svg(width, bottom + 42, [*axis, *parts], f"{title}. {'; '.join(span.told for span in spans)}.")
+        y = bottom
+    parts.append(text((left + right) / 2, y + 34, unit, "middle"))
+    told = "; ".join(span.told for block in rows.values() for span in block.values())
+    return svg(width, y + 42, parts, f"{title}. {told}.")
+
+
+_GOOD = {"better": True, "worse": False, "no clear difference": None}
+_COLOUR_OF = {True: COLOURS[0], False: COLOURS[1], None: "currentColor"}
+
+
+def _dot(x: float, y: float, good: bool | None) -> str:
+    colour = _COLOUR_OF[good]
+    inside = "none" if good is None else colour
+    # Not by colour alone: what is worse is square.
+    if good is False:
+        return f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" fill="{colour}"/>'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{inside}" stroke="{colour}" stroke-width="2"/>'
 
 
 def dots(rows: Mapping[str, Sequence[float]], label: str) -> str:

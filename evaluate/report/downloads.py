@@ -75,7 +75,11 @@ def history_csv(report: Report) -> str:
 def scores_tex(report: Report) -> str:
     """Headline scores as a table of LaTeX's package booktabs; the best of each column are bold."""
     columns = report.headlines
-    best = {column: ranking(report, column)[0][0]["value"] for column in columns if report.side(column)}
+    best = {
+        column: ranked[0][0]["value"]
+        for column in columns
+        if report.side(column) and (ranked := ranking(report, column))
+    }
     heads = ["run", *(f"{benchmark}: {metric}" for benchmark, metric in columns)]
     lines = [
         r"% \usepackage{booktabs}; 95 % bootstrap intervals over images",

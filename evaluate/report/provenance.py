@@ -21,16 +21,16 @@ def facts_of(experiment: Experiment, run: Run) -> dict[str, str]:
     """
     manifest, history = run.manifest, run.history
     federate, language = run.identity.get("federate", {}), run.identity.get("language", {})
-    key = manifest.get("features", {}).get("key", {})
+    features, made_by = manifest.get("features", {}), manifest.get("made_by", {})
+    key = features.get("key", {})
     encoder = key.get("encoder", {})
-    made_by = manifest.get("made_by", {})
     facts = {
         "strategy": manifest["strategy"],
         "options of the strategy": _options(federate.get("strategy", {})),
         "projector": _named(federate.get("projector", {})),
         "encoder": f"{encoder.get('name', '-')}, {_options(encoder)}",
         "encoder's content": _hash({name: encoder[name] for name in _HASHED if name in encoder}),
-        "features": f"{manifest.get('features', {}).get('patches', '-')} visual tokens, {key.get('dtype', '-')}",
+        "features": f"{features.get('patches', '-')} visual tokens, {key.get('dtype', '-')}",
         "LLM": experiment.language.path.name,
         "LLM's content": _hash(language.get("files")),
         "LLM's form": _options({name: each for name, each in language.items() if name != "files"}),

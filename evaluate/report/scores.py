@@ -7,8 +7,11 @@ from html import escape
 from statistics import pstdev
 
 from fedcmp.evaluate.report.charts import Span, forest
-from fedcmp.evaluate.report.results import Column, Grouped, Report, RunResult, Score, Side, Versus
+from fedcmp.evaluate.report.results import Column, Grouped, Report, RunResult, Score, Versus
 from fedcmp.evaluate.report.tables import NOTHING, Cell, folded, number, p_value, signed, table
+
+# Strategies that are no federation, and what an untrained run is called.
+_BOUNDS = ("centralised", "local_only", "none")
 
 
 def headline(report: Report) -> str:
@@ -32,31 +35,44 @@ def _sentence(report: Report, column: Column) -> str:
     ranked = ranking(report, column)
     score, name = ranked[0]
     benchmark, metric = column
-    tied = [each for other, each in ranked if other["value"] == score["value"]]
-    side = report.side(column)
+    best = [each for other, each in ranked if other["value"] == score["value"]]
+    verb = "have" if len(best) > 1 else "has"
+    place = f"{verb} the best of {len(ranked)} runs," if len(ranked) > 1 else verb
     said = (
-        f"<b>{escape(benchmark)}</b>, {escape(metric)} ({side} is better): <b>{escape(' and '.join(tied))}</b> "
-        f"{'have' if len(tied) > 1 else 'has'} the best of {len(ranked)} runs, <b>{number(score['value'])}</b> "
-        f"(95 % {number(score['low'])} to {number(score['high'])}, n = {score['n']:.0f})."
-        if len(ranked) > 1
-        else f"<b>{escape(benchmark)}</b>, {escape(metric)} ({side} is better): <b>{escape(name)}</b> has "
-        f"<b>{number(score['value'])}</b> (95 % {number(score['low'])} to {number(score['high'])}, "
-        f"n = {score['n']:.0f})."
+        f"<b>{escape(benchmark)}</b>, {escape(metric)} ({report.side(column)} is better): "
+        f"<b>{escape(' and '.join(best))}</b> {place} <b>{number(score['value'])}</b> "
+        f"(95 % interval {number(score['low'])} to {number(score['high'])}, n = {score['n']:.0f})."
     )
-    versus = (
-        next((row for row in report.comparison.rows if (row.run, row.column) == (name, column)), None)
-        if report.comparison
-        else None
-    )
-    if versus is not None and report.comparison is not None:
-        said += (
-            f" Against {escape(report.comparison.baseline)} it is {signed(versus.difference)} "
-            f"({signed(versus.low)} to {signed(versus.high)}, p = {p_value(versus.adjusted)}): {versus.verdict}."
-        ).replace("p = <", "p <")
+    said += _against(report, name, column)
+    bounds = {run.name for run in report.runs if run.strategy in _BOUNDS}
     others = [run.name for run in report.runs if benchmark in run.others]
     if others:
         said += f" Not ranked, as they answered under other conditions: {escape(', '.join(others))}."
+    federated = [(each, run) for each, run in ranked if run not in bounds]
+    if federated and name in bounds:
+        score, name = federated[0]
+        said += (
+            f" The best federated run is <b>{escape(name)}</b>, <b>{number(score['value'])}</b> "
+            f"({number(score['low'])} to {number(score['high'])}).{_against(report, name, column)}"
+        )
     return said
+
+
+def _against(report: Report, name: str, column: Column) -> str:
+    """A run's difference to the baseline, where there is one."""
+    compared = report.comparison
+    for row in compared.rows if compared else []:
+        if compared and (row.run, row.column) == (name, column):
+            return (
+                f" Against {escape(compared.baseline)}: {signed(row.difference)} ({signed(row.low)} to "
+                f"{signed(row.high)}, {_p(row.adjusted)} after Holm), {row.verdict}."
+            )
+    return ""
+
+
+def _p(value: float) -> str:
+    shown = p_value(value)
+    return f"p {shown}" if shown.startswith("<") else f"p = {shown}"
 
 
 def ranking(report: Report, column: Column) -> list[tuple[Score, str]]:
@@ -72,21 +88,20 @@ def ranking(report: Report, column: Column) -> list[tuple[Score, str]]:
 
 def summary(report: Report) -> str:
     """Headline scores, a row a run; all figures and notes below, folded."""
-    best = {column: ranking(report, column)[0][0]["value"] for column in report.primary}
-    for column in report.headlines:
-        if column not in best and report.side(column):
-            best[column] = ranking(report, column)[0][0]["value"]
-    heads = ["run", "strategy", *(_name(report, column) for column in report.headlines)]
-    rows = [
-        (
-            run.name,
-            [
-                Cell(run.strategy),
-                *(score_cell(_score(run, column), best.get(column)) for column in report.headlines),
-            ],
-        )
-        for run in report.runs
-    ]
+    best = {
+        column: ranked[0][0]["value"]
+        for column in report.headlines
+        if report.side(column) and (ranked := ranking(report, column))
+    }
+    numbers = {column: _number(report, column) for column in report.headlines}
+    heads = ["run", "strategy", *(_name(report, column) + numbers[column] for column in report.headlines)]
+    rows = []
+    for run in report.runs:
+        cells = [
+            score_cell(_score(run, column), best.get(column), told=not numbers[column])
+            for column in report.headlines
+        ]
+        rows.append((run.name, [Cell(run.strategy), *cells]))
     rows += [(name, [NOTHING] * (len(heads) - 1)) for name in report.absent]
     shown = table("Headline scores with 95 % bootstrap intervals over images; the best are bold", heads, rows)
     return (
@@ -107,12 +122,19 @@ def _score(run: RunResult, column: Column) -> Score | None:
     return run.scores.get(column[0], {}).get(column[1])
 
 
-def score_cell(score: Score | None, best: float | None = None) -> Cell:
-    """A score with its interval and number of questions."""
+def _number(report: Report, column: Column) -> str:
+    """How many questions every run answered, where that is one number."""
+    numbers = {score["n"] for run in report.runs if (score := _score(run, column))}
+    return f", n = {numbers.pop():.0f}" if len(numbers) == 1 else ""
+
+
+def score_cell(score: Score | None, best: float | None = None, *, told: bool = True) -> Cell:
+    """A score with its interval, and the number of questions where that is told."""
     if score is None:
         return NOTHING
-    small = f"{number(score['low'])} to {number(score['high'])}, n = {score['n']:.0f}"
-    return Cell(number(score["value"]), small, score["value"] == best)
+    many = f", n = {score['n']:.0f}" if told else ""
+    interval = f"{number(score['low'])} to {number(score['high'])}"
+    return Cell(number(score["value"]), interval + many, score["value"] == best)
 
 
 def _all(report: Report) -> str:
@@ -158,8 +180,8 @@ def comparison(report: Report, chart: str) -> str:
     rows = [(row.run, _versus(row)) for row in compared.rows]
     what = f"Every run minus {compared.baseline}, on the same questions"
     return (
-        f"<p>Paired bootstrap over images, at least 20,000 draws. P (Holm) is adjusted for all {len(rows)} rows; "
-        "a direction is stated where it is below 0.05. Intervals cover images, not other seeds.</p>"
+        f"<p>Paired bootstrap over images, at least 20,000 draws. P (Holm) is adjusted for all {len(rows)} "
+        "rows; a direction is stated where it is below 0.05. Intervals cover images, not other seeds.</p>"
         f"{chart}{table(what, heads, rows)}{left}"
     )
 
@@ -190,8 +212,9 @@ def difference_chart(report: Report) -> str:
                 row.difference,
                 row.low,
                 row.high,
-                f"{row.run}, {column[0]}: {signed(row.difference)} ({signed(row.low)} to {signed(row.high)}), {row.verdict}",
-                row.verdict != "no clear difference",
+                f"{row.run}, {column[0]}: {signed(row.difference)} "
+                f"({signed(row.low)} to {signed(row.high)}), {row.verdict}",
+                {"better": True, "worse": False}.get(row.verdict),
             )
             for row in compared.rows
             if row.column == column
@@ -204,7 +227,7 @@ def difference_chart(report: Report) -> str:
     return forest(
         f"Differences to {compared.baseline}",
         blocks,
-        "difference with 95 % interval; filled: p (Holm) < 0.05",
+        "difference with 95 % interval",
     )
 
 

@@ -58,7 +58,10 @@ def section(name: str, title: str, content: str) -> str:
     """A part of the page that can be linked to; nothing where it has no content."""
     if not content:
         return ""
-    return f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{escape(title)}</h2>{content}</section>'
+    return (
+        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{escape(title)}</h2>'
+        f"{content}</section>"
+    )
 
 
 def number(value: float) -> str:

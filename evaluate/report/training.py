@@ -49,7 +49,7 @@ def weights(results: Sequence[RunResult]) -> dict[str, str]:
     for number, result in enumerate(results):
         for figure, title in _FIGURES.items():
             series = _by_client(result, figure)
-            if series:
+            if len(series) > 1:
                 values = {client: dict(points) for client, points in series.items()}
                 rounds = max(row["round"] for row in result.history) + 1
                 high = 1.0 if figure == "reliability" else max(max(each.values()) for each in values.values())
