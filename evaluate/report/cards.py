@@ -44,7 +44,7 @@ def _card(sample: Sample) -> str:
     if sample.picture is not None:
         data = base64.b64encode(sample.picture).decode()
         source = f"data:image/{sample.form};base64,{data}"
-        picture = f'<img alt="{escape(sample.image)}" loading=lazy src="{source}">'
+        picture = f'<img alt="{escape(sample.image)}" decoding=async src="{source}">'
     answers = "".join(
         f'<div data-run="{escape(said.run)}" data-verdict="{_verdict(said)}"><dt>{escape(_whose(said))}</dt>'
         f"<dd>{escape(said.answer) or '<i>empty</i>'} {_badge(said)}</dd></div>"

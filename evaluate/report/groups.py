@@ -15,7 +15,7 @@ import numpy as np
 
 from fedcmp.evaluate.metric import Metric
 from fedcmp.evaluate.report.judged import Judged
-from fedcmp.evaluate.report.results import Column, Grouped, Score, Side
+from fedcmp.evaluate.report.results import PART, Column, Grouped, Score, Side
 from fedcmp.evaluate.statistics import interval, pooled
 
 # More folders than these are how files were stored.
@@ -44,7 +44,7 @@ def grouped(runs: Sequence[Judged]) -> list[Grouped]:
             column = (benchmark, metric)
             add("silo whose own projector answers", _own_projectors(run, *column), column)
             add("folder of the image", _folders(run, *column), column)
-            add("part of the benchmark", _parts(run, *column), column)
+            add(PART, _parts(run, *column), column)
             silo = _silo(run, benchmark)
             if silo is not None:
                 kind = run.experiment.evaluate.benchmarks[benchmark].name

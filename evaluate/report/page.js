@@ -55,5 +55,7 @@ if (form) {
   document.addEventListener("keydown", step);
   filter();
 }
-// Paper shows what is folded on the screen.
-addEventListener("beforeprint", () => { for (const each of document.querySelectorAll("details")) each.open = true; });
+// A phone shows first what is short; paper shows what is folded on the screen.
+const folds = [...document.querySelectorAll("details")];
+if (matchMedia("(max-width: 40rem) and (not print)").matches) for (const each of folds) each.open = false;
+addEventListener("beforeprint", () => { for (const each of folds) each.open = true; });

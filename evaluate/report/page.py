@@ -102,7 +102,8 @@ def _provenance(report: Report) -> str:
         alike = len({*values}) == 1
         rows.append((name, [Cell(values[0], span=len(values))] if alike else [Cell(each) for each in values]))
     what = "What each run was made of; one cell is of all runs. Hashes are the start of SHA-256"
-    return table(what, ["what", *(run.name for run in report.runs)], rows, "words")
+    shown = table(what, ["what", *(run.name for run in report.runs)], rows, "words")
+    return folded("What each run was made of", shown, opened=True)
 
 
 def _files(files: Mapping[str, str], charts: Mapping[str, str]) -> str:

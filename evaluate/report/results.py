@@ -11,6 +11,8 @@ Score = Mapping[str, float]
 Side = Literal["higher", "lower"] | None
 
 
+# The kind of groups that are a benchmark's own parts.
+PART = "part of the benchmark"
 Verdict = Literal["better", "worse", "higher", "lower", "no clear difference"]
 
 

@@ -7,11 +7,11 @@ from html import escape
 from statistics import pstdev
 
 from fedcmp.evaluate.report.charts import Span, forest
-from fedcmp.evaluate.report.results import Column, Grouped, Report, RunResult, Score, Versus
+from fedcmp.evaluate.report.results import PART, Column, Grouped, Report, RunResult, Score, Versus
 from fedcmp.evaluate.report.tables import NOTHING, Cell, folded, number, p_value, signed, table
 
 # Strategies that are no federation, and what an untrained run is called.
-_BOUNDS = ("centralised", "local_only", "none")
+BOUNDS = ("centralised", "local_only", "none")
 
 
 def headline(report: Report) -> str:
@@ -32,30 +32,32 @@ def headline(report: Report) -> str:
 
 
 def _sentence(report: Report, column: Column) -> str:
+    """The best federated run against the baseline; then the bounds, which are none."""
     ranked = ranking(report, column)
-    score, name = ranked[0]
+    bounds = [(score, name) for score, name in ranked if _strategy(report, name) in BOUNDS]
+    federated = [each for each in ranked if each not in bounds]
+    shown = federated or bounds
+    score = shown[0][0]
+    best = [name for each, name in shown if each["value"] == score["value"]]
     benchmark, metric = column
-    best = [each for other, each in ranked if other["value"] == score["value"]]
-    verb = "have" if len(best) > 1 else "has"
-    place = f"{verb} the best of {len(ranked)} runs," if len(ranked) > 1 else verb
+    what = f"the best of {len(shown)} {'federated runs' if federated else 'runs'}, " if len(shown) > 1 else ""
     said = (
-        f"<b>{escape(benchmark)}</b>, {escape(metric)} ({report.side(column)} is better): "
-        f"<b>{escape(' and '.join(best))}</b> {place} <b>{number(score['value'])}</b> "
-        f"(95 % interval {number(score['low'])} to {number(score['high'])}, n = {score['n']:.0f})."
+        f"<b>{escape(benchmark)}</b> ({escape(metric)}, {report.side(column)} is better): "
+        f"<b>{escape(' and '.join(best))}</b> {'have' if len(best) > 1 else 'has'} {what}"
+        f"<b>{number(score['value'])}</b> ({number(score['low'])} to {number(score['high'])}, "
+        f"n = {score['n']:.0f}){_against(report, best[0], column)}."
     )
-    said += _against(report, name, column)
-    bounds = {run.name for run in report.runs if run.strategy in _BOUNDS}
+    if federated and bounds:
+        told = ", ".join(f"{escape(name)} {number(each['value'])}" for each, name in bounds)
+        said += f" Without federation: {told}."
     others = [run.name for run in report.runs if benchmark in run.others]
     if others:
         said += f" Not ranked, as they answered under other conditions: {escape(', '.join(others))}."
-    federated = [(each, run) for each, run in ranked if run not in bounds]
-    if federated and name in bounds:
-        score, name = federated[0]
-        said += (
-            f" The best federated run is <b>{escape(name)}</b>, <b>{number(score['value'])}</b> "
-            f"({number(score['low'])} to {number(score['high'])}).{_against(report, name, column)}"
-        )
     return said
+
+
+def _strategy(report: Report, name: str) -> str:
+    return next(run.strategy for run in report.runs if run.name == name)
 
 
 def _against(report: Report, name: str, column: Column) -> str:
@@ -64,8 +66,8 @@ def _against(report: Report, name: str, column: Column) -> str:
     for row in compared.rows if compared else []:
         if compared and (row.run, row.column) == (name, column):
             return (
-                f" Against {escape(compared.baseline)}: {signed(row.difference)} ({signed(row.low)} to "
-                f"{signed(row.high)}, {_p(row.adjusted)} after Holm), {row.verdict}."
+                f"; minus {escape(compared.baseline)} that is {signed(row.difference)} ({signed(row.low)} to "
+                f"{signed(row.high)}, adjusted {_p(row.adjusted)}), <b>{row.verdict}</b>"
             )
     return ""
 
@@ -182,7 +184,7 @@ def comparison(report: Report, chart: str) -> str:
     return (
         f"<p>Paired bootstrap over images, at least 20,000 draws. P (Holm) is adjusted for all {len(rows)} "
         "rows; a direction is stated where it is below 0.05. Intervals cover images, not other seeds.</p>"
-        f"{chart}{table(what, heads, rows)}{left}"
+        f"{chart}{folded('Every difference', table(what, heads, rows), opened=True)}{left}"
     )
 
 
@@ -233,7 +235,39 @@ def difference_chart(report: Report) -> str:
 
 def silos(report: Report) -> str:
     """What every silo has and how well it is served: training, then scores by group."""
-    return _training(report.runs) + "".join(_group(report, each) for each in report.groups)
+    shown = _training(report.runs)
+    by_kind: dict[str, list[Grouped]] = {}
+    for each in report.groups:
+        by_kind.setdefault(each.what, []).append(each)
+    for what, groups in by_kind.items():
+        names = {name for each in groups for scores in each.scores.values() for name in scores}
+        if len(names) == 1:
+            tables = _of_one_run(names.pop(), what, groups)
+        else:
+            tables = "".join(_group(report, each) for each in groups)
+        shown += folded(f"Scores by {what}", tables, opened=what != PART)
+    return shown
+
+
+def _of_one_run(run: str, what: str, groups: Sequence[Grouped]) -> str:
+    """All metrics of a run in one table."""
+    names = dict.fromkeys(name for each in groups for name in each.scores)
+    cells = {name: [score_cell(each.scores.get(name, {}).get(run)) for each in groups] for name in names}
+    heads = [what, *(": ".join(each.column) for each in groups)]
+    return table(
+        f"{run} by {what}", heads, [*cells.items(), *_spread(groups, [run] * len(groups))], "grouped"
+    )
+
+
+def _spread(groups: Sequence[Grouped], runs: Sequence[str]) -> list[tuple[str, list[Cell]]]:
+    """The worst group and the standard deviation between groups, a column a metric and run."""
+    worst, spread = [], []
+    for group, run in zip(groups, runs, strict=True):
+        values = [scores[run]["value"] for scores in group.scores.values() if run in scores]
+        chosen = {"higher": min, "lower": max}.get(group.better or "")
+        worst.append(Cell(number(chosen(values))) if chosen else NOTHING)
+        spread.append(Cell(number(pstdev(values))))
+    return [("worst", worst), ("standard deviation", spread)]
 
 
 def _training(runs: Sequence[RunResult]) -> str:
@@ -241,7 +275,7 @@ def _training(runs: Sequence[RunResult]) -> str:
     if not names:
         return ""
     last = {run.name: _last_losses(run) for run in runs}
-    shown = [run.name for run in runs if last[run.name]]
+    shown = [run.name for run in runs if last[run.name].keys() & names.keys()]
     rows = [
         (
             silo,
@@ -266,11 +300,5 @@ def _group(report: Report, group: Grouped) -> str:
     runs = [run.name for run in report.runs if any(run.name in each for each in group.scores.values())]
     arrow = f" ({group.better} is better)" if group.better else ""
     rows = [(name, [score_cell(scores.get(run)) for run in runs]) for name, scores in group.scores.items()]
-    by_run = {
-        run: [scores[run]["value"] for scores in group.scores.values() if run in scores] for run in runs
-    }
-    if group.better:
-        worst = min if group.better == "higher" else max
-        rows.append(("worst", [Cell(number(worst(by_run[run]))) for run in runs]))
-    rows.append(("standard deviation", [Cell(number(pstdev(by_run[run]))) for run in runs]))
+    rows += _spread([group] * len(runs), runs)
     return table(f"{': '.join(group.column)} by {group.what}{arrow}", [group.what, *runs], rows, "grouped")
