@@ -53,6 +53,10 @@ class Browser:
     def run(self, script: str) -> Any:
         return self._post("/execute/sync", {"script": f"return {script}", "args": []})
 
+    def load(self, script: str) -> None:
+        """Run what returns nothing."""
+        self._post("/execute/sync", {"script": script, "args": []})
+
     def press(self, *keys: str) -> None:
         actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self._post("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})

@@ -149,7 +149,7 @@ class Span:
     good: bool | None
 
 
-def forest(title: str, rows: Mapping[str, Mapping[str, Span]], unit: str, width: int = 640) -> str:
+def forest(title: str, rows: Mapping[str, Mapping[str, Span]], unit: str, width: int = 500) -> str:
     """Values with their intervals about 0: a block with its own scale a measure, a row a run.
 
     Args:
@@ -232,12 +232,21 @@ def dots(rows: Mapping[str, Sequence[float]], label: str) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">{"".join(group)}</svg>'
 
 
-def svg(width: float, height: float, parts: Sequence[str], told: str) -> str:
-    """A drawing; `told` is what a screen reader says. By itself it is dark on white, in a page as that is."""
+def svg(width: float, height: float, parts: Sequence[str], told: str, least: float = 320) -> str:
+    """A drawing, by itself dark on white and on a page as that is.
+
+    Args:
+        width: In pixels.
+        height: In pixels.
+        parts: What is drawn.
+        told: What a screen reader says.
+        least: Narrower than this it scrolls instead of shrinking.
+    """
     size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(told)}" '
-        'color="#1a1a1a" font-family="system-ui, sans-serif" font-size="12">'
+        f'style="min-width:{min(least, width):.0f}px" color="#1a1a1a" '
+        'font-family="system-ui, sans-serif" font-size="12">'
         f'<rect class="paper" width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
     )
 

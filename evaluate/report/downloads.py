@@ -43,9 +43,9 @@ def scores_csv(report: Report) -> str:
             for metric, score in metrics.items():
                 add(run.name, (benchmark, metric), "", "", score)
     for each in report.groups:
-        for group, scores in each.scores.items():
-            for name, score in scores.items():
-                add(name, each.column, each.what, group, score)
+        for group, by_run in each.scores.items():
+            for name, figures in by_run.items():
+                add(name, each.column, each.what, group, figures)
     return _csv(heads, rows)
 
 

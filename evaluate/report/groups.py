@@ -42,14 +42,14 @@ def grouped(runs: Sequence[Judged]) -> list[Grouped]:
                     made.scores.setdefault(group, {})[run.result.name] = score
 
             column = (benchmark, metric)
-            add("silo whose own projector answers", _own_projectors(run, *column), column)
-            add("folder of the image", _folders(run, *column), column)
+            add("own projector", _own_projectors(run, *column), column)
+            add("folder of the images", _folders(run, *column), column)
             add(PART, _parts(run, *column), column)
             silo = _silo(run, benchmark)
             if silo is not None:
                 kind = run.experiment.evaluate.benchmarks[benchmark].name
                 score = run.result.scores[benchmark][metric]
-                add("silo whose images are asked about", {silo: score}, (kind, metric))
+                add("silo of the images", {silo: score}, (kind, metric))
     return [each for each in found.values() if len(each.scores) > 1]
 
 

@@ -65,7 +65,9 @@ def heat_map(
         'patternTransform="rotate(45)"><path d="M0 0V5" stroke="currentColor" stroke-opacity=".45" '
         'stroke-width="1.6"/></pattern>'
     )
-    return svg(width, y + 34, [f"<defs>{pattern}</defs>", *parts], f"{title}. {_told(figures, rounds)}")
+    return svg(
+        width, y + 34, [f"<defs>{pattern}</defs>", *parts], f"{title}. {_told(figures, rounds)}", least=576
+    )
 
 
 def _level(value: float, high: float) -> int:

@@ -57,5 +57,5 @@ if (form) {
 }
 // A phone shows first what is short; paper shows what is folded on the screen.
 const folds = [...document.querySelectorAll("details")];
-if (matchMedia("(max-width: 40rem) and (not print)").matches) for (const each of folds) each.open = false;
+if (matchMedia("(max-width: 40rem)").matches) for (const each of folds) each.open = false;
 addEventListener("beforeprint", () => { for (const each of folds) each.open = true; });

@@ -45,7 +45,7 @@ def _sentence(report: Report, column: Column) -> str:
         f"<b>{escape(benchmark)}</b> ({escape(metric)}, {report.side(column)} is better): "
         f"<b>{escape(' and '.join(best))}</b> {'have' if len(best) > 1 else 'has'} {what}"
         f"<b>{number(score['value'])}</b> ({number(score['low'])} to {number(score['high'])}, "
-        f"n = {score['n']:.0f}){_against(report, best[0], column)}."
+        f"n = {score['n']:.0f}).{_against(report, best[0], column)}"
     )
     if federated and bounds:
         told = ", ".join(f"{escape(name)} {number(each['value'])}" for each, name in bounds)
@@ -66,8 +66,9 @@ def _against(report: Report, name: str, column: Column) -> str:
     for row in compared.rows if compared else []:
         if compared and (row.run, row.column) == (name, column):
             return (
-                f"; minus {escape(compared.baseline)} that is {signed(row.difference)} ({signed(row.low)} to "
-                f"{signed(row.high)}, adjusted {_p(row.adjusted)}), <b>{row.verdict}</b>"
+                f" Against {escape(compared.baseline)} that is {signed(row.difference)} "
+                f"({signed(row.low)} to {signed(row.high)}, adjusted {_p(row.adjusted)}): "
+                f"<b>{row.verdict}</b>."
             )
     return ""
 

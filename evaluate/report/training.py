@@ -21,7 +21,7 @@ def curves(results: Sequence[RunResult]) -> dict[str, str]:
     values = [value for series in by_client.values() for points in series.values() for _, value in points]
     charts = {}
     if means:
-        charts["loss.svg"] = lines("Training loss, mean over clients", means, _LOSS, width=720)
+        charts["loss.svg"] = lines("Training loss, mean over clients", means, _LOSS, width=560)
     for name, series in by_client.items():
         charts[f"loss-{name}.svg"] = lines(f"Training loss of {name}, by client", series, _LOSS, values)
     return charts
@@ -32,7 +32,8 @@ def _by_client(result: RunResult, figure: str) -> dict[str, list[tuple[int, floa
     for row in result.history:
         if row["client"] and row.get(figure) is not None:
             series.setdefault(row["client"], []).append((row["round"] + 1, row[figure]))
-    return series
+    place = {silo: number for number, silo in enumerate(result.silos)}
+    return {client: series[client] for client in sorted(series, key=lambda each: (place.get(each, -1), each))}
 
 
 def _of_rounds(result: RunResult) -> list[tuple[int, float]]:
