@@ -141,6 +141,12 @@ def test_a_silos_images_score_as_in_a_benchmark_of_their_own(place: Path) -> Non
         assert float(row["value"]) == pytest.approx(whole["value"])
         assert int(row["n"]) == whole["n"]
         assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
+    by_silo = [row for row in rows(out(place) / "scores.csv") if row["grouped by"] == "silo of the images"]
+    for row in by_silo:
+        assert float(row["value"]) == scores(place, row["run"], row["group"])[row["metric"]]["value"]
+    assert {(row["run"], row["group"]) for row in by_silo} == {
+        (run, silo) for run in RUNS for silo in ("north", "both")
+    }
 
 
 def test_local_only_is_shown_by_silo(place: Path) -> None:

@@ -1,7 +1,7 @@
 """Scores by silo, domain or part, wherever answers know it.
 
-Four things can say where a question is from: the projector that answered it (`local_only`), the silo whose
-cache a benchmark asks about, the folder of its image (`fedcmp cache merge --prefix` puts silos there), and
+Four things can say where a question is from: the projector that answered it (`local_only`), the silo that a
+benchmark names for its images, the folder of its image (`fedcmp cache merge --prefix` puts silos there), and
 the benchmark's own parts, whose figures are called `<headline> <part>`.
 """
 
@@ -45,7 +45,7 @@ def grouped(runs: Sequence[Judged]) -> list[Grouped]:
             add("own projector", _own_projectors(run, *column), column)
             add("folder of the images", _folders(run, *column), column)
             add(PART, _parts(run, *column), column)
-            silo = _silo(run, benchmark)
+            silo = run.benchmarks[benchmark].silo
             if silo is not None:
                 kind = run.experiment.evaluate.benchmarks[benchmark].name
                 score = run.result.scores[benchmark][metric]
@@ -99,12 +99,6 @@ def _parts(run: Judged, benchmark: str, metric: str) -> dict[str, Score]:
     """Figures that the benchmark has for each of its parts."""
     scores, start = run.result.scores[benchmark], f"{metric} "
     return {name.removeprefix(start): each for name, each in scores.items() if name.startswith(start)}
-
-
-def _silo(run: Judged, benchmark: str) -> str | None:
-    """The training silo whose images a benchmark asks about."""
-    silo = run.benchmarks[benchmark].silo or benchmark
-    return silo if silo in run.experiment.federate.silos else None
 
 
 def _interval(run: Judged, metric: Metric) -> Score:
