@@ -117,7 +117,9 @@ def _train(
             secure=Secure(engine.exchange, options.privacy.threshold)
             if options.privacy and options.secure
             else None,
-            privacy=options.clipped and resolved(options.clipped, max(schedule.turns().values(), default=0)),
+            privacy=options.clipped
+            and resolved(options.clipped, max(schedule.turns().values(), default=0), options.passes),
+            passes=options.passes,
             traffic=engine.traffic,
             quorum=experiment.sites.quorum,
         )
