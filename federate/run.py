@@ -124,7 +124,8 @@ def _train(
                 if options.privacy and options.secure
                 else None,
                 privacy=options.clipped
-                and resolved(options.clipped, max(schedule.turns().values(), default=0)),
+                and resolved(options.clipped, max(schedule.turns().values(), default=0), options.passes),
+                passes=options.passes,
                 traffic=engine.traffic,
                 quorum=experiment.sites.quorum,
             )
