@@ -27,7 +27,7 @@ BENCHES := cache aggregation training generation sites gpu
 
 export TOKENIZERS_PARALLELISM := false
 
-OTHERS := help ablate results bench $(BENCHES:%=bench-%) world cli-reference test test-newest test-oldest check lint constraints clean
+OTHERS := help study ablate results bench $(BENCHES:%=bench-%) world cli-reference test test-newest test-oldest check lint constraints clean
 .PHONY: extract federate evaluate $(OTHERS) FORCE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -38,6 +38,7 @@ help:
 	@echo "make extract      encode every silo's images once into build/features"
 	@echo "make federate     train one projector for every run of the experiment into build/runs"
 	@echo "make evaluate     answer and score the benchmarks, write build/report"
+	@echo "make study        the three stages on real weights and pictograms, downloaded once"
 	@echo "make ablate       compare strategies over scenarios and seeds: ABLATION=$(ABLATION)"
 	@echo "make results      every ablation of configs/ablations into docs/results.md"
 	@echo "make bench        speed and memory of cache, aggregation, training, answers and sites"
@@ -103,6 +104,9 @@ $(RUNS:%=$(SCORE_DIR)/%/.checked): $(SCORE_DIR)/%/.checked: $(RUN_DIR)/%/manifes
 # $(FACTS) tells a removed run, which modification times do not.
 $(REPORT_DIR)/report.json: $(RUNS:%=$(SCORE_DIR)/%/.checked) $(FACTS) $(call lost,$(REPORT_DIR)/report.html) | $(READY)
 	$(FEDCMP) report $(foreach run,$(RUNS),$(config_$(run))) $(NAMED)
+
+study:
+	$(MAKE) extract federate evaluate EXPERIMENT=pictograms
 
 # Ablations share caches and local training; finished runs are found done.
 ablate: $(WORLDS) | $(READY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from fedcmp.evaluate.benchmarks.base import OF_THE_ANSWERS, Answers, AskedItem, Benchmark, Item
 from fedcmp.evaluate.metric import Metric
-from fedcmp.evaluate.scoring import given, rules_of
+from fedcmp.evaluate.scoring import Given, given, rules_of
 from fedcmp.evaluate.statistics import Gap, gap, holm, mcnemar, pooled, value_of
 from fedcmp.evaluate.trained import trained_run
 from fedcmp.evaluate.work import Work, benchmarks_of, recall
@@ -19,6 +19,7 @@ from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.run_folder import Run
 
 # With fewer draws p wanders, and its floor survives no correction over many rows.
@@ -91,14 +92,15 @@ def compare_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> li
         ],
     )
     say(
-        f"p: paired bootstrap over images, {_draws(experiments):,} draws; Holm: adjusted for all rows; "
+        f"p: paired bootstrap over images, {draws_of(experiments):,} draws; Holm: adjusted for all rows; "
         "McNemar: exact, takes questions about one image as independent. The interval says nothing about "
         "other seeds."
     )
     return rows
 
 
-def _draws(experiments: Sequence[Experiment]) -> int:
+def draws_of(experiments: Sequence[Experiment]) -> int:
+    """Resamples of a comparison."""
     return max(DRAWS, experiments[0].evaluate.bootstrap)
 
 
@@ -160,43 +162,83 @@ def _require_rules(name: str, works: Sequence[Work], runs: Sequence[Experiment])
             )
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A run's answers to one benchmark."""
+
+    experiment: Experiment
+    work: Work
+    given: Given
+    _scored: dict[str, list[dict[str, Metric]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The run's."""
+        return self.experiment.run
+
+    def metrics(self, items: Sequence[Item]) -> list[dict[str, Metric]]:
+        """Metrics of some of its items, for each projector that it is judged by."""
+        key = fingerprint([item.id for item in items])
+        if key not in self._scored:
+            self._scored[key] = [self.work.benchmark.score(items, each) for each in self.given.answers]
+        return self._scored[key]
+
+
 def _benchmark(
     name: str, pairs: Sequence[tuple[Experiment, Experiment]], trained: Sequence[Run]
 ) -> list[Row]:
-    """A row for each headline of one benchmark, on the questions that all runs answered."""
     runs = [experiment for pair in pairs for experiment in pair]
     works = [recall(run, name, benchmarks_of(run, (name,))[name]) for run in runs]
-    _require_rules(name, works, runs)
+    found = [
+        Answered(run, work, given(run, one, work))
+        for run, one, work in zip(runs, trained, works, strict=True)
+    ]
+    rows, dropped = differences_of(name, found)
     if works[0].limit is not None:
         say(f"{name}: LIMITED to the first {works[0].limit} questions")
-    found = [given(*each) for each in zip(runs, trained, works, strict=True)]
-    common: dict[str, Item] = {item.id: item for item in found[0].items}
-    for run, each in zip(runs[1:], found[1:], strict=True):
-        theirs = {item.id: item for item in each.items}
+    if dropped:
+        say(f"{name}: {dropped} questions that not all runs answered are left out")
+    return rows
+
+
+def differences_of(name: str, answered: Sequence[Answered]) -> tuple[list[Row], int]:
+    """A row for each headline of one benchmark, on the questions that all runs answered.
+
+    Args:
+        name: The benchmark's name.
+        answered: A run of the first method, one of the second, and so on, a pair a seed.
+
+    Returns:
+        The rows, and how many questions were left out because not all runs answered them.
+
+    Raises:
+        UserError: Questions, labels, rules or conditions differ, or there is no question in common.
+    """
+    runs, works = [each.experiment for each in answered], [each.work for each in answered]
+    _require_rules(name, works, runs)
+    common: dict[str, Item] = {item.id: item for item in answered[0].given.items}
+    for each in answered[1:]:
+        theirs = {item.id: item for item in each.given.items}
         other = [key for key, item in common.items() if key in theirs and not _same(theirs[key], item)]
         if other:
             raise UserError(
-                f"benchmark '{name}': {len(other)} questions or labels of '{runs[0].run}' and '{run.run}' "
+                f"benchmark '{name}': {len(other)} questions or labels of '{runs[0].run}' and '{each.name}' "
                 f"differ under one id (first: '{other[0]}'); evaluate both with the same files"
             )
         common = {key: item for key, item in common.items() if key in theirs}
     if not common:
         raise UserError(f"benchmark '{name}': the runs have no question in common")
-    dropped = max(len(work.items) for work in works) - len(common)
-    if dropped:
-        say(f"{name}: {dropped} questions that not all runs answered are left out")
     items = list(common.values())
     benchmark = works[0].benchmark
-    by_run: list[list[dict[str, Metric]]] = [
-        [benchmark.score(items, answers) for answers in each.answers] for each in found
-    ]
+    by_run = [each.metrics(items) for each in answered]
     rows = []
     for metric in (each for each in by_run[0][0] if each in benchmark.headlines):
         by_seed = [pooled([scores[metric] for scores in run]) for run in by_run]
         values = [value_of(each) for each in by_seed]
         generator = np.random.default_rng(runs[0].seed)
-        difference = gap(by_seed[::2], by_seed[1::2], generator, _draws(runs))
+        difference = gap(by_seed[::2], by_seed[1::2], generator, draws_of(runs))
         differences = np.subtract(values[::2], values[1::2]).tolist()
+        exact = _exact(benchmark, items, [one for each in answered for one in each.given.answers], values)
         rows.append(
             Row(
                 f"{name}: {metric}",
@@ -204,11 +246,11 @@ def _benchmark(
                 fmean(values[1::2]),
                 difference,
                 stdev(differences) if len(differences) > 1 else None,
-                _exact(benchmark, items, [answers for each in found for answers in each.answers], values),
+                exact,
                 len(items),
             )
         )
-    return rows
+    return rows, max(len(work.items) for work in works) - len(common)
 
 
 def _same(one: Item, other: Item) -> bool:

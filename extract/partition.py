@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedcmp.extract.deal import Partition, deal
-from fedcmp.extract.sources.base import SOURCES, Pair, Skipped, Source
+from fedcmp.extract.sources.base import NO_FILE, SOURCES, Pair, Skipped, Source
 from fedcmp.extract.sources.llava_json import LlavaJson
+from fedcmp.extract.sources.parquet import Parquet
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import locked, write_atomic
 from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.manifest import read_manifest, withdraw_manifest, write_manifest
 from fedcmp.pipeline.options import Component, validate
-from fedcmp.pipeline.records import Text
+from fedcmp.pipeline.records import Text, improper
 from fedcmp.pipeline.remote import is_url
 
 _PROBLEMS_SHOWN = 5
@@ -43,7 +45,13 @@ class Silo:
 
 
 def partition(
-    source: str, out: Path, options: Partition, *, images: str | None = None, overwrite: bool = False
+    source: str,
+    out: Path,
+    options: Partition,
+    *,
+    images: str | None = None,
+    write_images: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Write one JSON lines file a silo, say what each got, and print the configuration for it.
 
@@ -52,11 +60,14 @@ def partition(
         out: Folder for the files; its manifest is written last.
         options: How to split.
         images: Folder that images are relative to, for the configuration; by default the source's own.
+        write_images: Write the pictures into the folder `images` of `out`, too.
         overwrite: Replace another partition.
 
     Raises:
         UserError: The source or an option is unusable, or another partition is there.
     """
+    if images is not None and write_images:
+        raise UserError("--images and --write-images both say where images are; pass one")
     reader = _reader(source, images)
     made_from = {
         "format": {"name": "fedcmp-partition", "version": 1},
@@ -70,6 +81,9 @@ def partition(
     pairs = list(_pairs(reader, options, skipped))
     silos = _split(options, pairs, skipped)
     with locked(out / ".lock", str(out)):
+        if write_images:
+            images = str(out / "images")
+            _write_images(reader, Path(images), {pair.image for pair in pairs}, skipped)
         state = _write(out, silos, made_from)
     _report(source, out, silos, skipped, state)
     for line in _snippet(reader, source, out, silos, images).splitlines():
@@ -118,6 +132,8 @@ def _entries(reader: Source) -> Iterator[Pair | Skipped]:
     for record in reader.records():
         if isinstance(record, Skipped):
             yield record
+        elif why := improper(record.id):
+            yield Skipped(ascii(record.id)[1:-1], f"its name cannot be that of an image: {why}")
         elif not record.texts:
             yield Skipped(record.id, "no text is about it")
         else:
@@ -231,6 +247,31 @@ def _write(out: Path, silos: Sequence[Silo], made_from: dict[str, Any]) -> str:
     return "written"
 
 
+def _write_images(reader: Source, folder: Path, names: Set[str], skipped: list[Skipped]) -> None:
+    """Write pictures of these names; those that are there already keep their time, which identifies them.
+
+    Raises:
+        UserError: One would be a file and a folder at once.
+    """
+    for record in reader.records():
+        if isinstance(record, Skipped) or record.id not in names:
+            continue
+        file = folder / record.id
+        try:
+            data = record.read_image()
+        except NO_FILE as error:
+            skipped.append(Skipped(record.id, str(error)))
+            continue
+        try:
+            if not (file.is_file() and file.read_bytes() == data):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)
+        except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+            raise UserError(f"{file}: another picture's name is its folder ({error.strerror})") from None
+    # Once for all: what is torn is written again, unless a manifest says that it is whole.
+    os.sync()
+
+
 def _report(source: str, out: Path, silos: Sequence[Silo], skipped: Sequence[Skipped], state: str) -> None:
     labelled = any(label for silo in silos for label in silo.labels)
     table(
@@ -255,11 +296,14 @@ def _snippet(reader: Source, source: str, out: Path, silos: Sequence[Silo], imag
     folder = images
     note = ""
     if folder is None:
-        own = reader.images if isinstance(reader, LlavaJson) else getattr(reader, "path", None)
+        beside = isinstance(reader, LlavaJson | Parquet)
+        own = reader.images if isinstance(reader, LlavaJson | Parquet) else getattr(reader, "path", None)
         folder = str(own)
-        if not isinstance(reader, LlavaJson) and not (is_url(folder) or Path(folder).is_dir()):
+        if own is None or not (beside or is_url(folder) or Path(folder).is_dir()):
             folder = "IMAGES"
-            note = f"# Unpack the pictures of {source} into IMAGES (shards: tar -xf).\n"
+            note = (
+                f"# Pass --write-images, or unpack the pictures of {source} into IMAGES (shards: tar -xf).\n"
+            )
     split = "" if reader.split == "train" else f", split = {_quoted(reader.split)}"
     lines = [
         f'{_key(silo.name)} = {{ name = "llava_json", path = {_quoted(str(out / f"{silo.name}.jsonl"))}, '

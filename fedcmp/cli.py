@@ -14,6 +14,9 @@ import click
 
 # Each is in the module of its name in `commands`, which is imported when it is called.
 COMMANDS = {
+    "demo": "Run the embedded default from data to report in a folder.",
+    "init": "Write an experiment file from what lies in a folder.",
+    "convert": "Write a GGUF file's LLM as a directory that transformers loads.",
     "show": "Print an experiment with every default written out.",
     "plan": "Estimate disk, GPU hours and memory before there are any data.",
     "extract": "Encode every silo's images once and cache their patch features.",

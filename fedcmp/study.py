@@ -112,15 +112,19 @@ class Study:
 
         return compare_runs([self.experiment, *(each.experiment for each in others)], tuple(benchmarks))
 
-    def report(self, *others: Study) -> Path:
+    def report(self, *others: Study, baseline: str | None = None) -> Path:
         """Write this run and others on one page; its directory.
 
+        Args:
+            *others: Further runs of the experiment.
+            baseline: The run to compare with, by default the first of FedAvg, else the first.
+
         Raises:
-            UserError: They are of several experiments, or not evaluated.
+            UserError: They are of several experiments, or none is evaluated.
         """
         from fedcmp.evaluate.report.collect import write_report
 
-        return write_report([self.experiment, *(each.experiment for each in others)])
+        return write_report([self.experiment, *(each.experiment for each in others)], baseline)
 
 
 class Scores(Mapping[str, "Score"]):

@@ -10,12 +10,12 @@ from fedcmp.federate.client.texts import Counts
 from fedcmp.federate.compatible import refuse
 from fedcmp.federate.engines.base import Engine, SiloCard
 from fedcmp.federate.schedule import Schedule, schedule_of
+from fedcmp.pipeline import history
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import locked
 from fedcmp.pipeline.hashes import fingerprint
-from fedcmp.pipeline.history import HISTORY
 from fedcmp.pipeline.identity import run_differences, run_identity
 from fedcmp.pipeline.manifest import provenance, withdraw_manifest, write_manifest
 from fedcmp.pipeline.models.device import pick_device
@@ -91,6 +91,7 @@ def _train(
     from fedcmp.federate.server.fusion import Secure
     from fedcmp.federate.server.progress import Progress
     from fedcmp.federate.server.rounds import run_rounds
+    from fedcmp.federate.server.tracker import Tracked, tracked
     from fedcmp.pipeline.models import projector as projectors
 
     options, out = experiment.federate, experiment.run_path
@@ -106,21 +107,28 @@ def _train(
         counts = engine.counts()
         if saved is None:
             saved = _beginning(experiment, strategy, schedule, counts, projector, wanted)
-        done = run_rounds(
-            saved,
-            strategy,
-            schedule.rounds,
-            train,
-            carry=options.optimizer.carry,
-            history_path=out / HISTORY,
-            checkpoint=lambda state: state.save(checkpoint_path, print_of_run),
-            secure=Secure(engine.exchange, options.privacy.threshold)
-            if options.privacy and options.secure
-            else None,
-            privacy=options.clipped and resolved(options.clipped, max(schedule.turns().values(), default=0)),
-            traffic=engine.traffic,
-            quorum=experiment.sites.quorum,
-        )
+        rows = history.read(out / history.HISTORY)
+        before = [row for row in rows if row["round"] < saved.round]
+        seen = Tracked(experiment.experiment, experiment.run, print_of_run, wanted, out)
+        with tracked(experiment.tracker, seen, before) as track:
+            done = run_rounds(
+                saved,
+                strategy,
+                schedule.rounds,
+                train,
+                carry=options.optimizer.carry,
+                history_path=out / history.HISTORY,
+                track=track,
+                checkpoint=lambda state: state.save(checkpoint_path, print_of_run),
+                secure=Secure(engine.exchange, options.privacy.threshold)
+                if options.privacy and options.secure
+                else None,
+                privacy=options.clipped
+                and resolved(options.clipped, max(schedule.turns().values(), default=0), options.passes),
+                passes=options.passes,
+                traffic=engine.traffic,
+                quorum=experiment.sites.quorum,
+            )
     names = {PROJECTOR: done.state}
     names |= {f"silos/{client}.safetensors": state for client, state in done.personal.items()}
     for name, state in names.items():

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
@@ -28,11 +27,11 @@ serve()
 """
 
 
-def apart(path: Path, function: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
+def apart(path: object, function: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
     """Yield what a function yields that runs in another process.
 
     Args:
-        path: The file that it reads, for messages.
+        path: The file that it reads, for messages; what reads several may say which it is by then.
         function: One that can be imported.
         *arguments: What it takes; these, what it yields and what it raises have to be picklable.
 
@@ -73,7 +72,7 @@ def apart(path: Path, function: Callable[..., Iterable[T]], *arguments: Any) -> 
             process.stdout.close()
 
 
-def _ended(path: Path, code: int, said: str) -> Exception:
+def _ended(path: object, code: int, said: str) -> Exception:
     if code == -signal.SIGKILL:
         return UserError(f"{path}: the process that reads it was killed; see that memory does not run out")
     if code < 0:

@@ -56,7 +56,7 @@ class Language(Options):
 
 
 class Optimizer(Options):
-    """Local optimisation; `warmup` is a share of the pass, the rest follows a cosine to zero.
+    """Local optimisation; `warmup` is a share of the run, the rest follows a cosine to zero.
 
     `carry` keeps a client's moments from round to round instead of starting afresh.
     """
@@ -89,19 +89,20 @@ class Poison(Options):
 
 
 class Federate(Options):
-    """Stage two: one pass over every silo's training texts, split evenly over its rounds.
+    """Stage two: one pass over every silo's training texts, or `passes`, split evenly over its rounds.
 
-    `clients_per_round` silos take part in a round, all by default. Samples of `together` clients go
-    through the LLM in one pass, in micro-batches of `micro_batch` samples of similar length
-    (`batch_size` by default): faster for small models, equal up to rounding. `initial` is what the
-    projector starts from instead of random weights: a LLaVA `mm_projector.bin`, a directory of Hugging
-    Face's LLaVA, or a run or projector of ours. `checkpointing` keeps only the inputs of the LLM's
+    Every pass has an order of its own. `clients_per_round` silos take part in a round, all by default.
+    Samples of `together` clients go through the LLM at once, in micro-batches of `micro_batch` samples of
+    similar length (`batch_size` by default): faster for small models, equal up to rounding. `initial` is
+    what the projector starts from instead of random weights: a LLaVA `mm_projector.bin`, a directory of
+    Hugging Face's LLaVA, or a run or projector of ours. `checkpointing` keeps only the inputs of the LLM's
     layers for the backward pass and runs them again in it: a third of the memory, a third slower.
     `compile` trains through torch.compile: a third faster on GPUs, equal up to rounding.
     """
 
     silos: tuple[Name, ...] = Field(min_length=1)
     rounds: int = Field(10, ge=0)
+    passes: int = Field(1, ge=1)
     clients_per_round: int | None = Field(None, ge=1)
     batch_size: int = Field(32, ge=1)
     together: int = Field(1, ge=1)
@@ -115,6 +116,15 @@ class Federate(Options):
     privacy: Privacy | None = None
     poison: dict[Name, Poison] | None = None
     communication: Communication | None = None
+
+    def as_identity(self, *without: str) -> dict[str, Any]:
+        """JSON value as identities hold it: what is newer than they are is in it only where it is used.
+
+        Args:
+            without: Options to leave out.
+        """
+        unused = {"passes"} if self.passes == 1 else set()
+        return self.model_dump(mode="json", exclude={*without, *unused})
 
     @property
     def secure(self) -> bool:
@@ -194,6 +204,7 @@ class Experiment(Options):
     copy. A URL in `features` is short for that with a folder in `$FEDCMP_CACHE` or `~/.cache/fedcmp`.
     `trust` gives silos a public key: their caches are used only as signed by its owner, as that silo's.
     `plugins` are Python files with further components, from the folder of the file that names them.
+    `tracker` is sent every round's figures, too.
     """
 
     experiment: Name
@@ -204,6 +215,7 @@ class Experiment(Options):
     store: str | None = None
     build: Path = Path("build")
     memo: Memo | None = None
+    tracker: Literal["tensorboard", "wandb", "mlflow", "trackio"] | None = None
     plugins: tuple[Path, ...] = ()
     ledger: Ledger = Ledger()
     extract: Extract

@@ -56,18 +56,35 @@ class Task:
         self._id = bar.add_task(self._name, total=total, rate="") if bar else None
         self._start = self._logged = time.monotonic()
         self._done = 0
+        self._note = ""
 
     def advance(self, number: int = 1) -> None:
         """Count `number` more units as done."""
         self._done += number
         now = time.monotonic()
-        rate = f"{self._done / max(now - self._start, 1e-9):,.1f} {self._unit}/s"
+        elapsed = max(now - self._start, 1e-9)
         if self._bar and self._id is not None:
-            self._bar.update(self._id, advance=number, rate=rate)
+            self._bar.update(self._id, advance=number, rate=self._rate(elapsed))
         elif now - self._logged > _LOG_EVERY_SECONDS:
             self._logged = now
             total = self._total if self._total is not None else "?"
-            say(f"{self._name}: {self._done}/{total} {self._unit}, {rate}")
+            left = self._total and f", {_clock(elapsed * (self._total / self._done - 1))} left"
+            say(f"{self._name}: {self._done}/{total} {self._unit}, {self._rate(elapsed)}{left or ''}")
+
+    def note(self, text: str) -> None:
+        """Show a few words beside the rate, such as the last loss."""
+        self._note = f", {text}"
+
+    def _rate(self, elapsed: float) -> str:
+        rate = self._done / elapsed
+        speed = f"{rate:,.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s each"
+        return speed + self._note
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}"
 
 
 @contextmanager

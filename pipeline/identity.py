@@ -49,7 +49,7 @@ def federate_options(experiment: Experiment) -> dict[str, Any]:
     Components count with all their options, and what stands for a number is that number.
     """
     options = experiment.federate
-    written = options.model_dump(mode="json", exclude={"initial", "checkpointing", "projector", "strategy"})
+    written = options.as_identity("initial", "checkpointing", "projector", "strategy")
     return written | {
         "projector": options.projector.as_built(),
         "strategy": options.strategy.as_built(),

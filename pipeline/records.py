@@ -76,19 +76,47 @@ def from_llava(conversations: Any, split: str = "train") -> Text:
     Raises:
         ValueError: Not such a list, roles do not alternate from `human`, or it lacks an answer.
     """
-    if not isinstance(conversations, list) or not conversations:
-        raise ValueError("'conversations' is not a non-empty list")
+    return Text(_turns(conversations, "conversations", "from", ("human", "gpt"), "value"), split)
+
+
+def from_chat(messages: Any, split: str = "train") -> Text:
+    """Read chat `messages`, a list of `{"role": "user" | "assistant", "content": ...}`.
+
+    Content is a string, or a list of parts such as `{"type": "text", "text": ...}` and `{"type": "image"}`.
+
+    Raises:
+        ValueError: Not such a list, roles do not alternate from `user`, or it lacks an answer.
+    """
+    return Text(_turns(messages, "messages", "role", ("user", "assistant"), "content"), split)
+
+
+def _turns(entries: Any, what: str, speaker: str, speakers: tuple[str, str], said: str) -> tuple[Turn, ...]:
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"'{what}' is not a non-empty list")
     turns = []
-    for index, turn in enumerate(conversations):
-        wanted = ("human", "gpt")[index % 2]
-        if not isinstance(turn, dict) or turn.get("from") != wanted:
-            raise ValueError(f"turn {index} of 'conversations' is not from '{wanted}'")
-        if not isinstance(turn.get("value"), str):
-            raise ValueError(f"turn {index} of 'conversations' has no text in 'value'")
-        turns.append(Turn("user" if wanted == "human" else "assistant", turn["value"]))
+    for index, entry in enumerate(entries):
+        wanted = speakers[index % 2]
+        if not isinstance(entry, dict) or entry.get(speaker) != wanted:
+            raise ValueError(f"turn {index} of '{what}' is not from '{wanted}'")
+        content = entry.get(said)
+        if isinstance(content, list) and said == "content":
+            content = "\n".join(_part(part, f"turn {index} of '{what}'") for part in content)
+        if not isinstance(content, str):
+            raise ValueError(f"turn {index} of '{what}' has no text in '{said}'")
+        turns.append(Turn("assistant" if index % 2 else "user", content))
     if len(turns) % 2:
-        raise ValueError("'conversations' ends without an answer")
-    return Text(tuple(turns), split)
+        raise ValueError(f"'{what}' ends without an answer")
+    return tuple(turns)
+
+
+def _part(part: Any, place: str) -> str:
+    """A part of a message's content as text, an image as its placeholder."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("image", "image_url"):
+        return IMAGE_PLACEHOLDER
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise ValueError(f"{place} has a part that is neither text nor image")
 
 
 class Readable(Protocol):

@@ -69,10 +69,14 @@ class Remote:
         return self.read_bytes().decode(encoding)
 
     @contextmanager
-    def open(self) -> Iterator[BinaryIO]:
-        """Stream the file; errors while reading it are UserErrors too."""
+    def open(self, *, here_and_there: bool = False) -> Iterator[BinaryIO]:
+        """Stream the file; errors while reading it are UserErrors too.
+
+        Args:
+            here_and_there: Fetch just what is asked for, where that is far apart.
+        """
         with self._reached() as (system, path):
-            file = system.open(path, "rb")
+            file = system.open(path, "rb", **({"cache_type": "none"} if here_and_there else {}))
         try:
             yield _Guarded(self, file)  # type: ignore[misc]
         finally:
@@ -145,6 +149,8 @@ class Remote:
 class _Guarded:
     """A stream whose errors name the file."""
 
+    closed = False
+
     def __init__(self, remote: Remote, file: Any) -> None:
         self._remote, self._file = remote, file
 
@@ -155,6 +161,15 @@ class _Guarded:
             raise UserError(
                 f"{self._remote}: reading it stopped: {one_line(error)}; run again to go on"
             ) from None
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def _facts(info: dict[str, Any]) -> tuple[int, str]:

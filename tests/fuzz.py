@@ -1,4 +1,4 @@
-"""Damages caches, HDF5 and tars in seeded ways and uses each.
+"""Damages caches, HDF5, Parquet, Arrow streams and tars in seeded ways and uses each.
 
 Run as a program: what is no UserError of one line is printed, and the memory that it took at its peak.
 """
@@ -23,8 +23,11 @@ from typing import ClassVar
 import caches
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fedcmp.extract.sources.hdf5 import Hdf5
+from fedcmp.extract.sources.parquet import Parquet
 from fedcmp.extract.sources.webdataset import WebDataset
 from fedcmp.pipeline import apart
 from fedcmp.pipeline.cache import FeatureCache
@@ -214,9 +217,12 @@ def cases(kind: str, root: Path, rng: random.Random) -> Iterator[Callable[[Path]
                 lambda path: Hdf5(path=path, ids="ids" if rng.random() < 0.3 else None),
             )
         elif kind == "hdf5 heap":
-            data = bytearray(heaps(root).read_bytes())
-            data = heap_damaged(data, rng) if rng.random() < 0.5 else bytearray(flipped(bytes(data), rng))
-            yield lambda _: source(packed(bytes(data), "p.h5"), lambda path: Hdf5(path=path))  # noqa: B023
+            heap = bytearray(heaps(root).read_bytes())
+            heap = heap_damaged(heap, rng) if rng.random() < 0.5 else bytearray(flipped(bytes(heap), rng))
+            yield lambda _: source(packed(bytes(heap), "p.h5"), lambda path: Hdf5(path=path))  # noqa: B023
+        elif kind in ("parquet", "arrow"):
+            data = flipped(table(kind), rng)
+            yield lambda _: source(packed(data, f"p.{kind}"), lambda path: Parquet(path=str(path)))  # noqa: B023
         else:
             squeezed = rng.random() < 0.5
             data = flipped(tar(), rng)
@@ -225,7 +231,7 @@ def cases(kind: str, root: Path, rng: random.Random) -> Iterator[Callable[[Path]
             yield lambda _: source(packed(data, "p.tar"), lambda path: WebDataset(path=str(path)))  # noqa: B023
 
 
-def source(path: Path, make: Callable[[Path], Hdf5 | WebDataset]) -> None:
+def source(path: Path, make: Callable[[Path], Hdf5 | Parquet | WebDataset]) -> None:
     allowed(lambda p: (sum(1 for _ in make(p).records()), make(p).size()), path)
 
 
@@ -261,6 +267,20 @@ def heap_damaged(data: bytearray, rng: random.Random) -> bytearray:
         data[at : at + 8] = number.to_bytes(8, "little")
         at += 8
     return data
+
+
+def table(kind: str) -> bytes:
+    """Pictures and conversations in three row groups, or in compressed batches of a stream."""
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "ü"}]
+    pictures = [{"bytes": bytes(range(50 + row)), "path": f"{row % 30}.png"} for row in range(40)]
+    whole, out = pa.table({"image": pictures, "conversations": [turns] * 40}), io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(whole, out, row_group_size=16)
+    else:
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_stream(out, whole.schema, options=options) as stream:
+            stream.write_table(whole, max_chunksize=16)
+    return out.getvalue()
 
 
 def tar() -> bytes:

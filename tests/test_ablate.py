@@ -88,6 +88,29 @@ def done(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder, result
 
 
+def test_grids_may_hold_options_of_the_optimiser(tmp_path: Path, extracted: Path) -> None:
+    path = write(tmp_path, extracted)
+    text = path.read_text().replace("[1.0, 1.5] }", '[1.0, 1.5], "optimizer.learning_rate" = [1e-3, 3e-3] }')
+    path.write_text(text)
+    ablation = read_ablation(path)
+    trials = [trial(ablation, "skewed", "fedavg", 0, options) for options in grid(ablation, "fedavg")]
+    found = [
+        (each.experiment.federate.optimizer.learning_rate, each.experiment.federate.strategy.as_built())
+        for each in trials
+    ]
+    assert [(rate, built["server_learning_rate"]) for rate, built in found] == [
+        (1e-3, 1.0),
+        (3e-3, 1.0),
+        (1e-3, 1.5),
+        (3e-3, 1.5),
+    ]
+    assert len({each.experiment.run_path for each in trials}) == 4
+    path.write_text(text.replace("optimizer.learning_rate", "optimizer.rate"))
+    result = ablate(path)
+    assert result.exit_code == 2
+    assert "federate.optimizer.rate" in result.output
+
+
 def test_a_sweep_ends_in_a_table_and_a_plot(done: tuple[Path, Result]) -> None:
     folder, result = done
     table = rows(folder)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -275,10 +277,32 @@ def test_equal_training_is_recalled_bit_for_bit(streams, language, tmp_path, tog
     assert not engine(streams, language, Memo(tmp_path, 10**9, {"llm": 2}))([job()])[0].recalled
 
 
+def test_what_another_is_training_is_waited_for(streams, language, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Trainer):
+        def _trained(self, jobs: Sequence[Job]) -> list[LocalResult]:
+            begun.set()
+            assert go_on.wait(60)
+            return super()._trained(jobs)
+
+    with ThreadPoolExecutor(2) as pool:
+        slow = Slow(**vars(engine(streams, language, Memo(tmp_path, 10**9, {}))))
+        first = pool.submit(slow, [job()])
+        assert begun.wait(60)
+        second = pool.submit(engine(streams, language, Memo(tmp_path, 10**9, {})), [job()])
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        go_on.set()
+        ours, theirs = first.result()[0], second.result()[0]
+    assert (ours.recalled, theirs.recalled) == (False, True)
+    assert all(torch.equal(ours.state[name], theirs.state[name]) for name in ours.state)
+
+
 def test_a_torn_memo_is_trained_again(streams, language, tmp_path) -> None:  # type: ignore[no-untyped-def]
     memo = Memo(tmp_path, 10**9, {})
     engine(streams, language, memo)([job()])
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.pt")
     file.write_bytes(file.read_bytes()[:100])
     assert not engine(streams, language, memo)([job()])[0].recalled
     assert engine(streams, language, memo)([job()])[0].recalled

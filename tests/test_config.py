@@ -19,6 +19,7 @@ from fedcmp.pipeline.world.scenarios import SCENARIOS
 
 def test_every_shipped_config_is_valid() -> None:
     paths = [ROOT / "configs/demo.toml", *(ROOT / "configs/demo").glob("*.toml")]
+    paths += [ROOT / "configs/pictograms.toml", *(ROOT / "configs/pictograms").glob("*.toml")]
     paths += [path for path in (ROOT / "configs/scenarios").glob("*.toml") if path.stem != "base"]
     assert len(paths) >= 10
     for path in paths:
@@ -36,7 +37,7 @@ def written() -> set[str]:
     return names | {"demo"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations").rglob("*.toml")), ids=lambda p: p.stem)
 def test_every_shipped_ablation_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     ablation = read_ablation(path)

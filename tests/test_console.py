@@ -14,7 +14,7 @@ import termios
 import pytest
 from conftest import ROOT
 
-from fedcmp.pipeline.console import cleaned, complain, say, table
+from fedcmp.pipeline.console import cleaned, complain, progress, say, table
 
 SILOS = (
     "Feature caches in build/features",
@@ -161,3 +161,19 @@ def test_errors_of_a_command_are_one_line(capfd: pytest.CaptureFixture[str], tmp
     assert result.returncode == 2
     assert result.stderr.startswith("fedcmp: no\\x1b[31mwhere\\nfedcmp: fine.toml: no such file")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_log_tells_speed_time_left_and_the_last_loss(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 40.0, 50.0, 100.0])
+    monkeypatch.setattr("fedcmp.pipeline.console.time.monotonic", lambda: next(now))
+    with progress("fedcmp", 40, "steps") as task:
+        task.advance(4)
+        task.note("round 1: loss 2.500")
+        task.advance(1)
+        task.advance(3)
+    assert capsys.readouterr().out.splitlines() == [
+        "fedcmp: 4/40 steps, 10.0 s each, 0:06:00 left",
+        "fedcmp: 8/40 steps, 12.5 s each, round 1: loss 2.500, 0:06:40 left",
+    ]

@@ -20,7 +20,7 @@ from fedcmp.cli import main
 from fedcmp.extract.encoders.base import ENCODERS, LoadedEncoder
 from fedcmp.extract.encoders.open_clip import OpenClip
 from fedcmp.extract.encoders.patches import expand_to_square, pool_squares
-from fedcmp.extract.encoders.transformers import _FAMILIES, Transformers
+from fedcmp.extract.encoders.transformers import FAMILIES, Transformers
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.options import Component
@@ -169,7 +169,7 @@ def test_blocks_after_the_layer_are_not_run(
     folder = save(maker, tmp_path)
     model, _ = maker()
     tower = getattr(model, "vision_model", model)
-    block = type(tower.get_submodule(_FAMILIES[model.config.model_type].blocks)[0])
+    block = type(tower.get_submodule(FAMILIES[model.config.model_type].blocks)[0])
     forward, ran = block.forward, []
     monkeypatch.setattr(
         block, "forward", lambda self, *args, **words: ran.append(1) or forward(self, *args, **words)
@@ -510,6 +510,63 @@ def test_open_clip_takes_towers_of_timm(tmp_path: Path) -> None:
         model.visual(torch.stack([transform(image) for image in pictures()]))
     torch.testing.assert_close(encode(encoder, pictures()), seen[0], rtol=0, atol=1e-5)
     assert options.identity()["preprocessing"]["resize_mode"] == "squash"
+
+
+@pytest.mark.parametrize(
+    ("trunk", "pool", "text"),
+    [
+        # BiomedCLIP: its text tower is one of Hugging Face's, which nobody here has.
+        (
+            "vit_tiny_patch16_224",
+            "",
+            {"hf_model_name": "microsoft/BiomedNLP-BiomedBERT", "context_length": 256},
+        ),
+        # MedSigLIP's shape: no CLS token, a head that pools by attention.
+        (
+            "vit_base_patch16_siglip_224",
+            "map",
+            {"context_length": 8, "vocab_size": 20, "width": 12, "heads": 2},
+        ),
+    ],
+)
+def test_open_clip_needs_no_text_tower(
+    trunk: str, pool: str, text: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from open_clip.model import CLIPVisionCfg
+    from open_clip.timm_model import TimmModel
+    from safetensors.torch import save_file
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    vision = {"timm_model_name": trunk, "timm_pool": pool, "timm_proj": "linear", "image_size": 224}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {"layers": 1} | text, "custom_text": True}
+    torch.manual_seed(0)
+    assert set(vision) <= set(CLIPVisionCfg.__dataclass_fields__)
+    own = TimmModel(trunk, embed_dim=16, image_size=224, pool=pool, proj="linear").eval()
+    state = {f"visual.{name}": value.contiguous() for name, value in own.state_dict().items()}
+    if "hf_model_name" in text:
+        state["text.transformer.embeddings.weight"] = torch.ones(3, 2)
+    else:
+        import open_clip
+
+        whole = open_clip.CustomTextCLIP(16, vision, config["text_cfg"])
+        state |= {name: value for name, value in whole.state_dict().items() if not name.startswith("visual.")}
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    options = OpenClip(model=f"local-dir:{tmp_path}")
+    encoder = options.load("cpu", "float32")
+    seen: list[torch.Tensor] = []
+    own.trunk.blocks[-2].register_forward_hook(lambda block, given, output: seen.append(output))
+    pixels = torch.from_numpy(np.stack([encoder.preprocess(image) for image in pictures()]))
+    with torch.no_grad():
+        own(pixels)
+    wanted = seen[0][:, own.trunk.num_prefix_tokens :]
+    torch.testing.assert_close(encoder.encode(pixels), wanted, rtol=0, atol=1e-5)
+    shapes = options.load("meta", "float32")
+    assert (shapes.patches, shapes.d_vision) == (196, wanted.shape[2])
+    state["visual.trunk.norm.more"] = torch.ones(1)
+    save_file(state, tmp_path / "open_clip_model.safetensors")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        options.load("cpu", "float32")
 
 
 def test_open_clip_refuses_what_has_no_patches(tmp_path: Path) -> None:

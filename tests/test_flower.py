@@ -22,6 +22,7 @@ from test_sites import SILOS, Echo, projector, sites_config  # noqa: F401
 from fedcmp.components import load
 from fedcmp.federate.engines.flower import launch
 from fedcmp.federate.engines.flower.keys import Keys
+from fedcmp.federate.engines.flower.link import _backend
 from fedcmp.federate.engines.flower.processes import free_port
 from fedcmp.federate.engines.local import LocalEngine
 from fedcmp.federate.messages import Job, LocalResult
@@ -123,6 +124,33 @@ def test_the_simulation_ends_in_the_bytes_of_the_local_engine(
     run(load(sites_config, [*options, "run=local"]))
     ours, theirs = (load(sites_config, [*options, f"run={name}"]) for name in ("local", "simulated"))
     assert projector(ours) == projector(theirs)
+
+
+def test_simulated_nodes_get_a_gpu_each_where_there_are_some() -> None:
+    code = """
+import os, ray
+from fedcmp.federate.engines.flower.link import _backend
+given = _backend(False, "cuda")["client_resources"]
+ray.init(num_cpus=8, num_gpus=4, include_dashboard=False, logging_level="error")
+@ray.remote(**given)
+class Node:
+    def gpu(self):
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+nodes = [Node.remote() for _ in range(4)]
+print(sorted(ray.get([node.gpu.remote() for node in nodes])))
+"""
+    environment = ENVIRONMENT | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.stdout.strip().splitlines()[-1:] == ["['0', '1', '2', '3']"], done.stderr
+    assert _backend(False, "cpu")["client_resources"]["num_gpus"] == 0
+    assert _backend(True, "cuda:0")["init_args"] == {"num_cpus": 2, "num_gpus": 1}
 
 
 def documented(language: str = "sh") -> list[str]:

@@ -15,7 +15,16 @@ MEMORY = 96 << 20
 
 @pytest.mark.parametrize(
     ("kind", "number"),
-    [("zip", 300), ("folder", 200), ("hdf5", 20), ("hdf5 source", 15), ("hdf5 heap", 12), ("tar", 100)],
+    [
+        ("zip", 300),
+        ("folder", 200),
+        ("hdf5", 20),
+        ("hdf5 source", 15),
+        ("hdf5 heap", 12),
+        ("parquet", 12),
+        ("arrow", 12),
+        ("tar", 100),
+    ],
 )
 def test_never_a_traceback(kind: str, number: int) -> None:
     """A process of its own, whose memory is measured; what is undamaged must not be all that was tried."""
@@ -32,6 +41,6 @@ def test_never_a_traceback(kind: str, number: int) -> None:
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["faults"] == []
     assert found["tried"] == number
-    # Of a damaged tar or heap less is read, and nothing is refused.
-    assert kind in ("tar", "hdf5 heap") or found["refused"] > number / 5
+    # Of a damaged tar, heap or table less is read, and nothing is refused.
+    assert kind in ("tar", "hdf5 heap", "parquet", "arrow") or found["refused"] > number / 5
     assert found["grown"] < MEMORY

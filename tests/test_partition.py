@@ -227,7 +227,7 @@ def test_any_source_can_be_split(tmp_path: Path) -> None:
     assert [len(entries) for entries in silos.values()] == [8, 4]
     assert silos["silo_1"][0].keys() == {"image", "caption"}
     assert "skipped bare.png: no text is about it" in result.output
-    assert "Unpack the pictures" in result.output
+    assert "unpack the pictures of" in result.output
     assert 'split = "test"' in result.output
     refused = run(source, "--out", tmp_path / "x", "--by", "field", "--field", "site")
     assert "only LLaVA JSON has fields" in refused.output

@@ -227,8 +227,9 @@ def stream_of(
     silos: tuple[str, ...] = ("ward",),
     patient: str = FIRST_DIGIT,
     most_texts: int = 16,
+    passes: int = 1,
 ) -> Any:
-    options: dict[str, Any] = {"template": "plain", "max_length": 99, "batch_size": 4}
+    options: dict[str, Any] = {"template": "plain", "max_length": 99, "batch_size": 4, "passes": passes}
     caches = dict.fromkeys(silos, cache)
     if kind == "text":
         return Stream(caches, language, turns=turns, seed=seed, **options)
@@ -358,7 +359,7 @@ def test_the_order_of_pictures_depends_on_their_number_alone(
     """A picture with other texts, or other pixels, is in the same step."""
     a, b = stream_of("image", cache, language), stream_of("image", cache, language)
     assert np.array_equal(a.samples(0), b.samples(0))
-    firsts = [picture[0][1] for (picture,) in a._part(0)]
+    firsts = [a._units[place][0][0][1] for place in a._order(0)]
     name = a._entropy[1]
     order = np.random.default_rng([0, name]).permutation(PICTURES)
     starts = np.unique(cache.text_image % PICTURES, return_index=True)[1]

@@ -44,7 +44,7 @@ def test_llava_json_groups_texts_by_image(tmp_path: Path) -> None:
         ("[4]", "the same text about 'scans/000.png' came before"),
         ("[5]", "it names no image"),
         ("[6]", "it names no image"),
-        ("[7]", "neither 'conversations' nor 'caption' is in it"),
+        ("[7]", "neither 'conversations', 'messages' nor 'caption' is in it"),
     ]
 
 

@@ -135,6 +135,10 @@ class Benchmark(Options, ABC):
         """What a score must not be quoted without."""
         return {}
 
+    def better(self, metric: str) -> Literal["higher", "lower"] | None:
+        """Which values of a metric are better; None where neither are."""
+        return "higher"
+
     @abstractmethod
     def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """Everything to answer, in the order of the files.

@@ -43,6 +43,10 @@ class HeldoutLoss(Benchmark):
         """The likelihood of the texts."""
         return "likelihood"
 
+    def better(self, metric: str) -> Literal["higher", "lower"] | None:
+        """Lower; before pictures that are not theirs texts have no loss that is better."""
+        return None if metric == _SHUFFLED else "lower"
+
     def items(self, cache: FeatureCache | None) -> list[Item | Problem]:
         """The cache's texts of the split."""
         if cache is None:

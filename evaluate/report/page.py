@@ -2,209 +2,113 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from fedcmp.evaluate.report import charts
+from fedcmp.evaluate.report.cards import cards
+from fedcmp.evaluate.report.results import Report
+from fedcmp.evaluate.report.scores import comparison, headline, silos, summary
+from fedcmp.evaluate.report.tables import Cell, folded, section, table
 
 _HERE = Path(__file__).parent
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What the report shows of one run.
-
-    Attributes:
-        name: The run's name.
-        strategy: Its strategy.
-        scores: By benchmark and metric.
-        headlines: (benchmark, metric) of a summary.
-        notes: What scores must not be quoted without, by benchmark; or why there are none.
-        limits: How many questions were taken, by benchmark, where that is not all.
-        history: Its rows by round and client.
-    """
-
-    name: str
-    strategy: str
-    scores: dict[str, dict[str, dict[str, float]]]
-    headlines: list[tuple[str, str]]
-    notes: dict[str, str]
-    history: list[dict[str, Any]]
-    limits: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Said:
-    """One run's answer; `right` is None where answers are not right or wrong.
-
-    `by` names the silo whose projector gave it, where a run has several.
-    """
-
-    run: str
-    answer: str
-    right: bool | None
-    by: str = ""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One question about one picture, with every run's answer; `picture` is a file in the format `form`."""
-
-    benchmark: str
-    image: str
-    picture: bytes | None
-    question: str
-    reference: str
-    said: list[Said]
-    form: str = "png"
-
-
-def page(
-    experiment: str,
-    results: Sequence[RunResult],
-    columns: Sequence[tuple[str, str]],
-    samples: Sequence[Sample],
-) -> str:
-    """The whole page, with nothing outside it.
+def page(report: Report, charts: Mapping[str, str], files: Mapping[str, str]) -> str:
+    """The whole page, with nothing outside it but what it links to.
 
     Args:
-        experiment: Its name.
-        results: The runs.
-        columns: Every (benchmark, metric), in order.
-        samples: Questions to show.
+        report: What to show.
+        charts: SVG by file name, which lie beside the page.
+        files: Other files beside it, by name what they hold.
     """
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    sections = [_score_table(results, columns), _curves(results), _reliability(results), _cards(samples)]
-    body = "\n".join(section for section in sections if section)
+    sections = [
+        ("headlines", "Headlines", headline(report)),
+        ("scores", "Scores", summary(report)),
+        ("comparison", "Comparison", comparison(report, _figures(_some(charts, "differences")))),
+        ("silos", "Silos and domains", silos(report)),
+        ("training", "Training loss", _charts(charts, "loss")),
+        ("weights", "Reliability and weight of clients", _weights(charts)),
+        ("answers", "Pictures, questions and answers", cards(report)),
+        ("provenance", "Provenance", _provenance(report)),
+        ("files", "Files", _files(files, charts)),
+    ]
+    shown = [each for each in sections if each[2]]
+    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in shown)
+    body = "\n".join(section(*each) for each in shown)
+    runs = f"{len(report.runs)} run{'s' if len(report.runs) > 1 else ''}"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(experiment)} - FedCMP report</title><style>{style}</style></head>
-<body><h1>{escape(experiment)}</h1>
-<p>Federated pre-training of a projector. Values with their 95&nbsp;% bootstrap interval over images.</p>
+<title>{escape(report.experiment)} - FedCMP report</title><style>{style}</style></head>
+<body><a class=skip href="#main">Skip to the content</a>
+<header><h1>{escape(report.experiment)}</h1>
+<p>Federated pre-training of a projector, {runs}. Intervals are 95&nbsp;% bootstrap intervals over images.</p>
+<nav aria-label="Sections"><ul>{links}</ul></nav></header>
+<main id="main">
 {body}
+</main>
+<footer><p>Written by <code>fedcmp report</code>.</p></footer>
 <script>{script}</script></body></html>
 """
 
 
-def _score_table(results: Sequence[RunResult], columns: Sequence[tuple[str, str]]) -> str:
-    rows, told = [], set()
-    for benchmark, metric in columns:
-        first = benchmark not in told
-        told.add(benchmark)
-        cells = "".join(
-            f"<td>{_interval(result, benchmark, metric)}{_note(result, benchmark) if first else ''}</td>"
-            for result in results
-        )
-        rows.append(f"<tr><th>{escape(benchmark)}: {escape(metric)}</th>{cells}</tr>")
-    heads = "".join(
-        f"<th>{escape(result.name)}<br><small>{escape(result.strategy)}</small></th>" for result in results
-    )
-    return (
-        "<h2>Scores</h2><div class=scroll><table><thead><tr><th></th>"
-        f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+def _figures(charts: Mapping[str, str]) -> str:
+    return "".join(
+        f'<figure><div class=scroll role=region tabindex=0 aria-label="Chart {escape(name)}">{svg}</div>'
+        f'<figcaption><a href="{escape(name)}" download>{escape(name)}</a></figcaption></figure>'
+        for name, svg in charts.items()
     )
 
 
-def _interval(result: RunResult, benchmark: str, metric: str) -> str:
-    score = result.scores.get(benchmark, {}).get(metric)
-    if score is None:
-        return "-"
-    bounds = f"{score['low']:.3f} to {score['high']:.3f}"
-    part = f", first {result.limits[benchmark]} questions" if benchmark in result.limits else ""
-    return f"<b>{score['value']:.3f}</b><br><small>{bounds}<br>n = {score['n']}{part}</small>"
+def _some(charts: Mapping[str, str], start: str) -> dict[str, str]:
+    return {name: svg for name, svg in charts.items() if name.startswith(start)}
 
 
-def _note(result: RunResult, benchmark: str) -> str:
-    note = result.notes.get(benchmark)
-    return f"<br><small>{escape(note)}</small>" if note else ""
-
-
-def _by_client(result: RunResult, figure: str) -> dict[str, list[tuple[int, float]]]:
-    series: dict[str, list[tuple[int, float]]] = {}
-    for row in result.history:
-        if row["client"] and row.get(figure) is not None:
-            series.setdefault(row["client"], []).append((row["round"] + 1, row[figure]))
-    return series
-
-
-def _curves(results: Sequence[RunResult]) -> str:
-    losses = {result.name: _by_client(result, "loss") for result in results}
-    losses = {name: series for name, series in losses.items() if series}
-    if not losses:
+def _charts(charts: Mapping[str, str], start: str) -> str:
+    found = _some(charts, start)
+    together = {name: svg for name, svg in found.items() if name == f"{start}.svg"}
+    each = {name: svg for name, svg in found.items() if name not in together}
+    if not found:
         return ""
-    clients = list(dict.fromkeys(client for series in losses.values() for client in series))
-    values = [value for series in losses.values() for points in series.values() for _, value in points]
-    panels = "".join(
-        f"<figure><figcaption>{escape(name)}</figcaption>{charts.lines(series, clients, values)}</figure>"
-        for name, series in losses.items()
-    )
-    return (
-        "<h2>Training loss by client and round</h2>"
-        f"<p>Nats a supervised token, logarithmic scale. {charts.legend(clients)}</p>"
-        f"<div class=panels>{panels}</div>"
+    return _figures(together) + folded(
+        "Every run by client", f"<div class=panels>{_figures(each)}</div>", opened=not together
     )
 
 
-def _reliability(results: Sequence[RunResult]) -> str:
-    panels = "".join(
-        f"<figure><figcaption>{escape(result.name)}</figcaption>{charts.heat_map(series)}</figure>"
-        for result in results
-        if (series := _by_client(result, "reliability"))
-    )
-    if not panels:
+def _weights(charts: Mapping[str, str]) -> str:
+    reliability, weight = _some(charts, "reliability-"), _some(charts, "weight-")
+    if not reliability and not weight:
         return ""
+    told = (
+        "<p>Reliability 1 is full weight; it is lower the less a client agrees with the consensus of others. "
+    )
+    told += "Weight is a client's share of the round's update. Hatched: the client was not in that round.</p>"
     return (
-        "<h2>Reliability of clients by round</h2><p>1 is full weight; the less a client agrees with "
-        f"the others' consensus, the lighter.</p><div class=panels>{panels}</div>"
+        told
+        + _figures(reliability)
+        + (folded("Weights", _figures(weight), opened=not reliability) if weight else "")
     )
 
 
-def _cards(samples: Sequence[Sample]) -> str:
-    if not samples:
+def _provenance(report: Report) -> str:
+    names = dict.fromkeys(name for run in report.runs for name in run.facts)
+    if not names:
         return ""
-    runs = dict.fromkeys(said.run for sample in samples for said in sample.said)
-    benchmarks = dict.fromkeys(sample.benchmark for sample in samples)
-    filters = "".join(
-        f'<label>{name} <select name="{name}"><option value="">all</option>'
-        + "".join(f'<option value="{escape(each)}">{escape(each)}</option>' for each in choices)
-        + "</select></label>"
-        for name, choices in (("run", runs), ("benchmark", benchmarks), ("verdict", ("right", "wrong")))
+    rows = []
+    for name in names:
+        values = [run.facts.get(name, "-") for run in report.runs]
+        alike = len({*values}) == 1
+        rows.append((name, [Cell(values[0], span=len(values))] if alike else [Cell(each) for each in values]))
+    what = "What each run was made of; one cell is of all runs. Hashes are the start of SHA-256"
+    shown = table(what, ["what", *(run.name for run in report.runs)], rows, "words")
+    return folded("What each run was made of", shown, opened=True)
+
+
+def _files(files: Mapping[str, str], charts: Mapping[str, str]) -> str:
+    listed = "".join(
+        f'<li><a href="{escape(name)}" download>{escape(name)}</a>: {escape(what)}</li>'
+        for name, what in {**files, **dict.fromkeys(charts, "chart")}.items()
     )
-    cards = "".join(map(_card, samples))
-    return (
-        "<h2>Pictures, questions and answers</h2>"
-        f"<form id=filters>{filters}<output id=count aria-live=polite></output></form>"
-        "<p><small>j and k, or Tab, go from card to card.</small></p>"
-        f"<div class=cards>{cards}</div>"
-    )
-
-
-def _card(sample: Sample) -> str:
-    picture = f"<div class=none>no picture {escape(sample.image)}</div>"
-    if sample.picture is not None:
-        data = base64.b64encode(sample.picture).decode()
-        source = f"data:image/{sample.form};base64,{data}"
-        picture = f'<img alt="{escape(sample.image)}" loading=lazy src="{source}">'
-    answers = "".join(
-        f'<div data-run="{escape(said.run)}" data-verdict="{_verdict(said)}"><dt>{escape(_whose(said))}</dt>'
-        f"<dd>{escape(said.answer) or '<i>empty</i>'} <small>{_verdict(said)}</small></dd></div>"
-        for said in sample.said
-    )
-    return (
-        f'<article tabindex=0 data-benchmark="{escape(sample.benchmark)}">{picture}<div>'
-        f"<small>{escape(sample.benchmark)}</small><p>{escape(sample.question)}</p><dl><div><dt>reference</dt>"
-        f"<dd>{escape(sample.reference)}</dd></div>{answers}</dl></div></article>"
-    )
-
-
-def _whose(said: Said) -> str:
-    return f"{said.run} ({said.by})" if said.by else said.run
-
-
-def _verdict(said: Said) -> str:
-    return "" if said.right is None else "right" if said.right else "wrong"
+    return f"<p>Beside this page:</p><ul>{listed}</ul>" if listed else ""

@@ -85,13 +85,15 @@ class _Loaded(LoadedPatchEncoder):
         found = _architecture(options) if empty else _find(options)
         where = f"extract.encoder.model = '{options.model}'"
         try:
-            if empty:
-                model = _shapes(found.name, library)
+            if "hf_model_name" in (found.config.get("text_cfg") or {}):
+                visual = _alone(found, "meta" if empty else "cpu")
+            elif empty:
+                visual = _shapes(found.name, library).visual
             else:
-                model = library.create_model(found.name, found.pretrained, require_pretrained=True)
+                visual = library.create_model(found.name, found.pretrained, require_pretrained=True).visual
         except Exception as error:
             raise unloadable(where, error) from None
-        visual = model.visual.eval().requires_grad_(False)
+        visual.eval().requires_grad_(False)
         trunk = getattr(visual, "trunk", None)
         tower = visual if trunk is None else trunk
         blocks = _blocks(tower)
@@ -136,6 +138,22 @@ class _Loaded(LoadedPatchEncoder):
         patches = found["image_intermediates"][0]
         prefix = found.get("image_intermediates_prefix", [patches[:, :0]])[0]
         return prefix[:, :1], patches
+
+
+def _alone(found: _Found, device: str) -> Any:
+    """The vision tower by itself: open_clip looks on the hub for a text tower of Hugging Face's."""
+    import torch
+    from open_clip.factory import load_state_dict
+    from open_clip.model import _build_vision_tower
+
+    vision = found.config["vision_cfg"] | {"timm_model_pretrained": False}
+    with torch.device(device):
+        tower = _build_vision_tower(found.config["embed_dim"], vision, found.config.get("quick_gelu", False))
+    if device != "meta":
+        state = load_state_dict(str(found.weights[0]))
+        parts = {name.partition("visual.")[2]: state[name] for name in state if name.startswith("visual.")}
+        tower.load_state_dict(parts)
+    return tower
 
 
 def _shapes(name: str, library: Any) -> Any:

@@ -37,7 +37,7 @@ _CLIP = _Family("encoder.layers", True, "learned")
 _SIGLIP = _Family("encoder.layers", False, "learned")
 _NAFLEX = _Family("encoder.layers", False, "naflex")
 _DINOV2 = _Family("encoder.layer", True, "any")
-_FAMILIES = {
+FAMILIES = {
     "clip": _CLIP,
     "clip_vision_model": _CLIP,
     "siglip": _SIGLIP,
@@ -160,13 +160,13 @@ def _read(path: Path, where: str, device: str) -> tuple[_Family, Any, Any]:
         logging.disable_progress_bar()
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = config.model_type
-        if kind not in _FAMILIES:
-            raise UserError(f"{where}: a model of type '{kind}'; supported: {', '.join(_FAMILIES)}")
+        if kind not in FAMILIES:
+            raise UserError(f"{where}: a model of type '{kind}'; supported: {', '.join(FAMILIES)}")
         processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
         if device == "meta":
             with torch.device(device):
                 model = AutoModel.from_config(config, trust_remote_code=False)
-            return _FAMILIES[kind], processor, getattr(model, "vision_model", model)
+            return FAMILIES[kind], processor, getattr(model, "vision_model", model)
         model, report = AutoModel.from_pretrained(path, output_loading_info=True, trust_remote_code=False)
     except UserError:
         raise
@@ -180,7 +180,7 @@ def _read(path: Path, where: str, device: str) -> tuple[_Family, Any, Any]:
             f"{where}: its weights lack {lost[0]} and {len(lost) - 1} more, which would be random; save the "
             "model again with the transformers that is installed"
         )
-    return _FAMILIES[kind], processor, tower
+    return FAMILIES[kind], processor, tower
 
 
 def _crop(processor: Any) -> CentreCrop | None:

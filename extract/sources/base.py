@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.hashes import fingerprint, sha256_file
 from fedcmp.pipeline.options import Options
-from fedcmp.pipeline.records import Record, Text, caption, from_llava
+from fedcmp.pipeline.records import Record, Text, caption, from_chat, from_llava
 from fedcmp.pipeline.registry import Registry
 from fedcmp.pipeline.remote import Location, Remote
 
@@ -193,7 +193,7 @@ def by_image(pairs: Iterable[Pair | Skipped], folder: Location) -> Iterator[Reco
 
 
 def texts_of(entries: Any, split: str) -> tuple[Text, ...]:
-    """Read the texts of one image: one text, LLaVA's list of turns, or a list of texts.
+    """Read the texts of one image: one text, a list of turns (LLaVA's or a chat's), or a list of texts.
 
     Raises:
         ValueError: One of them is not a text.
@@ -202,11 +202,13 @@ def texts_of(entries: Any, split: str) -> tuple[Text, ...]:
         entries = [entries]
     elif entries and all(isinstance(entry, dict) and "from" in entry for entry in entries):
         entries = [{"conversations": entries}]
+    elif entries and all(isinstance(entry, dict) and "role" in entry for entry in entries):
+        entries = [{"messages": entries}]
     return tuple(dict.fromkeys(text_of(entry, split) for entry in entries))
 
 
 def text_of(entry: Any, split: str) -> Text:
-    """Read one text: a string, `{"caption": ...}` or LLaVA's `{"conversations": [...]}`.
+    """Read one text: a string, `{"caption": ...}`, `{"conversations": [...]}` or `{"messages": [...]}`.
 
     Raises:
         ValueError: It is none of these, empty, or not valid Unicode.
@@ -217,8 +219,10 @@ def text_of(entry: Any, split: str) -> Text:
         text = from_llava(entry["conversations"], split)
     elif isinstance(entry, dict) and isinstance(entry.get("caption"), str):
         text = caption(entry["caption"].strip(), split)
+    elif isinstance(entry, dict) and "messages" in entry:
+        text = from_chat(entry["messages"], split)
     else:
-        raise ValueError("neither 'conversations' nor 'caption' is in it")
+        raise ValueError("neither 'conversations', 'messages' nor 'caption' is in it")
     if not all(turn.content.strip() for turn in text.turns):
         raise ValueError("a text in it is empty")
     text.encode()

@@ -40,7 +40,8 @@ class ImageFolder(Source):
         path: The folder.
         captions: CSV (`.csv`, `.tsv`) or JSON lines; without it `a/b.jpg` has its caption in `a/b.txt`.
         image_column: Column or key with the picture's path relative to the folder.
-        text_column: Column or key with the caption; JSON lines may have `conversations` instead.
+        text_column: Column or key with the caption; JSON lines may have `conversations` or `messages`
+            instead.
         only: A text file with the path of a picture on every line: these pictures and no others,
             whatever their suffix, and without any text.
     """
@@ -115,7 +116,7 @@ class ImageFolder(Source):
         return len(self._pictures if self.captions is None else self._named)
 
     def _has_turns(self, row: dict[str, Any]) -> bool:
-        return self.text_column not in row and "conversations" in row
+        return self.text_column not in row and not {"conversations", "messages"}.isdisjoint(row)
 
     def _text_of(self, name: str) -> Location | None:
         beside = self._inside.texts.get(_stem(name))

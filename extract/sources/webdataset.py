@@ -6,8 +6,6 @@ run, and samples are taken as bytes, so nothing in them is unpickled.
 
 from __future__ import annotations
 
-import glob
-import gzip
 import json
 import tarfile
 from collections import Counter
@@ -15,10 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
-from fedcmp.extract.shortage import shortage
 from fedcmp.extract.sources import (
     IMAGE_SUFFIXES,
     OTHER_IMAGE_SUFFIXES,
@@ -29,10 +25,10 @@ from fedcmp.extract.sources import (
     stat_files,
     texts_of,
 )
+from fedcmp.extract.sources.shards import Names, damage, shards_of
 from fedcmp.extract.sources.tar import files_of
-from fedcmp.pipeline.errors import UserError, one_line
 from fedcmp.pipeline.records import Record
-from fedcmp.pipeline.remote import Remote, is_url
+from fedcmp.pipeline.remote import Remote
 
 _PICTURES = {*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES}
 _TEXTS = frozenset({"json", "txt"})
@@ -77,7 +73,7 @@ class WebDataset(Source):
     def records(self) -> Iterator[Record | Skipped]:
         """Yield samples in order of shards; a damaged shard is skipped from the damage on."""
         problems: list[Skipped] = []
-        names = _Names()
+        names = Names()
         beside: Counter[tuple[str, str]] = Counter()
         files = self._files(problems)
         for sample in _samples(files):
@@ -90,7 +86,7 @@ class WebDataset(Source):
 
     def _files(self, problems: list[Skipped]) -> Iterator[_File | None]:
         """The files of all shards, None at the end of each; what is none or has no name becomes a problem."""
-        for shard in dict.fromkeys(self._shards()):
+        for shard in dict.fromkeys(shards_of(self.path)):
             try:
                 with shard.open() if isinstance(shard, Remote) else shard.open("rb") as stream:
                     for found in files_of(str(shard), stream):
@@ -99,11 +95,11 @@ class WebDataset(Source):
                         elif (file := _named(str(shard), *found, problems)) is not None:
                             yield file
             except Exception as error:  # tarfile and decompressors raise nearly anything on damaged files
-                problems.append(_damage(shard, error))
+                problems.append(damage(shard, error))
             yield None
 
     def _record(
-        self, files: Sequence[_File], names: _Names, beside: Counter[tuple[str, str]]
+        self, files: Sequence[_File], names: Names, beside: Counter[tuple[str, str]]
     ) -> Iterator[Record | Skipped]:
         """The record of a sample, if it is one, after what is left out of it."""
         sample: dict[str, bytes] = {}
@@ -143,13 +139,13 @@ class WebDataset(Source):
 
     def identity(self) -> dict[str, Any]:
         """Name, size and time (URLs: version) of every shard."""
-        return {"name": "webdataset", "split": self.split, "shards": stat_files(self._shards())}
+        return {"name": "webdataset", "split": self.split, "shards": stat_files(shards_of(self.path))}
 
     def size(self) -> int | None:
         """Number of images by the shards' headers; unknown where shards are remote, compressed or damaged."""
         count = 0
         try:
-            for shard in self._shards():
+            for shard in shards_of(self.path):
                 if isinstance(shard, Remote):
                     return None
                 with tarfile.open(shard, "r:") as tar:
@@ -157,43 +153,6 @@ class WebDataset(Source):
         except tarfile.TarError:
             return None
         return count
-
-    def _shards(self) -> list[Path | Remote]:
-        from braceexpand import braceexpand
-
-        shards = [shard for pattern in braceexpand(self.path) for shard in _matches(pattern)]
-        for shard in shards:
-            if not shard.is_file():
-                raise UserError(f"{shard}: no such shard; 'path' is {self.path!r}")
-        return shards
-
-
-class _Names:
-    """Names of a silo's pictures: keys that start again in every shard are distinguished by its path."""
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-        self._here: set[str] = set()
-        self._shard = ""
-
-    def take(self, shard: str, name: str) -> str | None:
-        """The name of a picture of a shard, None where the same shard has it already."""
-        if shard != self._shard:
-            self._shard, self._here = shard, set()
-        if name in self._here:
-            return None
-        self._here.add(name)
-        *folders, file = shard.split("/")
-        above = [*folders, Path(file).stem]
-        free = (
-            candidate
-            for depth in range(len(above) + 1)
-            if (candidate := "/".join([*above[len(above) - depth :], name])) not in self._taken
-        )
-        taken = next(free, None)
-        if taken is not None:
-            self._taken.add(taken)
-        return taken
 
 
 def _named(shard: str, name: str, data: bytes, problems: list[Skipped]) -> _File | None:
@@ -206,20 +165,6 @@ def _named(shard: str, name: str, data: bytes, problems: list[Skipped]) -> _File
     if last in _PICTURES:
         problems.append(Skipped(f"{shard}:{printable(name)}", "its name begins with a dot"))
     return None
-
-
-def _damage(shard: Path | Remote, error: Exception) -> Skipped:
-    """What is reported of a damaged shard.
-
-    Raises:
-        UserError: It cannot be read now, but perhaps later: what that hides would be skipped for good.
-        MemoryError: So does whatever else `shortage` knows.
-    """
-    if isinstance(error, UserError) or shortage(error):
-        raise error
-    if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
-        raise UserError(f"{shard}: cannot be read ({error}); fix that and rerun to go on") from None
-    return Skipped(str(shard), f"damaged shard: {one_line(error)}")
 
 
 def _samples(files: Iterable[_File | None]) -> Iterator[list[_File]]:
@@ -267,13 +212,6 @@ def _tells(entry: Any) -> bool:
     if isinstance(entry, list):
         return any(map(_tells, entry))
     if isinstance(entry, dict):
-        return "conversations" in entry or "from" in entry or _tells(entry.get("caption"))
+        turns = "conversations" in entry or "from" in entry or {"role", "content"} <= entry.keys()
+        return turns or _tells(entry.get("caption")) or _tells(entry.get("messages"))
     return isinstance(entry, str) and bool(entry.strip())
-
-
-def _matches(pattern: str) -> list[Path | Remote]:
-    if is_url(pattern):
-        remote = Remote(pattern)
-        matches = remote.glob() if glob.has_magic(pattern) else []
-        return [*(matches or [remote])]
-    return [Path(match) for match in sorted(glob.glob(pattern)) or [pattern]]

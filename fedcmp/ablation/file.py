@@ -9,6 +9,7 @@ seeds = [100]
 
 [strategies.fedavgm]
 momentum = [0.3, 0.9]     # a list is a grid to choose from on the tuning seeds
+"optimizer.learning_rate" = [1e-3, 3e-3]    # of the clients' optimiser
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ from fedcmp.pipeline.plugins import Plugin
 from fedcmp.pipeline.toml import read_toml
 
 # Where things lie and how fast they are made changes no result, so such runs may share a directory.
-_WITHOUT_EFFECT = ("memo.", "build=", "features=", "device=", "evaluate.", "plugins=")
+_WITHOUT_EFFECT = ("memo.", "build=", "features=", "device=", "evaluate.", "plugins=", "tracker=")
+
+# Options of the clients' optimiser may stand among a strategy's.
+_OPTIMIZER = "optimizer."
 
 Chosen = tuple[tuple[str, Any], ...]
 Measure = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+: .+$")]
@@ -195,13 +199,22 @@ def grid(ablation: Ablation, strategy: str) -> Iterator[Chosen]:
         yield tuple(zip(options, values, strict=True))
 
 
+def component(strategy: str, options: Chosen) -> dict[str, Any]:
+    """A strategy with those of its options that are its own."""
+    return {"name": strategy} | {name: value for name, value in options if not name.startswith(_OPTIMIZER)}
+
+
 def trial(ablation: Ablation, scenario: str, strategy: str, seed: int, options: Chosen) -> Trial:
     """The run of one strategy on one scenario with one seed."""
-    component = {"name": strategy} | dict(options)
-    own = {name: value for name, value in component.items() if name != "name"}
+    own = component(strategy, options)
+    written = {name: value for name, value in options if name != "name"}
     changes = [override for override in ablation.set if not override.startswith(_WITHOUT_EFFECT)]
-    parts = [strategy, *([fingerprint([own, changes] if changes else own)[:8]] if own or changes else [])]
+    decides = [fingerprint([written, changes] if changes else written)[:8]] if written or changes else []
+    parts = [strategy, *decides]
     run = "-".join([*parts, f"seed{seed}"])
     overrides = [f"seed={seed}", *_common(ablation), f"run={run}"]
-    overrides += [f"federate.strategy.{name}={json.dumps(value)}" for name, value in component.items()]
+    overrides += [f"federate.strategy.{name}={json.dumps(value)}" for name, value in own.items()]
+    overrides += [
+        f"federate.{name}={json.dumps(value)}" for name, value in options if name.startswith(_OPTIMIZER)
+    ]
     return Trial(scenario, strategy, seed, options, load(ablation.scenarios[scenario], overrides))

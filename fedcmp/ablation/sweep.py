@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedcmp.ablation.file import Ablation, Chosen, Trial, grid, plugins_of, trial
+from fedcmp.ablation.file import Ablation, Chosen, Trial, component, grid, plugins_of, trial
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
@@ -87,9 +87,9 @@ def _check(ablation: Ablation) -> None:
     plugins = {scenario: plugins_of(ablation, scenario) for scenario in ablation.scenarios}
     for strategy in ablation.strategies:
         for options in grid(ablation, strategy):
-            component = Component.model_validate({"name": strategy} | dict(options))
+            own = Component.model_validate(component(strategy, options))
             for scenario in ablation.scenarios:
-                STRATEGIES.build(component.with_plugins(plugins[scenario]), f"strategies.{strategy}")
+                STRATEGIES.build(own.with_plugins(plugins[scenario]), f"strategies.{strategy}")
                 experiment = trial(ablation, scenario, strategy, ablation.seeds[0], options).experiment
                 measures = [*ablation.measures, *([ablation.tuning.measure] if ablation.tuning else [])]
                 benchmarks_of(experiment, _benchmarks(measures))

@@ -31,9 +31,16 @@ import click
 @click.option("--min-size", type=int, default=1, show_default=True, help="Fewest images of a silo.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of every draw.")
 @click.option("--images", metavar="FOLDER", help="Where images are; by default where the source has them.")
+@click.option("--write-images", is_flag=True, help="Write the pictures into OUT/images, too.")
 @click.option("--overwrite", is_flag=True, help="Replace another partition.")
 def partition(
-    source: str, out: Path, shares: str | None, images: str | None, overwrite: bool, **options: Any
+    source: str,
+    out: Path,
+    shares: str | None,
+    images: str | None,
+    write_images: bool,
+    overwrite: bool,
+    **options: Any,
 ) -> None:
     """Split one data set into silos, all texts of an image in one of them.
 
@@ -43,7 +50,7 @@ def partition(
     Example:
       fedcmp partition pairs.json --out silos --by field --field hospital
       fedcmp partition pairs.json --out silos --by dirichlet --component 0 --silos 8 --alpha 0.3 --min-size 50
-      fedcmp partition folder.toml --out silos --by quantity --shares 5,3,2
+      fedcmp partition parquet.toml --out silos --by quantity --shares 5,3,2 --write-images
     """
     from fedcmp.extract.deal import Partition
     from fedcmp.extract.partition import partition as split
@@ -52,4 +59,11 @@ def partition(
     given = {key: value for key, value in options.items() if value is not None}
     if shares is not None:
         given["shares"] = [share.strip() for share in shares.split(",")]
-    split(source, out, validate(Partition, given, "", "fedcmp partition"), images=images, overwrite=overwrite)
+    split(
+        source,
+        out,
+        validate(Partition, given, "", "fedcmp partition"),
+        images=images,
+        write_images=write_images,
+        overwrite=overwrite,
+    )

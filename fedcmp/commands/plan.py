@@ -60,6 +60,7 @@ def plan(
     outlines = outlines_of(_beside(options.encoder, config))
     model = language_shape(_configured(experiment.language.path, config))
     rate = GPUS[gpu] * 1e12 * utilisation * 3600
+    passes = experiment.federate.passes
     rows, sizes = [], {}
     for outline in outlines:
         try:
@@ -78,13 +79,20 @@ def plan(
                 str(visual),
                 decimal(sizes[outline.pool]),
                 f"{images * outline.flops / rate:,.1f} h",
-                f"{images * training / rate:,.1f} h",
+                f"{images * passes * training / rate:,.1f} h",
             ]
         )
     table(
         f"{images:,} images, {text_tokens} text tokens each; one {gpu.upper()} at {utilisation:.0%} of "
         f"{GPUS[gpu]:g} TFLOP/s",
-        ["features", "an image", "visual tokens", f"cache ({options.dtype})", "extract", "federate"],
+        [
+            "features",
+            "an image",
+            "visual tokens",
+            f"cache ({options.dtype})",
+            "extract",
+            f"federate ({passes} passes)" if passes > 1 else "federate",
+        ],
         rows,
     )
     weights = [f"{decimal(model.size(bits))} in {name}" for name, bits in _BITS.items()]

@@ -54,26 +54,29 @@ def write(out: Path, **amounts: Any) -> None:
 
 
 @world.command()
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("."))
-@click.option("--silo-images", default=1152, show_default=True, help="Images of a silo, on average.")
-def demo(folder: Path, silo_images: int) -> None:
-    """Write the demo's experiment files and data into a folder, to run it from there.
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Seed of what is held out.")
+@click.option(
+    "--most", default=160, show_default=True, type=click.IntRange(20), help="Pictures of a silo at most."
+)
+def pictograms(out: Path, seed: int, most: int) -> None:
+    """Download and write the study on real weights: OpenMoji's pictograms, an encoder and an LLM.
+
+    About 115 MB are downloaded, each file once: OpenMoji 17 (CC BY-SA 4.0), EfficientNet-Lite0 and
+    SmolLM2-135M-Instruct (both Apache 2.0).
 
     \b
     Example:
-      fedcmp world demo tour
-      cd tour
-      fedcmp extract configs/demo.toml
-      fedcmp federate configs/demo/fedcmp.toml
-      fedcmp evaluate configs/demo/fedcmp.toml
+      fedcmp world pictograms build/pictograms
     """
     from fedcmp.pipeline.console import say
-    from fedcmp.pipeline.world.demo import demo as write_demo
+    from fedcmp.pipeline.pictograms.write import write as write_pictograms
 
-    runs = write_demo(folder, silo_images=silo_images)
-    say(f"Wrote the data to {folder / 'build/world'}, and a file for each run:")
-    for run in runs:
-        say(f"  {run}")
+    counts = write_pictograms(out, seed=seed, most=most)
+    say(
+        f"Wrote {sum(counts.values())} pictograms ({', '.join(f'{name} {n}' for name, n in counts.items())}),"
+    )
+    say(f"an encoder and an LLM to {out}")
 
 
 @world.command()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedcmp.federate.messages import Job, LocalResult
-from fedcmp.pipeline.files import write_atomic
+from fedcmp.pipeline.files import locked, write_atomic
 from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.models.projector import content_hash
 
@@ -56,6 +56,16 @@ class Memo:
             return [LocalResult(**result) for result in saved]
         except Exception:
             return None
+
+    @contextmanager
+    def claimed(self, keys: Sequence[dict[str, Any]]) -> Iterator[None]:
+        """Wait while another process trains what these keys stand for, and keep others waiting.
+
+        Locks are few, so that they need no cleaning up; keys that share one wait for each other in vain.
+        """
+        lock = self._folder / f".{self._path(keys).name[:2]}.lock"
+        with locked(lock, str(self._folder), wait=True):
+            yield
 
     def keep(self, keys: Sequence[dict[str, Any]], results: Sequence[LocalResult]) -> None:
         """Remember results."""

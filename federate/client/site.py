@@ -78,6 +78,7 @@ class Site:
                 max_length=language.at_most(experiment.language.max_length),
                 batch_size=options.batch_size,
                 turns=turns[client],
+                passes=options.passes,
                 seed=experiment.seed,
                 visual_tokens=visual_tokens,
                 without=without,
@@ -93,7 +94,7 @@ class Site:
         self._outgoing = outgoing(experiment, self._guard)
         self._own: dict[str, Own] = {}
         self._round: dict[str, int] = {}
-        agreed = {"federate": options.model_dump(mode="json", exclude={"initial"}), "seed": experiment.seed}
+        agreed = {"federate": options.as_identity("initial"), "seed": experiment.seed}
         # Where no component is of a plugin, as before there were any.
         if any(plugged := [options.projector.provenance, options.strategy.provenance]):
             agreed["plugins"] = plugged

@@ -24,7 +24,7 @@ from fedcmp.pipeline.models.vision_language import VisionLanguage
 
 
 def learning_rate(options: Optimizer, step: int, total: int) -> float:
-    """Linear warm-up over a share of the pass, then a cosine to zero."""
+    """Linear warm-up over a share of the run, then a cosine to zero."""
     warmup = options.warmup * total
     if step < warmup:
         return options.learning_rate * (step + 1) / (warmup + 1)

@@ -61,9 +61,12 @@ class Trainer:
         keys = [job_key(job) | {"data": self.streams[job.client].content(job.turn)} for job in jobs]
         known = self.memo.recall(keys)
         if known is None:
-            known = self._trained(jobs)
-            self.memo.keep(keys, known)
-            return known
+            with self.memo.claimed(keys):
+                known = self.memo.recall(keys)
+                if known is None:
+                    trained = self._trained(jobs)
+                    self.memo.keep(keys, trained)
+                    return trained
         self.advance(sum(result.steps for result in known))
         return [
             replace(result, client=job.client, recalled=True) for job, result in zip(jobs, known, strict=True)

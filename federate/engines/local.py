@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fedcmp.federate.client.texts import Counts
 from fedcmp.federate.engines.base import Engine, SiloCard
+from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.schedule import Schedule
 from fedcmp.pipeline.cache import open_cache, same_key
 from fedcmp.pipeline.config import Experiment
@@ -50,7 +52,15 @@ class LocalEngine(Engine):
         )
         with progress(self._experiment.run, steps, "steps") as task:
             advance = task.advance
-            yield site
+
+            def train(jobs: Sequence[Job]) -> Sequence[LocalResult]:
+                results = site(jobs)
+                losses = [result.loss for result in results if result.loss is not None]
+                if losses:
+                    task.note(f"round {jobs[0].round + 1}: loss {fmean(losses):.3f}")
+                return results
+
+            yield train
 
     def counts(self) -> dict[str, Counts]:
         """What was found when the LLM was loaded."""

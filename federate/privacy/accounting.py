@@ -57,19 +57,24 @@ def spent(multipliers: Iterable[float], delta: float) -> float:
     return 0.0 if together == inf else epsilon_of(together, delta)
 
 
-def resolved(options: Privacy, turns: int) -> Privacy:
+def passes_of(turn: int, turns: int, passes: int) -> range:
+    """Passes that a turn may have samples of, however many samples a pass has."""
+    return range(passes * turn // turns, -(-passes * (turn + 1) // turns))
+
+
+def resolved(options: Privacy, turns: int, passes: int = 1) -> Privacy:
     """Options with a noise multiplier in place of `epsilon`.
 
     Args:
         options: What was configured.
         turns: Rounds that a client takes part in at most. A client is in all of them, so its releases
-            compose; a text or an image is in one step of one of them.
+            compose.
+        passes: Passes over a silo. A text, an image or a patient is in one step of each.
     """
     if options.epsilon is None:
         return options
     multiplier = multiplier_of(options.epsilon, options.delta)
-    if options.unit == "client":
-        multiplier *= sqrt(max(turns, 1))
+    multiplier *= sqrt(max(turns, 1) if options.unit == "client" else passes)
     return options.model_copy(update={"noise_multiplier": multiplier, "epsilon": None})
 
 

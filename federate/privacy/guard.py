@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
+from typing import Any
 
 from fedcmp.federate.client.stream import Stream
 from fedcmp.federate.messages import Job, LocalResult
@@ -35,9 +36,8 @@ class Guard:
         self, experiment: Experiment, schedule: Schedule, caches: Mapping[str, FeatureCache]
     ) -> None:
         options = experiment.federate.clipped
-        self._options = (
-            None if options is None else resolved(options, max(schedule.turns().values(), default=0))
-        )
+        turns, passes = max(schedule.turns().values(), default=0), experiment.federate.passes
+        self._options = None if options is None else resolved(options, turns, passes)
         self._schedule, self._caches, self._ledger = schedule, caches, Ledger(experiment.ledger)
         self._batch_size = experiment.federate.batch_size
         self._run = fingerprint(
@@ -45,10 +45,10 @@ class Guard:
                 experiment.experiment,
                 experiment.run,
                 experiment.seed,
-                experiment.federate.model_dump(mode="json", exclude={"initial"}),
+                experiment.federate.as_identity("initial"),
             ]
         )
-        self._partitions: dict[str, str] = {}
+        self._partitions: dict[tuple[str, int], str] = {}
         self._releases: dict[str, int] = {}
         if experiment.ledger.epsilon is not None and (options is None or not options.noisy):
             raise UserError(
@@ -88,7 +88,7 @@ class Guard:
             for job in jobs:
                 silos = {silo: self._caches[silo].content for silo in self._schedule.groups[job.client]}
                 self._releases[job.client] = self._ledger.enter(
-                    silos, self._release(job, streams[job.client])
+                    silos, *self._entries(job, streams[job.client])
                 )
         allowed = frozenset({"gradient"}) if self._by_record else frozenset()
         return [replace(job, wants=job.wants & allowed) for job in jobs]
@@ -104,17 +104,27 @@ class Guard:
                 f"client '{job.client}' refuses turn {job.turn} in round {number}; its schedule has {turn}"
             )
 
-    def _release(self, job: Job, stream: Stream) -> Release:
+    def _entries(self, job: Job, stream: Stream) -> list[Release]:
+        """What an answer is: one release, or one for every pass that its turn is of."""
         options = self._options
         assert options is not None
         if options.unit == "client":
             noise = options.noise_multiplier * sqrt(self._surely(job) / len(self._schedule.rounds[job.round]))
-            return Release(self._run, job.round, options.unit, "", 0, noise)
-        if job.client not in self._partitions:
-            turns = range(self._schedule.turns()[job.client])
-            self._partitions[job.client] = fingerprint([stream.content(turn) for turn in turns])
-        partition = self._partitions[job.client]
-        return Release(self._run, job.round, options.protected, partition, job.turn, options.noise_multiplier)
+            return [Release(self._run, job.round, options.unit, "", 0, noise)]
+        partitions = [self._partition(job.client, number, stream) for number in stream.parts(job.turn)]
+        noise = options.noise_multiplier
+        return [
+            Release(self._run, job.round, options.protected, each, job.turn, noise) for each in partitions
+        ]
+
+    def _partition(self, client: str, number: int, stream: Stream) -> str:
+        """How a pass divides the units into turns."""
+        if (client, number) not in self._partitions:
+            turns = range(self._schedule.turns()[client])
+            contents: list[Any] = [stream.content(turn, number) for turn in turns]
+            # Passes of one turn over few units may be alike, and count all the same.
+            self._partitions[client, number] = fingerprint(contents + [number] * (number > 0))
+        return self._partitions[client, number]
 
     def _surely(self, job: Job) -> int:
         """Clients whose noise is on whatever the server sees of a client, whoever drops out."""

@@ -27,13 +27,13 @@ _KEY_BYTES = 32
 
 @dataclass(frozen=True)
 class Release:
-    """One round's answer of one client.
+    """One round's answer of one client, or the part of it that is of one pass.
 
     Attributes:
         run: Fingerprint of the run it was for.
         round: Round of the run.
         unit: What it protects.
-        partition: Fingerprint of how the units are divided into turns; each unit is in one turn.
+        partition: Fingerprint of how a pass divides the units into turns; each unit is in one turn.
         turn: Whose units the round has used; 0 where it has used all.
         noise: Noise multiplier.
     """
@@ -71,12 +71,12 @@ class Ledger:
         """The file of a cache, by the hash of its content."""
         return self._options.folder / f"{content}.json"
 
-    def enter(self, silos: dict[str, str], release: Release) -> int:
-        """Write a release down, before it is made.
+    def enter(self, silos: dict[str, str], *releases: Release) -> int:
+        """Write an answer down, before it is sent.
 
         Args:
             silos: Names of the silos that it is of, with the hashes of their caches.
-            release: What is about to be released.
+            *releases: What is about to be released, of one round: at least one, of different passes.
 
         Returns:
             How often this round of this run has been answered, this time included.
@@ -87,14 +87,17 @@ class Ledger:
         with ExitStack() as stack, self._writing():
             for content in sorted(set(silos.values())):
                 stack.enter_context(self._locked(content))
-            rows = {silo: [*self.releases(content), release] for silo, content in silos.items()}
+            rows = {silo: [*self.releases(content), *releases] for silo, content in silos.items()}
             for silo, content in silos.items():
                 self._check(silo, content, rows[silo])
             for silo, content in silos.items():
                 own = [asdict(each) for each in rows[silo]]
                 write_json(self.path(content), {"format": _FORMAT, "silo": silo, "releases": own})
-        same = (release.run, release.round)
-        return max(sum((each.run, each.round) == same for each in own) for own in rows.values())
+        first = releases[0]
+        same = (first.run, first.round, first.partition)
+        return max(
+            sum((each.run, each.round, each.partition) == same for each in own) for own in rows.values()
+        )
 
     def pseudonym(self, content: str) -> str:
         """What others may know a cache by: its hash under a key that stays here.

@@ -60,7 +60,7 @@ def _records(experiment: Experiment, strategy: Strategy, options: Privacy) -> No
         )
     if any(poison.kind == "captions" for poison in (federate.poison or {}).values()):
         raise UserError(f"{where}: swapped captions would be in two samples; remove federate.poison")
-    multiplier = resolved(options, 1).noise_multiplier
+    multiplier = resolved(options, 1, federate.passes).noise_multiplier
     if 0 < multiplier < LEAST_ULPS * ULP * federate.batch_size:
         raise UserError(
             f"federate.privacy.noise_multiplier = {multiplier:g}: noise so small would be lost in the "

@@ -8,10 +8,12 @@ parameters together, and B the configured batch size, which is public.
 that has no gradient (zero-out adjacency). How many units there are, and thus which step each is in, is
 public, as is how many texts they have together. **Claim:** all that a silo sends in a pass is worth one
 Gaussian release of multiplier m. *Proof.* A pass goes over the units once, in an order that depends on their
-number alone, so u is in exactly one step. Steps before it do not depend on u. In its step, whatever the
-weights have become, a blank in place of u changes the sum by at most C: a Gaussian release of multiplier m.
+number and its own alone, and no step takes units of two passes, so u is in exactly one step of it. Steps
+before it do not depend on u. In its step, whatever the weights have become, a blank in place of u changes the
+sum by at most C: a Gaussian release of multiplier m.
 Steps after it, momentum, the server's work and the rounds of others know of u through noised sums only:
-post-processing. A round that is done again is one more release of its units, and composes (`accounting`). ∎
+post-processing. Further passes are further releases, chosen in the light of those before, and so is a round
+that is done again: they compose (`accounting`), P passes to m / √P. ∎
 
 Another unit in place of u, and not a blank, moves the sum by up to 2 C: m / 2. Someone with k units in a silo
 moves it by up to k C: m / k.

@@ -86,21 +86,19 @@ def _patients(pattern: str) -> _Keys:
 
 
 class UnitStream(Stream):
-    """One pass over the units of one or more silos; a step takes `batch_size` of them, with their texts.
+    """Passes over the units of one or more silos; a step takes `batch_size` of them, with their texts.
 
-    The order depends on the seed, the silos' names and the number of units alone, and which texts of one
-    are left out on how many it has: so no unit has a say in where another one is.
+    The order depends on the seed, the silos' names and the numbers of units and of the pass alone, and which
+    texts of one are left out on how many it has: so no unit has a say in where another one is.
 
     Args:
         caches: The client's silos.
         language: As in `Stream`.
         unit: What the samples are.
-        seed: As in `Stream`.
-        turns: As in `Stream`.
         **options: The rest of `Stream`'s.
 
     Raises:
-        UserError: There are fewer units than turns, or a record is of none.
+        UserError: There are fewer units, in all passes, than turns, or a record is of none.
     """
 
     def __init__(
@@ -109,22 +107,15 @@ class UnitStream(Stream):
         language: FrozenLanguageModel,
         *,
         unit: Unit,
-        seed: int,
-        turns: int,
         **options: Any,
     ) -> None:
-        super().__init__(caches, language, seed=seed, turns=turns, **options)
+        super().__init__(caches, language, **options)
         self._hashes = [cache.array("images/sha256") for cache in self._caches]
         found = [self._bounded(texts, unit.most_texts) for texts in self._grouped(unit).values()]
         if unit.pattern is not None:
             self._tell(unit.pattern, len(found))
-        if len(found) < turns:
-            raise UserError(
-                f"silo {', '.join(caches)}: {len(found)} {unit.plural} do not fill its {turns} rounds; lower "
-                "federate.rounds"
-            )
-        order = np.random.default_rng(self._entropy).permutation(len(found))
-        self._units = [self._by_picture(found[place]) for place in order]
+        self._require_enough(len(found), unit.plural)
+        self._units = [self._by_picture(texts) for texts in found]
         self._count(unit.most_texts)
 
     def _grouped(self, unit: Unit) -> dict[Hashable, _Picture]:
@@ -174,24 +165,16 @@ class UnitStream(Stream):
 
     @property
     def size(self) -> int:
-        """Units of the whole pass."""
+        """Units of one pass."""
         return len(self._units)
 
-    def samples(self, turn: int) -> np.ndarray:
-        """The texts that a turn takes, unit by unit: `(texts, 2)` of (silo, text index)."""
-        return np.array([text for unit in self._part(turn) for picture in unit for text in picture])
+    def _texts(self, taken: np.ndarray) -> np.ndarray:
+        """The texts of units, unit by unit: `(texts, 2)` of (silo, text index)."""
+        return np.array([text for place in taken for picture in self._units[place] for text in picture])
 
-    def steps(self, turn: int) -> int:
-        """Local steps of a turn."""
-        return -(-len(self._part(turn)) // self._batch_size)
-
-    def _part(self, turn: int) -> list[list[_Picture]]:
-        size = len(self._units)
-        return self._units[size * turn // self._turns : size * (turn + 1) // self._turns]
-
-    def batches(self, turn: int) -> Iterator[Batch]:
-        """Batches of a turn: a row of features a picture, a row of tokens a text, both unit by unit."""
-        part = self._part(turn)
+    def _batches(self, taken: np.ndarray) -> Iterator[Batch]:
+        """A row of features a picture, a row of tokens a text, both unit by unit."""
+        part = [self._units[place] for place in taken]
         rows = [[silo, self._caches[silo].text_image[text]] for unit in part for (silo, text), *_ in unit]
         device = torch.device(self._language.device)
         features = self._features(np.array(rows))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcmp.federate.arithmetic.updates import State, distance
 from fedcmp.federate.messages import Job, LocalResult
-from fedcmp.federate.privacy.accounting import spent
+from fedcmp.federate.privacy.accounting import passes_of, spent
 from fedcmp.federate.server.fusion import Secure, aggregated, usable
 from fedcmp.federate.server.progress import Progress
 from fedcmp.federate.strategies.base import Aggregate, Strategy
@@ -31,11 +32,13 @@ def run_rounds(
     *,
     carry: bool,
     history_path: Path,
+    track: Callable[[Sequence[dict[str, Any]]], None] = lambda rows: None,
     checkpoint: Callable[[Progress], None],
     secure: Secure | None = None,
     privacy: Privacy | None = None,
     traffic: Callable[[], tuple[int, int]] = lambda: (0, 0),
     quorum: int | None = None,
+    passes: int = 1,
 ) -> Progress:
     """Run what is left of the rounds.
 
@@ -47,12 +50,14 @@ def run_rounds(
             returns the results of the others, at least one.
         carry: Whether clients keep their optimisers' moments.
         history_path: JSON lines to append to.
+        track: Called with every round's rows of the history.
         checkpoint: Called after every round.
         secure: How to sum what clients keep to themselves; None where they send their updates.
         privacy: How clients clip and noise their updates, if they do.
         traffic: Bytes sent and received since it was asked last.
         quorum: Clients whose updates a round needs; all of them by default. With enough of them the
             round goes on without updates that are refused, as if those clients had not answered.
+        passes: Passes over every client's samples.
 
     Returns:
         The progress after the last round.
@@ -90,15 +95,20 @@ def run_rounds(
         rows, noise = _rows(jobs, results, present, progress.state, aggregate), dict(progress.noise)
         if privacy is not None:
             share = len(present) / len(jobs) if privacy.unit == "client" else 1.0
+            turns, done = _turns(rounds), _turns(rounds[: round_ + 1])
             for result in results:
                 if result.client in present:
                     # As many answers of a round are together one of less noise.
                     multiplier = privacy.noise_multiplier * (share / result.releases) ** 0.5
-                    noise[result.client] = [*noise.get(result.client, []), multiplier]
-            _tell(rows, noise, privacy)
+                    of = passes_of(done[result.client] - 1, turns[result.client], passes)
+                    often = 1 if privacy.unit == "client" else len(of)
+                    noise[result.client] = [*noise.get(result.client, []), *[multiplier] * often]
+            begun = {client: passes_of(done[client] - 1, turns[client], passes).stop for client in noise}
+            _tell(rows, noise, privacy, begun)
         sent, received = traffic()
         rows[-1] |= {"bytes": sent + received, "bytes_received": received}
         history.append(history_path, rows)
+        track(rows)
         personal, optimizers = dict(progress.personal), dict(progress.optimizers)
         if strategy.personal:
             personal |= {result.client: result.state for result in results}
@@ -112,13 +122,24 @@ def run_rounds(
     return progress
 
 
-def _tell(rows: Sequence[dict[str, Any]], noise: Mapping[str, Sequence[float]], privacy: Privacy) -> None:
+def _turns(rounds: Sequence[Sequence[str]]) -> Counter[str]:
+    """How often each client takes part."""
+    return Counter(client for each in rounds for client in each)
+
+
+def _tell(
+    rows: Sequence[dict[str, Any]],
+    noise: Mapping[str, Sequence[float]],
+    privacy: Privacy,
+    begun: Mapping[str, int],
+) -> None:
     """Write every client's ε into its row, and the greatest into the round's; None without noise.
 
-    A client is in all of its rounds; a text or an image in one of them, the worst one at worst.
+    A client is in all of its rounds; a text or an image in one of each pass that has begun, the worst ones
+    at worst.
     """
     epsilons = {
-        client: spent(each if privacy.unit == "client" else [min(each)], privacy.delta)
+        client: spent(each if privacy.unit == "client" else sorted(each)[: begun[client]], privacy.delta)
         for client, each in noise.items()
     }
     for row in rows[:-1]:

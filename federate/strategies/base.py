@@ -72,7 +72,7 @@ class Strategy(Options, ABC):
 
         Args:
             state: Initial global projector.
-            samples: Every client's samples over the whole pass.
+            samples: Every client's samples, of one pass.
         """
         return {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.errors import UserError, one_line
 
 
 def refuse_gguf(path: Path) -> None:
@@ -17,5 +17,46 @@ def refuse_gguf(path: Path) -> None:
     if files and not any(any(path.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         raise UserError(
             f"language.path = {path}: {files[0].name} is a GGUF file; give the directory of the original "
-            "safetensors weights, or convert it as docs/language.md says"
+            f"safetensors weights, or convert it: fedcmp convert {files[0]} --out DIR"
         )
+
+
+def convert(file: Path, out: Path, dtype: str = "float32") -> None:
+    """Write a GGUF file's LLM and tokenizer as a directory of transformers; its weights are dequantised.
+
+    Args:
+        file: The GGUF file.
+        out: Directory to write.
+        dtype: Of the weights: `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        UserError: There is no such file, the package `gguf` is missing, or transformers cannot read it.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give a GGUF file")
+    try:
+        import gguf  # noqa: F401
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError:
+        raise UserError(
+            f"{file}: GGUF files are read by the package gguf; pip install 'fedcmp[study]'"
+        ) from None
+    except Exception as error:
+        raise UserError(
+            f"{file}: transformers cannot read it: {one_line(error)}; give the original safetensors weights"
+        ) from None
+    # What was read from GGUF cannot be saved as it is.
+    config = read.config
+    config.__dict__.pop("quantization_config", None)
+    model = type(read)(config)
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.to(getattr(torch, dtype)).save_pretrained(out)
+    tokenizer.save_pretrained(out)

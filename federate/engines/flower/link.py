@@ -23,6 +23,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedcmp.federate.engines.flower.daemon import SiteGoneError, ask
+from fedcmp.pipeline.models.device import pick_device
 
 if TYPE_CHECKING:
     from fedcmp.federate.engines.link import Failure
@@ -178,10 +179,20 @@ def simulate(experiment: Experiment) -> None:
     def answer(parts: tuple[str, bytes], context: Context, seconds: float) -> tuple[str, bytes]:
         return _simulated(parts, content, silos[int(context.node_config["partition-id"])], threads)
 
+    run_simulation(
+        app,
+        app_that_says(answer),
+        num_supernodes=len(silos),
+        backend_config=_backend(experiment.federate.secure, pick_device(experiment.device)),
+    )
+
+
+def _backend(secure: bool, device: str) -> dict[str, Any]:
+    """What Ray gives every process that plays nodes: two cores, and a GPU of its own if there is one."""
+    resources = {"num_cpus": 2, "num_gpus": 0.0 if device == "cpu" else 1.0}
     # A secure round goes on where it was begun: one process plays all nodes.
-    one: dict[str, Any] = {"init_args": {"num_cpus": 2}, "client_resources": {"num_cpus": 2, "num_gpus": 0.0}}
-    backend = one if experiment.federate.secure else {}
-    run_simulation(app, app_that_says(answer), num_supernodes=len(silos), backend_config=backend)
+    alone = {"init_args": {"num_cpus": 2, "num_gpus": int(resources["num_gpus"])}} if secure else {}
+    return alone | {"client_resources": resources}
 
 
 def _simulated(parts: tuple[str, bytes], experiment: bytes, silo: str, threads: int) -> tuple[str, bytes]:
