@@ -108,9 +108,11 @@ def test_a_package_has_one_name(package: str) -> None:
         ("open_clip", ["extract/encoders/"]),
         ("fsspec", ["pipeline/remote.py"]),
         ("h5py", ["extract/sources/hdf5.py", "pipeline/handover/hdf5.py"]),
-        ("pyarrow", ["extract/sources/arrow.py", "extract/sources/columns.py"]),
         ("lmms_eval", ["fedcmp/lmms/model.py"]),
-        ("pyarrow", ["evaluate/official/parquet.py"]),
+        (
+            "pyarrow",
+            ["evaluate/official/parquet.py", "extract/sources/arrow.py", "extract/sources/columns.py"],
+        ),
         ("flwr", ["federate/engines/flower/", "fedcmp/flower_app.py"]),
         ("h11", ["federate/engines/flower/gate.py"]),
         (
