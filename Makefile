@@ -47,7 +47,7 @@ help:
 	@echo "make test-oldest  tests with the oldest releases that pyproject.toml allows"
 	@echo "make constraints  pin today's newest releases in constraints.txt"
 	@echo "make world        train the embedded default's two small models again"
-	@echo "make cli-reference  write docs/cli.md from the commands' help"
+	@echo "make cli-reference  write docs/cli.md and docs/keys.md from the program itself"
 	@echo "make clean        remove build/"
 	@echo
 	@echo "EXPERIMENT=$(EXPERIMENT) has the runs:" \
@@ -123,6 +123,7 @@ world: $(READY)
 
 cli-reference: | $(READY)
 	$(PYTHON) tests/cli_reference.py
+	$(PYTHON) tests/key_reference.py
 
 lint: $(TOOLS)
 	$(PYTHON) -m ruff check

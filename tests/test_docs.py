@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cli_reference
 import click
+import key_reference
 import pytest
 from conftest import ROOT
 
@@ -122,6 +123,7 @@ def test_modules_have_the_package_s_name(page: Path) -> None:
 
 def test_the_reference_is_of_the_commands_as_they_are() -> None:
     assert cli_reference.PAGE.read_text() == cli_reference.reference(), "make cli-reference"
+    assert key_reference.PAGE.read_text() == key_reference.reference(), "make cli-reference"
 
 
 @pytest.mark.parametrize(("name", "command"), list(cli_reference.commands()))
