@@ -17,12 +17,14 @@ class Metric:
         statistics: `(rows, s)` float64.
         value: From sums `(..., s)` to scores `(...)`.
         strata: The part of the benchmark each row belongs to, where images are resampled within parts.
+        divisible: Whether some of the rows have a value of their own, which is that of their sums.
     """
 
     images: list[str]
     statistics: np.ndarray
     value: Callable[[np.ndarray], np.ndarray]
     strata: list[str] | None = None
+    divisible: bool = True
 
 
 def mean(sums: np.ndarray) -> np.ndarray:

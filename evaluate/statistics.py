@@ -29,7 +29,7 @@ def pooled(metrics: Sequence[Metric]) -> Metric:
     """One metric over several projectors' answers to the same items: their statistics summed."""
     first, *_ = metrics
     summed = np.sum([metric.statistics for metric in metrics], axis=0)
-    return Metric(first.images, summed, first.value, first.strata)
+    return Metric(first.images, summed, first.value, first.strata, first.divisible)
 
 
 def interval(metric: Metric, generator: np.random.Generator, resamples: int) -> Score:

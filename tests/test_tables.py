@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scores import fine, refused
 
+from fedcmp.components import load
 from fedcmp.evaluate.benchmarks.base import BENCHMARKS, Benchmark, Item
 from fedcmp.evaluate.benchmarks.yes_no import YesNo
 from fedcmp.evaluate.metric import Metric
@@ -33,7 +34,9 @@ from fedcmp.evaluate.official.pictures import picture as read_picture
 from fedcmp.evaluate.official.pictures import picture_name
 from fedcmp.evaluate.official.short_answers import aokvqa_accuracy, token_overlap, yes_no_word
 from fedcmp.evaluate.official.tables import Row, table
-from fedcmp.evaluate.statistics import bootstrap, interval, value_of
+from fedcmp.evaluate.report.groups import grouped
+from fedcmp.evaluate.report.judged import judged_runs
+from fedcmp.evaluate.statistics import bootstrap, interval, pooled, value_of
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.options import Component
 
@@ -782,3 +785,32 @@ def test_reports_of_one_kind_are_told(extracted: Path, tmp_path: Path) -> None:
     assert counts == {"distinct answers": 2}
     assert "only 2 different captions of 40" in str(warning)
     assert benchmark.remarks(["no acute finding"] * 19)[1] is None
+
+
+def test_an_area_is_not_divided_by_folders(extracted: Path, tmp_path: Path) -> None:
+    """Its parts compare each item with all others, so some of the items have no area of their own in them."""
+    rows = []
+    for n in range(8):
+        name = f"{('a', 'b')[n % 2]}/{n}.png"
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(picture(n))
+        rows.append({"image": name, "label": ("star", "ring")[n // 4]})
+    more = f'images = "{tmp_path}/images"\n'
+    config = own(extracted, tmp_path, "classify", rows, more)
+    config.write_text(config.read_text().replace('silo = "heldout"\n', ""))
+    features = tmp_path / "features"
+    features.mkdir()
+    for silo in ("clinic", "lab", "heldout"):
+        (features / f"{silo}.zarr").symlink_to(extracted.parent / f"features/{silo}.zarr")
+    words = ("--set", f"features={features}")
+    fine("extract", config, "--benchmark", "own", *words)
+    fine("evaluate", config, *words)
+    experiment = load(config, [f"features={features}"])
+    runs, _ = judged_runs([experiment])
+    by_folder = [each.column for each in grouped(runs) if each.what == "folder of the images"]
+    assert [column for column in by_folder if column[0] == "own"] == [
+        ("own", "accuracy"),
+        ("own", "macro F1"),
+    ]
+    metrics = [Metric([], np.zeros((0, 1)), macro_auroc, divisible=False)]
+    assert not pooled(metrics).divisible

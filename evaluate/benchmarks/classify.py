@@ -106,7 +106,8 @@ class Classify(Judged):
             "macro F1": Metric(images, confusion(likelihoods.argmax(1), true, len(classes)), macro_f1),
         }
         if len({*true.tolist()}) > 1:
-            metrics["AUROC"] = Metric(images, auroc_parts(one_against_rest(likelihoods), true), macro_auroc)
+            parts = auroc_parts(one_against_rest(likelihoods), true)
+            metrics["AUROC"] = Metric(images, parts, macro_auroc, divisible=False)
         return metrics | self.by_group(items, points) | self.all_right(items, points)
 
     def points(self, items: Sequence[Item], answers: Answers) -> list[float]:

@@ -69,6 +69,8 @@ def _folders(run: Judged, benchmark: str, metric: str) -> dict[str, Score]:
     """Scores by the first folder in which images' names differ."""
     answered = run.answered[benchmark]
     whole = pooled([metrics[metric] for metrics in answered.metrics(answered.given.items)])
+    if not whole.divisible:
+        return {}
     folder = _folder_of(whole.images)
     places: dict[str, list[int]] = {}
     for place, image in enumerate(whole.images):
