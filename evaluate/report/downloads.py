@@ -12,7 +12,10 @@ from fedcmp.evaluate.report.results import Column, Report, RunResult, Score
 from fedcmp.evaluate.report.scores import ranking
 
 _FIGURES = ("value", "low", "high", "n")
-_HISTORY = ("round", "client", "loss", "samples", "tokens", "seconds", "update_norm", "reliability", "weight")
+_HISTORY = (
+    *("round", "client", "loss", "samples", "tokens", "seconds", "update_norm", "reliability", "weight"),
+    *("epsilon", "bytes", "bytes_received"),
+)
 _TEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
