@@ -508,6 +508,6 @@ def test_nothing_but_what_was_agreed_leaves_a_client(private: Callable[..., Expe
     experiment = private(f"federate.privacy.{kept}")
     here = LocalEngine(experiment, schedule_of(experiment, FedAvg()))
     with here.training(0) as train:
-        start = state_of(train._trainer.model.projector)  # type: ignore[attr-defined]
+        start = state_of(here._site._trainer.model.projector)  # type: ignore[union-attr]
         (result,) = train([Job("clinic", start, 0, 0, 3, wants=ALL_WANTED)])
     assert result.gradient is result.alignment is result.optimizer is None

@@ -84,7 +84,7 @@ def test_gguf_is_named(llama_dir: Path, tmp_path: Path) -> None:
     folder = copied(llama_dir, tmp_path / "m", "*.safetensors")
     (folder / "llama.Q4_K_M.gguf").write_bytes(b"GGUF")
     for path in (folder, folder / "llama.Q4_K_M.gguf"):
-        with pytest.raises(UserError, match=r"llama.Q4_K_M.gguf is a GGUF file.*docs/language.md"):
+        with pytest.raises(UserError, match=r"llama.Q4_K_M.gguf is a GGUF file.*fedcmp convert"):
             refuse_gguf(path)
         with pytest.raises(UserError, match="is a GGUF file"):
             FrozenLanguageModel(path, dtype="float32", device=CPU)

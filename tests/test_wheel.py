@@ -53,7 +53,7 @@ def test_the_wheel_holds_one_package(installed: Path) -> None:
 def test_the_demo_runs_from_another_directory(installed: Path, tmp_path: Path) -> None:
     where = run(installed, tmp_path, "-c", "import fedcmp.pipeline; print(fedcmp.pipeline.__file__)")
     assert where.startswith(str(installed))
-    run(installed, tmp_path, "-m", "fedcmp", "world", "demo", "tour", "--silo-images", "16")
+    run(installed, tmp_path, "-m", "fedcmp", "demo", "tour", "--silo-images", "16", "--only-write")
     tour = tmp_path / "tour"
     run(installed, tour, "-m", "fedcmp", "extract", "configs/demo.toml")
     short = ("configs/demo/fedcmp.toml", "--set", "federate.rounds=1")
@@ -68,7 +68,7 @@ def test_another_file_is_not_overwritten(installed: Path, tmp_path: Path) -> Non
     (tmp_path / "configs/demo.toml").write_text("mine = true\n")
     environment = os.environ | {"PYTHONPATH": str(installed)}
     done = subprocess.run(
-        [sys.executable, "-m", "fedcmp", "world", "demo"],
+        [sys.executable, "-m", "fedcmp", "demo", "."],
         capture_output=True,
         text=True,
         env=environment,

@@ -41,8 +41,10 @@ def convert(file: Path, out: Path, dtype: str = "float32") -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        read = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     except ImportError:
         raise UserError(
             f"{file}: GGUF files are read by the package gguf; pip install 'fedcmp[study]'"
