@@ -171,6 +171,7 @@ def keys(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_private_patients_in_the_simulation(sites_config: Path, tmp_path: Path) -> None:  # noqa: F811
     """What private sites answer travels as it should, and every one of them has a ledger."""
     options = [

@@ -519,8 +519,9 @@ def node(keys: Path, tmp_path: Path) -> Iterator[object]:
 
 @pytest.mark.parametrize(
     "seconds",
-    [5, *(pytest.param(n, marks=pytest.mark.skipif("not config.getoption('--slow')")) for n in (45, 300))],
+    [5, 45, 300],
 )
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_sites_come_back_after_an_outage(keys: Path, tmp_path: Path, node, seconds: int) -> None:  # type: ignore[no-untyped-def]
     """Flower's own SuperNode stays for ever, connected to nothing, after 20 s."""
     port = free_port()

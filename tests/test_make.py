@@ -132,6 +132,7 @@ def test_what_is_lost_is_made_again(house: House, lost: str) -> None:
     assert "fedcmp.cli" not in house.make()
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_an_experiment_may_extend_another(house: House) -> None:
     before = house.products()
     mine = house.root / "configs/mine.toml"

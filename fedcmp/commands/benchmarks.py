@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from fedcmp.evaluate.describe import Description, Option
+    from fedcmp.evaluate.describe import Description
+    from fedcmp.pipeline.describe import Option
 
 
 @click.command()
