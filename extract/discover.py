@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -115,11 +117,17 @@ def _pairs(path: Path, found: Found) -> None:
 
 
 def _add(found: Found, name: str, source: dict[str, str]) -> None:
-    cleaned = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name) or "silo"
+    cleaned = plain(name, "silo")
     unique = next(
         each for each in (cleaned, *(f"{cleaned}-{n}" for n in range(2, 10_000))) if each not in found.silos
     )
     found.silos[unique] = source
+
+
+def plain(name: str, otherwise: str) -> str:
+    """A name as experiment files may have it: ASCII, without what stands for a part of a letter."""
+    letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", letters).strip("._-") or otherwise
 
 
 def _json(path: Path) -> Any:

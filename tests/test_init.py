@@ -56,6 +56,17 @@ def test_what_lies_in_a_folder_becomes_an_experiment(data: Path) -> None:
     assert "own.toml: is there already" in again.output
 
 
+def test_names_are_such_as_experiment_files_may_have(data: Path) -> None:
+    write_llava(data / "data/_Klinikum München (rechts der Isar)", 3)
+    write_llava(data / "data/病院", 3)
+    refused = init("data", "--out", "mein Versuch.toml")
+    assert refused.exit_code == 2
+    assert "give a name such as mein-Versuch.toml" in refused.output
+    assert init("data").exit_code == 0
+    experiment = load(data / "experiment.toml")
+    assert {"Klinikum-Munchen-rechts-der-Isar", "silo"} < set(experiment.federate.silos)
+
+
 def test_models_of_every_kind_are_known(data: Path, clip_and_open: tuple[Path, Path]) -> None:
     shutil.copytree(clip_and_open[1], data / "data/models/open")
     (data / "data/models/uni").mkdir()

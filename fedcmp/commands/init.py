@@ -37,11 +37,14 @@ def init(folder: Path, out: Path) -> None:
       fedcmp init /data
       fedcmp init . --out configs/clinics.toml
     """
-    from fedcmp.extract.discover import discover
+    from fedcmp.extract.discover import discover, plain
     from fedcmp.pipeline.console import say
     from fedcmp.pipeline.errors import UserError
     from fedcmp.pipeline.files import write_atomic
 
+    usable = plain(out.stem, "experiment")
+    if out.stem != usable:
+        raise UserError(f"--out {out}: a run is named after its file; give a name such as {usable}.toml")
     if out.exists():
         raise UserError(f"{out}: is there already; give another name with --out")
     found = discover(folder)
