@@ -14,6 +14,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def partition(
     if images is not None and write_images:
         raise UserError("--images and --write-images both say where images are; pass one")
     reader = _reader(source, images)
+    if options.field is not None and isinstance(reader, Parquet):
+        reader = reader.labelled(options.field)
     made_from = {
         "format": {"name": "fedcmp-partition", "version": 1},
         "options": options.model_dump(mode="json"),
@@ -111,21 +114,21 @@ class _Labelled:
 
 
 def _pairs(reader: Source, options: Partition, skipped: list[Skipped]) -> Iterator[_Labelled]:
-    label_of = _labeller(options, has_fields=isinstance(reader, LlavaJson))
-    for pair in _entries(reader):
+    label_of = _labeller(options, reader)
+    for pair in _entries(reader, options.field):
         if isinstance(pair, Skipped):
             skipped.append(pair)
             continue
         try:
-            line = json.dumps(pair.entry, ensure_ascii=False).encode() + b"\n"
             label = label_of(pair)
+            line = json.dumps(pair.entry, ensure_ascii=False).encode() + b"\n"
         except ValueError as error:
             skipped.append(Skipped(pair.place, str(error)))
             continue
         yield _Labelled(pair.image, label, line)
 
 
-def _entries(reader: Source) -> Iterator[Pair | Skipped]:
+def _entries(reader: Source, field: str | None) -> Iterator[Pair | Skipped]:
     if isinstance(reader, LlavaJson):
         yield from reader.pairs()
         return
@@ -137,8 +140,9 @@ def _entries(reader: Source) -> Iterator[Pair | Skipped]:
         elif not record.texts:
             yield Skipped(record.id, "no text is about it")
         else:
-            for text in record.texts:
-                yield Pair(record.id, record.id, text, {"image": record.id, **_as_llava(text)})
+            for text, label in zip_longest(record.texts, record.labels):
+                labelled = {} if field is None or label is None else {field: label}
+                yield Pair(record.id, record.id, text, {**labelled, "image": record.id, **_as_llava(text)})
 
 
 def _as_llava(text: Text) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def _as_llava(text: Text) -> dict[str, Any]:
     return {"conversations": [{"from": speakers[turn.role], "value": turn.content} for turn in text.turns]}
 
 
-def _labeller(options: Partition, *, has_fields: bool) -> Any:
+def _labeller(options: Partition, reader: Source) -> Any:
     ways = {"--field": options.field, "--component": options.component, "--pattern": options.pattern}
     given = [way for way, value in ways.items() if value is not None]
     if len(given) > 1:
@@ -156,11 +160,11 @@ def _labeller(options: Partition, *, has_fields: bool) -> Any:
     if not given and options.by in ("field", "dirichlet"):
         raise UserError(f"--by {options.by} needs a label: pass --field, --component or --pattern")
     if options.field is not None:
-        if not has_fields:
+        if not isinstance(reader, LlavaJson | Parquet):
             raise UserError(
-                "--field: only LLaVA JSON has fields; take the label from the path with --pattern"
+                "--field: only LLaVA JSON and tables have fields; take the label from the path with --pattern"
             )
-        keys = options.field.split(".")
+        keys = options.field.split(".") if isinstance(reader, LlavaJson) else [options.field]
         return lambda pair: _field(pair.entry, keys)
     if options.component is not None:
         return lambda pair: _component(pair.image, options.component or 0)

@@ -85,6 +85,9 @@ class StageCommands(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             _complain(f"fedcmp: {error}")
+        except BrokenPipeError:
+            # Whoever read what is printed has seen enough, as `head` has; click ends without a word.
+            raise
         except OSError as error:
             hint = "; free some space and rerun to go on" if error.errno == errno.ENOSPC else ""
             _complain(f"fedcmp: {error}{hint}")

@@ -128,11 +128,19 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class Record:
-    """One image with its texts; `image` is the encoded file, or where to read it."""
+    """One image with its texts.
+
+    Attributes:
+        id: Its name.
+        image: The encoded file, or where to read it.
+        texts: What is said about it.
+        labels: What a column says beside each text, where a partition has asked for it.
+    """
 
     id: str
     image: bytes | Readable
     texts: tuple[Text, ...]
+    labels: tuple[str | int | None, ...] = ()
 
     def read_image(self) -> bytes:
         """The encoded image file."""

@@ -126,6 +126,16 @@ def test_a_mistake_is_one_clear_line(words: list[str], parts: list[str]) -> None
         assert part in result.stderr
 
 
+def test_a_reader_that_has_seen_enough_is_no_mistake() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "fedcmp", "benchmarks"], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_a_full_disk_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "shard"))

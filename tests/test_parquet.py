@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from conftest import CAPTIONS, ROOT, conversation, digest, picture, write_llava, write_shard
 from test_extract import config, run
 
@@ -619,6 +619,44 @@ def test_partition_writes_the_pictures(tmp_path: Path, clip_dir: Path, llama_dir
     refused = CliRunner().invoke(main, [*words, "--write-images", "--images", "x"])
     assert refused.exit_code == 2
     assert "both say where images are" in refused.output
+
+
+def test_partition_goes_by_a_column(tmp_path: Path) -> None:
+    columns = {
+        "image": inline([None] * 6, [*PICTURES[:5], PICTURES[4]]),
+        "caption": ["a", "b", "c", "d", "e", "f"],
+        "hospital": ["north", "south", None, "north", "south", "north"],
+        "ward": [1, 1, 2, 2, 1, 1],
+        "weight": [0.5] * 6,
+    }
+    write(tmp_path / "0.parquet", columns)
+    source = tmp_path / "source.toml"
+    source.write_text(f'name = "parquet"\npath = "{tmp_path}/0.parquet"\n')
+
+    def split(field: str, *more: str) -> Result:
+        words = ["partition", str(source), "--out", str(tmp_path / field), "--by", "field", "--field", field]
+        return CliRunner().invoke(main, [*words, *more])
+
+    def silos(field: str) -> dict[str, list[str]]:
+        return {
+            file.stem: [json.loads(line)["caption"] for line in file.read_text().splitlines()]
+            for file in sorted((tmp_path / field).glob("*.jsonl"))
+        }
+
+    result = split("hospital")
+    assert result.exit_code == 0, result.output
+    assert silos("hospital") == {"north": ["a", "d"], "south": ["b", "e", "f"]}
+    assert "skipped 000000002: it has no 'hospital'" in result.output
+    assert "1 images have texts of different labels" in result.output
+    assert split("ward").exit_code == 0
+    assert silos("ward") == {"1": ["a", "b", "e", "f"], "2": ["c", "d"]}
+    for field, message in (
+        ("weight", "expected strings or integers"),
+        ("hospitl", "did you mean 'hospital'"),
+    ):
+        refused = split(field)
+        assert refused.exit_code == 2
+        assert message in " ".join(refused.output.split())
 
 
 def test_partition_refuses_names_that_cannot_be_files(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_any_source_can_be_split(tmp_path: Path) -> None:
     assert "unpack the pictures of" in result.output
     assert 'split = "test"' in result.output
     refused = run(source, "--out", tmp_path / "x", "--by", "field", "--field", "site")
-    assert "only LLaVA JSON has fields" in refused.output
+    assert "only LLaVA JSON and tables have fields" in refused.output
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import ROOT, digest
 from PIL import Image
 
 from fedcmp.cli import main
@@ -119,6 +119,12 @@ def test_a_converted_gguf_computes_what_the_model_did(tmp_path: Path) -> None:
         torch.testing.assert_close(ours(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("ab a", add_special_tokens=False)["input_ids"] == [7, 8]
+    assert not (tmp_path / "out.partial").exists()
+    before = digest(tmp_path / "out")
+    again = CliRunner().invoke(main, ["convert", str(file), "--out", str(tmp_path / "out")])
+    assert again.exit_code == 2
+    assert "there is something already" in again.output
+    assert digest(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,14 @@ class Columns:
         image: Pictures.
         text: Texts, None where there are none.
         id: Names of pictures, None where the pictures' own are taken.
+        label: What a partition goes by, None where none does.
         named: How a picture names itself: its column holds `paths`, or structs with such `fields`.
     """
 
     image: str
     text: str | None
     id: str | None
+    label: str | None
     named: Names
 
     def __str__(self) -> str:
@@ -44,7 +46,7 @@ class Columns:
             only: What they are read for, None for everything.
         """
         if only is None:
-            return list(dict.fromkeys(filter(None, (self.image, self.text, self.id)))), None
+            return list(dict.fromkeys(filter(None, (self.image, self.text, self.id, self.label)))), None
         if only == "names" and self.id is not None:
             return [self.id], None
         return [self.image] if self.named != "none" else [], self.image if self.named == "fields" else None
@@ -55,7 +57,15 @@ def listed(columns: Iterable[str]) -> str:
     return _plain(", ".join(columns))
 
 
-def recognise(schema: Any, place: str, image: str | None, text: str | None, name: str | None) -> Columns:
+def recognise(
+    schema: Any,
+    place: str,
+    *,
+    image: str | None,
+    text: str | None,
+    id: str | None,
+    label: str | None = None,
+) -> Columns:
     """Find the columns of a `pyarrow.Schema`; those that options name are taken, and checked.
 
     Args:
@@ -63,7 +73,8 @@ def recognise(schema: Any, place: str, image: str | None, text: str | None, name
         place: The file, for errors.
         image: Option of this name.
         text: Option of this name.
-        name: Option `id`.
+        id: Option of this name.
+        label: Column that a partition goes by.
 
     Raises:
         UserError: One is missing, holds something else, or could be one of several.
@@ -88,9 +99,10 @@ def recognise(schema: Any, place: str, image: str | None, text: str | None, name
         given("text", text, _is_text, "captions, lists of captions, or turns of a conversation")
     else:
         text = _text(types, place)
-    if name is not None:
-        given("id", name, lambda kind: _is_string(kind) or _is_integer(kind), "strings or integers")
-    return Columns(image, text, name, _named(types[image]))
+    for option, column in (("id", id), ("--field", label)):
+        if column is not None:
+            given(option, column, lambda kind: _is_string(kind) or _is_integer(kind), "strings or integers")
+    return Columns(image, text, id, label, _named(types[image]))
 
 
 def _image(types: dict[str, Any], place: str) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import PrivateAttr
+
 from fedcmp.extract.sources import (
     SOURCES,
     Location,
@@ -29,6 +31,9 @@ from fedcmp.extract.sources.saved import tables_of
 from fedcmp.extract.sources.shards import Names
 from fedcmp.pipeline.apart import apart
 from fedcmp.pipeline.errors import one_line
+
+# Each with the label of its row.
+_Texts = dict[Text, str | int | None]
 
 
 @dataclass
@@ -78,7 +83,7 @@ class _Picture:
     name: str | None
     content: bytes | str
     image: bytes | Location
-    texts: dict[Text, None]
+    texts: _Texts
 
     @property
     def key(self) -> tuple[str | None, bytes | str]:
@@ -104,6 +109,13 @@ class Parquet(Source):
     text: str | None = None
     id: str | None = None
     images: Location | None = None
+    _label: str | None = PrivateAttr(None)
+
+    def labelled(self, column: str) -> Parquet:
+        """The same, whose records have what a column says beside each text as `labels`."""
+        copy = self.model_copy()
+        copy._label = column
+        return copy
 
     def records(self) -> Iterator[Record | Skipped]:
         """Yield pictures in order of first mention, a few rows in memory at a time."""
@@ -138,7 +150,7 @@ class Parquet(Source):
     def records_here(self) -> Iterator[Record | Skipped | _Reading]:
         """The same in this process, which a damaged file may crash, with a sign of life now and then."""
         several = yield from self._several()
-        about: dict[tuple[str | None, bytes | str], dict[Text, None]] = {}
+        about: dict[tuple[str | None, bytes | str], _Texts] = {}
         for item in self._pictures() if several else ():
             if isinstance(item, _Reading):
                 yield item
@@ -217,6 +229,7 @@ class Parquet(Source):
             name = self._name(row)
             texts: tuple[Text, ...] = ()
             system = False
+            label = None if row.columns.label is None else row.cell(row.columns.label)
             if row.columns.text is not None:
                 texts, system = texts_in(row.cell(row.columns.text), self.split)
         except MemoryError:
@@ -224,7 +237,7 @@ class Parquet(Source):
         except Exception as error:  # pyarrow raises nearly anything on damaged files
             return Skipped(place, f"cannot be read: {one_line(error)}")
         unused.update({row.shard: 1} if system else {})
-        return _Picture(row.shard, row.number, name, content, image, dict.fromkeys(texts))
+        return _Picture(row.shard, row.number, name, content, image, dict.fromkeys(texts, label))
 
     def _name(self, row: _Row) -> str | None:
         if row.columns.id is not None:
@@ -274,7 +287,7 @@ class Parquet(Source):
                 yield damaged(shard, "", error)
 
     def _columns(self, schema: Any, shard: str) -> Columns:
-        columns = recognise(schema, shard, self.image, self.text, self.id)
+        columns = recognise(schema, shard, image=self.image, text=self.text, id=self.id, label=self._label)
         if columns.named == "paths" and self.images is None:
             raise UserError(
                 f"{shard}: '{columns.image}' holds paths of pictures; set 'images' to the folder that they "
@@ -283,23 +296,23 @@ class Parquet(Source):
         return columns
 
 
-def _joined(texts: dict[Text, None], item: _Picture) -> Iterator[Skipped]:
+def _joined(texts: _Texts, item: _Picture) -> Iterator[Skipped]:
     """Add what is said about a picture to what was said about it before."""
     place = f"{item.shard}[{item.row}]"
     if not item.texts:
         yield Skipped(place, "the same picture came before")
-    for text in item.texts:
+    for text, label in item.texts.items():
         if text in texts:
             yield Skipped(place, "the same text about the same picture came before")
-        texts[text] = None
+        texts.setdefault(text, label)
 
 
-def _record(item: _Picture, texts: dict[Text, None], names: Names) -> Record | Skipped:
+def _record(item: _Picture, texts: _Texts, names: Names) -> Record | Skipped:
     row = f"{item.row:09d}"
     name = names.take(item.shard, item.name or row) or names.take(item.shard, f"{row}/{item.name}")
     if name is None:
         return Skipped(f"{item.shard}[{item.row}]", f"other pictures are called '{item.name}', too")
-    return Record(name, item.image, tuple(texts))
+    return Record(name, item.image, tuple(texts), tuple(texts.values()))
 
 
 def _or_none(function: Callable[[_Row], str | None], row: _Row) -> str | None:

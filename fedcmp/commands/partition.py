@@ -18,7 +18,9 @@ import click
     help="field: a silo for each label; dirichlet: labels spread unevenly; quantity: given sizes; hash: "
     "evenly, by the SHA-256 of the image's name.",
 )
-@click.option("--field", metavar="KEY", help="Label: a key of the JSON entry; dots go deeper.")
+@click.option(
+    "--field", metavar="KEY", help="Label: a key of the JSON entry (dots go deeper), or a table's column."
+)
 @click.option(
     "--component", type=int, metavar="K", help="Label: part K of the image's path, from 0 or from -1."
 )

