@@ -23,6 +23,7 @@ from fedcmp.ablation.file import Trial, grid, read_ablation, trial
 from fedcmp.cli import main
 from fedcmp.evaluate.report.charts import dots
 from fedcmp.evaluate.statistics import holm, paired, ratio
+from fedcmp.pipeline.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -80,11 +81,17 @@ def done(extracted: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     folder = tmp_path_factory.mktemp("ablation")
     broken = 'broken = { name = "fedavg", server_learning_rate = 1e38 }'
     path = write(folder, extracted, broken)
-    path.write_text(path.read_text().replace('edges = "report"\n', ""))
-    # Of two values one is always at an edge, which is an error once all is written.
+    text = path.read_text()
+    # Of two values one is always at an edge, which is an error before the seeds of the results are used.
+    path.write_text(text.replace('edges = "report"\n', ""))
+    refused = ablate(path)
+    assert refused.exit_code == 2, refused.output
+    assert "study: 1 options were not tuned" in refused.output.replace("\n", " ")
+    assert not (folder / "report.md").exists()
+    assert len(projectors(folder)) == 2
+    path.write_text(text)
     result = ablate(path)
-    assert result.exit_code == 2, result.output
-    assert "1 options were not tuned" in result.output.replace("\n", " ")
+    assert result.exit_code == 0, result.output
     return folder, result
 
 
@@ -257,13 +264,56 @@ def test_all_are_screened_and_the_better_quarter_is_tuned(
 
     monkeypatch.setattr(sweep, "_run_all", run_all)
     monkeypatch.setattr(Trial, "score", score)
-    tuned, failures = sweep._tuned(None, read_ablation(path), tmp_path / "log")  # type: ignore[arg-type]
+    found = sweep._tuned(None, read_ablation(path), tmp_path / "log")  # type: ignore[arg-type]
     first, second = ([(dict(t.options)["server_learning_rate"], t.seed) for t in each] for each in asked)
     assert first == [(rate, 7) for rate in range(1, 9)]
     assert second == [(5, 8), (5, 9), (4, 8), (4, 9)]
-    assert dict(tuned["skewed", "muon"]) == {"server_learning_rate": 4}
-    assert dict(tuned["skewed", "fedcmp"]) == {}
-    assert failures == {}
+    assert dict(found.chosen["skewed", "muon"]) == {"server_learning_rate": 4}
+    assert dict(found.chosen["skewed", "fedcmp"]) == {}
+    assert found.failures == {}
+
+
+def test_grids_are_extended_until_the_best_is_inside(
+    extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids = "server_learning_rate = [1.0, 2.0, 4.0], momentum = [0.0, 0.3, 0.6], proximal = [0.1, 0.2]"
+    path = write(tmp_path, extracted, f"muon = {{ {grids} }}")
+    path.write_text(path.read_text().replace('"report"', '"extend"').replace("[1.0, 1.5]", "[0.5, 1.0, 1.5]"))
+    asked: list[Trial] = []
+
+    def run_all(pool: object, ablation: object, trials: list[Trial], *rest: object) -> dict[Path, str]:
+        asked.extend(trials)
+        return {}
+
+    def score(tried: Trial, measure: str) -> float:
+        options = dict(tried.options)
+        if tried.strategy != "muon":
+            return abs(float(options["server_learning_rate"]) - 1.1)
+        off = abs(options["momentum"] - 0.88) + abs(options["proximal"] - 0.05)
+        return float(off + abs(options["server_learning_rate"] - 20) / 100)
+
+    monkeypatch.setattr(sweep, "_run_all", run_all)
+    monkeypatch.setattr(Trial, "score", score)
+    ablation = read_ablation(path)
+    found = sweep._tuned(None, ablation, tmp_path / "log")  # type: ignore[arg-type]
+    assert dict(found.chosen["skewed", "muon"]) == {
+        "server_learning_rate": 16.0,
+        "momentum": 0.9,
+        "proximal": 0.05,
+    }
+    assert found.tried["skewed", "muon"] == {
+        "server_learning_rate": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+        "momentum": [0.0, 0.3, 0.6, 0.8, 0.9, 0.95],  # 1.2 is none
+        "proximal": [0.025, 0.05, 0.1, 0.2],
+    }
+    assert found.tried["skewed", "fedavg"] == {"server_learning_rate": [0.5, 1.0, 1.5]}
+    assert list(at_edges(ablation, found.chosen, found.tried)) == []
+    monkeypatch.setattr(
+        Trial, "score", lambda tried, measure: -float(dict(tried.options)["server_learning_rate"])
+    )
+    endless = sweep._tuned(None, ablation, tmp_path / "log")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="at the edge of"):
+        sweep._require_tuned(ablation, endless)
 
 
 def test_edges_by_hand(extracted: Path, tmp_path: Path) -> None:

@@ -51,13 +51,14 @@ class Tuning(Options):
     (successive halving); on all seeds without it.
 
     Where the best value is at the edge of its grid, a better one may lie beyond: such a strategy was not
-    tuned, which is an error unless `edges` are only to be reported.
+    tuned, which is an error unless `edges` are only to be reported. With `edges = "extend"` the next number
+    beyond is tried on all seeds, again and again until it is no better, up to eight times.
     """
 
     seeds: tuple[int, ...] = Field(min_length=1)
     measure: Measure = "validation: loss"
     screened: int | None = Field(None, ge=1)
-    edges: Literal["error", "report"] = "error"
+    edges: Literal["error", "extend", "report"] = "error"
 
 
 class Contest(Options):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
 from fedcmp.ablation import contest
-from fedcmp.ablation.edges import at_edges
+from fedcmp.ablation.edges import Tried, at_edges, numbers
 from fedcmp.ablation.file import Ablation, Chosen, Trial
 from fedcmp.ablation.sweep import Finished
 from fedcmp.evaluate.report.charts import dots
@@ -34,7 +34,7 @@ def section(finished: Finished) -> Section:
     """Print an ablation's tables and write them as Markdown; what diverged is listed, not ranked."""
     ablation, trials, failures = finished.ablation, finished.trials, finished.failures
     tested = ablation.measures[0]
-    lines = [f"## {ablation.title or ablation.name}", "", *_setting(ablation), ""]
+    lines = [f"## {ablation.title or ablation.name}", "", *_setting(ablation, finished.tried), ""]
     plots: dict[str, str] = {}
     against_subject: dict[str, dict[str, Difference]] = {}
     tested_values: dict[str, Values] = {}
@@ -60,7 +60,7 @@ def section(finished: Finished) -> Section:
         lines += [f"### {scenario}", "", *_markdown(columns, body), "", f"![{scenario}](results/{name})", ""]
     lines += _contest(ablation, tested_values)
     lines += _verdict(ablation, against_subject)
-    lines += [f"- not tuned: {each}" for each in at_edges(ablation, finished.tuned)]
+    lines += [f"- not tuned: {each}" for each in at_edges(ablation, finished.tuned, finished.tried)]
     lines += [f"- diverged: {run}: {why}" for run, why in sorted(failures.items())]
     saved = _saved(trials)
     say(saved)
@@ -81,7 +81,7 @@ def _contest(ablation: Ablation, values: Mapping[str, Values]) -> list[str]:
     return ["### The contest", "", what, "", *_markdown(columns, body), ""]
 
 
-def _setting(ablation: Ablation) -> list[str]:
+def _setting(ablation: Ablation, tried: Mapping[tuple[str, str], Tried]) -> list[str]:
     """What was run, and which options were there to choose from."""
     lines = [f"Seeds {_listed(ablation.seeds)}; {', '.join(ablation.measures)} on test data."]
     lines += [f"Every run has `{override}`." for override in ablation.set if not override.startswith("memo")]
@@ -93,7 +93,24 @@ def _setting(ablation: Ablation) -> list[str]:
         choices = [f"{key} {_listed(value)}" for key, value in options.items() if isinstance(value, list)]
         if choices:
             lines.append(f"- {name}: {'; '.join(choices)}")
+    further = [f"{place}: {what}" for place, what in _beyond(ablation, tried)]
+    if further:
+        lines += [
+            "",
+            "Beyond an end of a grid where the best lay, until the next was no better:",
+            "",
+            *further,
+        ]
     return [lines[0], "", *lines[1:]]
+
+
+def _beyond(ablation: Ablation, tried: Mapping[tuple[str, str], Tried]) -> Iterator[tuple[str, str]]:
+    """What was tried beyond the grids, and where."""
+    for (scenario, strategy), options in tried.items():
+        for name, given in numbers(ablation, strategy).items():
+            more = [value for value in options[name] if value not in given]
+            if more:
+                yield f"- {strategy}, {scenario}", f"{name} {_listed(more)}"
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedcmp.ablation.edges import Tried, at_edges, beyond, edges, numbers
 from fedcmp.ablation.file import Ablation, Chosen, Trial, component, grid, plugins_of, trial
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class _Done:
     seconds: float
 
 
+_FURTHEST = 8
+
 Work = Callable[[Trial, tuple[str, ...], Path], _Done]
 
 
@@ -39,12 +42,14 @@ class Finished:
         trials: All its runs.
         failures: Why runs diverged, by run.
         tuned: The options of every (scenario, strategy).
+        tried: The numbers that they were chosen from.
     """
 
     ablation: Ablation
     trials: list[Trial]
     failures: dict[Path, str]
     tuned: dict[tuple[str, str], Chosen]
+    tried: dict[tuple[str, str], Tried]
 
 
 def sweep(ablations: Sequence[Ablation], jobs: int | None = None) -> Iterator[Finished]:
@@ -55,8 +60,8 @@ def sweep(ablations: Sequence[Ablation], jobs: int | None = None) -> Iterator[Fi
         jobs: Runs at a time; all cores by default, 1 with a GPU.
 
     Raises:
-        UserError: An option or measure of any of them is wrong, before anything is computed; a process was
-            killed.
+        UserError: An option or measure of any of them is wrong, before anything is computed; a best value
+            lies at the edge of its grid; a process was killed.
     """
     for ablation in ablations:
         _check(ablation)
@@ -64,10 +69,28 @@ def sweep(ablations: Sequence[Ablation], jobs: int | None = None) -> Iterator[Fi
         for ablation in ablations:
             log = Path("build/ablations") / f"{ablation.name}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
-            tuned, failures = _tuned(pool, ablation, log)
-            trials = list(_trials(ablation, tuned))
-            failures |= _run_all(pool, ablation, trials, log, _benchmarks(ablation.measures))
-            yield Finished(ablation, trials, failures, tuned)
+            tuned = _tuned(pool, ablation, log)
+            _require_tuned(ablation, tuned)
+            trials = list(_trials(ablation, tuned.chosen))
+            failures = _run_all(pool, ablation, trials, log, _benchmarks(ablation.measures))
+            yield Finished(ablation, trials, tuned.failures | failures, tuned.chosen, tuned.tried)
+
+
+def _require_tuned(ablation: Ablation, tuned: _Tuned) -> None:
+    """Refuse to go on to the results with options whose best value may lie beyond their grid.
+
+    Raises:
+        UserError: Naming them.
+    """
+    from fedcmp.pipeline.errors import UserError
+
+    found = list(at_edges(ablation, tuned.chosen, tuned.tried))
+    if found and ablation.tuning is not None and ablation.tuning.edges != "report":
+        raise UserError(
+            f"{ablation.name}: {len(found)} options were not tuned, as their best values lie at the edges of "
+            "their grids; nothing was done with the seeds of the results. Extend the grids, or say [tuning] "
+            f"edges = 'extend' or 'report': {'; '.join(found)}"
+        )
 
 
 def _trials(ablation: Ablation, tuned: dict[tuple[str, str], Chosen]) -> Iterator[Trial]:
@@ -95,33 +118,105 @@ def _check(ablation: Ablation) -> None:
                 benchmarks_of(experiment, _benchmarks(measures))
 
 
-def _tuned(
-    pool: ProcessPoolExecutor, ablation: Ablation, log: Path
-) -> tuple[dict[tuple[str, str], Chosen], dict[Path, str]]:
-    """Options of every strategy in every scenario, chosen where there is a choice; and what diverged."""
+@dataclass
+class _Tuned:
+    """What tuning has found, by (scenario, strategy).
+
+    Attributes:
+        chosen: Options.
+        tried: The numbers that they were chosen from.
+        failures: Why runs diverged.
+    """
+
+    chosen: dict[tuple[str, str], Chosen]
+    tried: dict[tuple[str, str], Tried]
+    failures: dict[Path, str]
+
+
+def _tuned(pool: ProcessPoolExecutor, ablation: Ablation, log: Path) -> _Tuned:
+    """Options of every strategy in every scenario, chosen where there is a choice."""
     places = [(scenario, name) for name in ablation.strategies for scenario in ablation.scenarios]
     left = {(scenario, name): list(grid(ablation, name)) for scenario, name in places}
-    failures: dict[Path, str] = {}
-    if ablation.tuning is not None:
-        seeds, first = ablation.tuning.seeds, ablation.tuning.screened or len(ablation.tuning.seeds)
-        totals: dict[tuple[str, str], dict[Chosen, float]] = defaultdict(lambda: defaultdict(float))
-        for some in (seeds[:first], seeds[first:]):
-            trials = [
-                trial(ablation, *place, seed, options)
-                for place, choices in left.items()
-                for options in choices
-                for seed in some
-                if len(choices) > 1
-            ]
-            failures |= _run_all(pool, ablation, trials, log, _benchmarks([ablation.tuning.measure]))
-            for each in trials:
-                totals[each.scenario, each.strategy][each.options] += _cost(ablation, each, failures)
-            left = {
-                place: sorted(choices, key=totals[place].__getitem__)[: -(-len(choices) // 4)]
-                for place, choices in left.items()
-            }
-        left = {place: [min(choices, key=totals[place].__getitem__)] for place, choices in left.items()}
-    return {place: choices[0] for place, choices in left.items()}, failures
+    tried = {(scenario, name): numbers(ablation, name) for scenario, name in places}
+    if ablation.tuning is None:
+        return _Tuned({place: choices[0] for place, choices in left.items()}, tried, {})
+    seeds, first = ablation.tuning.seeds, ablation.tuning.screened or len(ablation.tuning.seeds)
+    costs = _Costs(pool, ablation, log)
+    for some in (seeds[:first], seeds[first:]):
+        costs.add({place: choices for place, choices in left.items() if len(choices) > 1}, some)
+        left = {
+            place: sorted(choices, key=costs.of[place].__getitem__)[: -(-len(choices) // 4)]
+            for place, choices in left.items()
+        }
+    chosen = {place: min(choices, key=costs.of[place].__getitem__) for place, choices in left.items()}
+    found = _Tuned(chosen, tried, costs.failures)
+    if ablation.tuning.edges == "extend":
+        _extend(ablation, found, costs)
+    return found
+
+
+class _Costs:
+    """What tuning minimises: sums over seeds, by (scenario, strategy) and options."""
+
+    def __init__(self, pool: ProcessPoolExecutor, ablation: Ablation, log: Path) -> None:
+        self._pool, self._ablation, self._log = pool, ablation, log
+        self.of: dict[tuple[str, str], dict[Chosen, float]] = defaultdict(lambda: defaultdict(float))
+        self.failures: dict[Path, str] = {}
+
+    def add(self, choices: Mapping[tuple[str, str], Sequence[Chosen]], seeds: Sequence[int]) -> None:
+        """Those of some choices with some seeds."""
+        ablation = self._ablation
+        assert ablation.tuning is not None
+        trials = [
+            trial(ablation, *place, seed, options)
+            for place, some in choices.items()
+            for options in some
+            for seed in seeds
+        ]
+        measured = _benchmarks([ablation.tuning.measure])
+        self.failures |= _run_all(self._pool, ablation, trials, self._log, measured)
+        for each in trials:
+            self.of[each.scenario, each.strategy][each.options] += _cost(ablation, each, self.failures)
+
+
+def _extend(ablation: Ablation, found: _Tuned, costs: _Costs) -> None:
+    """Try the next number beyond every edge, one option at a time, until none of them is better."""
+    assert ablation.tuning is not None
+    for _ in range(_FURTHEST):
+        further: dict[tuple[str, str], dict[str, Chosen]] = defaultdict(dict)
+        for place, chosen in found.chosen.items():
+            for name in edges(found.tried[place], chosen):
+                next_ones = beyond(found.tried[place][name], dict(chosen)[name])
+                options = _possible(ablation, place, chosen, name, next_ones)
+                if options is not None:
+                    further[place][name] = options
+        if not further:
+            return
+        costs.add({place: list(each.values()) for place, each in further.items()}, ablation.tuning.seeds)
+        for place, each in further.items():
+            cost, before = costs.of[place].__getitem__, found.chosen[place]
+            best = found.chosen[place] = min([before, *each.values()], key=cost)
+            for name, options in each.items():
+                # What would have been better, too, is tried again beside the one that was best.
+                if options is best or cost(options) >= cost(before):
+                    among = found.tried[place][name]
+                    found.tried[place][name] = sorted({*among, dict(options)[name]})
+
+
+def _possible(
+    ablation: Ablation, place: tuple[str, str], chosen: Chosen, name: str, values: Sequence[float]
+) -> Chosen | None:
+    """Options with the first of some values that the strategy takes; None where it takes none."""
+    from fedcmp.pipeline.errors import UserError
+
+    for value in values:
+        options = tuple((each, value if each == name else old) for each, old in chosen)
+        try:
+            trial(ablation, *place, ablation.seeds[0], options)
+        except UserError:
+            continue
+        return options
+    return None
 
 
 def _cost(ablation: Ablation, tried: Trial, failures: Mapping[Path, str]) -> float:
