@@ -88,6 +88,7 @@ def _train(
 ) -> Run:
     from fedcmp.federate.outgoing.residuals import RESIDUALS
     from fedcmp.federate.privacy.accounting import resolved
+    from fedcmp.federate.server.arrivals import ARRIVALS, Arrivals
     from fedcmp.federate.server.fusion import Secure
     from fedcmp.federate.server.progress import Progress
     from fedcmp.federate.server.rounds import run_rounds
@@ -110,7 +111,10 @@ def _train(
         rows = history.read(out / history.HISTORY)
         before = [row for row in rows if row["round"] < saved.round]
         seen = Tracked(experiment.experiment, experiment.run, print_of_run, wanted, out)
-        with tracked(experiment.tracker, seen, before) as track:
+        with (
+            tracked(experiment.tracker, seen, before) as track,
+            Arrivals(out / ARRIVALS).opened() as arrivals,
+        ):
             done = run_rounds(
                 saved,
                 strategy,
@@ -120,6 +124,7 @@ def _train(
                 history_path=out / history.HISTORY,
                 track=track,
                 checkpoint=lambda state: state.save(checkpoint_path, print_of_run),
+                arrivals=arrivals,
                 secure=Secure(engine.exchange, options.privacy.threshold)
                 if options.privacy and options.secure
                 else None,
