@@ -9,19 +9,30 @@ import click
 
 @click.command()
 @click.argument("configs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--jobs", type=click.IntRange(1), help="Runs at a time; all cores by default, 1 with a GPU.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    help="Runs at a time; by default one a GPU, or a core without any.",
+)
+@click.option(
+    "--worker",
+    metavar="I/N",
+    help="Share the runs with other workers, and write no tables; 'auto' asks Slurm or torchrun.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Markdown; build/ablations/NAME.md by default.")
-def ablate(configs: tuple[Path, ...], jobs: int | None, out: Path | None) -> None:
+def ablate(configs: tuple[Path, ...], jobs: int | None, worker: str | None, out: Path | None) -> None:
     """Compare strategies over scenarios and seeds, sharing equal local training.
 
     Options given as lists are chosen on the tuning seeds' validation split; where the best value is the
     first or last of its list, the command ends with an error. Interrupted, the same command goes on; runs
-    that are done are not done again.
+    that are done are not done again. Several workers may share them, on one machine or on many that see
+    the same files; the command without --worker then writes the tables.
 
     \b
     Example:
       fedcmp ablate configs/ablations/methods.toml
       fedcmp ablate configs/ablations/*.toml --out docs/results.md
+      fedcmp ablate configs/ablations/methods.toml --worker 0/2
     """
     from fedcmp.ablation.edges import at_edges
     from fedcmp.ablation.file import read_ablation
@@ -34,11 +45,16 @@ def ablate(configs: tuple[Path, ...], jobs: int | None, out: Path | None) -> Non
     out = out or Path("build/ablations") / f"{ablations[0].name}.md"
     sections: list[Section] = []
     edges: list[str] = []
-    for finished in sweep(ablations, jobs):
+    for finished in sweep(ablations, jobs, worker):
+        if worker is not None:
+            continue
         sections.append(section(finished))
         tuning = finished.ablation.tuning
         if tuning is not None and tuning.edges == "error":
             edges += at_edges(finished.ablation, finished.tuned)
+    if worker is not None:
+        say(f"All runs are done; 'fedcmp ablate {' '.join(map(str, configs))}' writes the tables")
+        return
     write(out, sections, configs)
     say(f"Tables and plots in {out}")
     if edges:
