@@ -1,8 +1,8 @@
 """An ablation of 24 small runs by one worker and by two side by side: python tests/bench_sweep.py [--small]
 
 Each worker makes one run at a time, in one process with one thread, so two quiet cores are enough. Runs share
-no training (no memo). Two must be 1.8 times as fast as one, with the same bytes. `--small` has 4 runs and does
-not ask for speed.
+no training (no memo). Two must be 1.8 times as fast as one, with the same bytes. `--small` has 4 runs and no
+gate on speed.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedcmp.federate.arithmetic.lazy import Lazy
+from fedcmp.federate.arithmetic.place import place
 from fedcmp.federate.arithmetic.updates import Update
 
 _DOUBLE_ROWS = 1024
@@ -89,21 +90,24 @@ class Matrices:
     def gram(self, weights: Mapping[str, float]) -> Tensor:
         """G; only blocks on and below the diagonal are computed, which halves the work."""
         rows = self.shape[0]
-        gram = torch.zeros(rows, rows, dtype=self.dtype)
+        gram = torch.zeros(rows, rows, dtype=self.dtype, device=place())
         blocks = [slice(first, min(first + _ROWS, rows)) for first in range(0, rows, _ROWS)]
-        for client, _, x in self.pieces():
+        for client, _, piece in self.pieces():
+            x = piece.to(gram.device)
             for block in blocks:
                 gram[block, : block.stop].addmm_(x[block], x[: block.stop].T, alpha=weights[client])
         for block in blocks:
             gram[: block.start, block] = gram[block, : block.start].T
-        return gram
+        return gram.cpu()
 
     def gram_times(self, weights: Mapping[str, float], right: Tensor) -> Tensor:
         """G Ω without ever forming G."""
-        product = torch.zeros_like(right)
-        for client, _, x in self.pieces():
-            product.addmm_(x, x.T @ right, alpha=weights[client])
-        return product
+        factor = right.to(place())
+        product = torch.zeros_like(factor)
+        for client, _, piece in self.pieces():
+            x = piece.to(factor.device)
+            product.addmm_(x, x.T @ factor, alpha=weights[client])
+        return product.cpu()
 
 
 def inner(a: Tensor, b: Tensor) -> float:
