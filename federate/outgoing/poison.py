@@ -14,7 +14,7 @@ from fedcmp.pipeline.config import Poison
 
 def poisoned(
     start: State, state: Mapping[str, Tensor], options: Poison, seed: int, client: str, round_: int
-) -> State:
+) -> Mapping[str, Tensor]:
     """What a bad site sends in place of its projector.
 
     `scaled` multiplies its update, `sign_flipped` turns it round and multiplies it, `random` sends noise
@@ -30,7 +30,7 @@ def poisoned(
         round_: Round of the run.
     """
     if options.kind == "captions":
-        return dict(state)
+        return state
     if options.kind == "not_finite":
         return {name: torch.full_like(old, torch.nan) for name, old in start.items()}
     update = {name: state[name] - old for name, old in start.items()}
