@@ -23,7 +23,7 @@ FEDCMP := $(PYTHON) -m fedcmp
 NAMED := --set 'experiment="$(EXPERIMENT)"'
 
 ABLATION ?= methods
-BENCHES := cache aggregation training generation sites gpu
+BENCHES := cache aggregation training generation sites sweep gpu
 
 export TOKENIZERS_PARALLELISM := false
 
@@ -41,7 +41,7 @@ help:
 	@echo "make study        the three stages on real weights and pictograms, downloaded once"
 	@echo "make ablate       compare strategies over scenarios and seeds: ABLATION=$(ABLATION)"
 	@echo "make results      every ablation of configs/ablations into docs/results.md"
-	@echo "make bench        speed and memory of cache, aggregation, training, answers and sites"
+	@echo "make bench        speed and memory of cache, aggregation, training, answers, sites and sweeps"
 	@echo "make test         lint, types and tests: exactly what CI runs"
 	@echo "make test-newest  tests with the newest releases of everything, warnings are errors"
 	@echo "make test-oldest  tests with the oldest releases that pyproject.toml allows"

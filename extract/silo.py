@@ -34,6 +34,7 @@ from fedcmp.pipeline.cache import (
     started_key,
     to_storage,
 )
+from fedcmp.pipeline.cache.format import images_in
 from fedcmp.pipeline.cache.int8 import SAMPLE_IMAGES
 from fedcmp.pipeline.config import Extract
 from fedcmp.pipeline.console import Task, say
@@ -113,9 +114,12 @@ def extract_silo(
     shards: list[str] = []
     resumed = 0
     layout = {"patches": encoder.patches, "d_vision": encoder.d_vision, "dtype": options.dtype}
+    shard_images = options.shard_images
+    if options.shard_mb is not None:
+        shard_images = images_in(options.shard_mb, encoder.patches, encoder.d_vision, options.dtype)
     with (
         open_writer(
-            path, identity, together=worker is not None, **layout, shard_images=options.shard_images
+            path, identity, together=worker is not None, **layout, shard_images=shard_images
         ) as writer,
         ThreadPoolExecutor(options.workers) as pool,
     ):
@@ -124,7 +128,7 @@ def extract_silo(
         quantiser = None
         if options.dtype == "int8":
             quantiser = writer.calibrate(lambda: _calibrate(source, encoder, options, pool))
-        for number, chunk in enumerate(chunks(_only_records(source, skipped), options.shard_images)):
+        for number, chunk in enumerate(chunks(_only_records(source, skipped), shard_images)):
             shards.append(fingerprint([record.id for record in chunk]))
             if worker is None or worker.owns(number):
                 with writer.claim(number) as mine:
@@ -140,7 +144,7 @@ def extract_silo(
             if not _all_finished(writer, recorded, shards):
                 done = f"{len(recorded)} of {len(shards)} shards; the rest is other workers'"
                 return Outcome(path, None, done, time.monotonic() - start)
-            _require_usable(path, writer.rows, skipped)
+            _require_usable(path, writer, skipped)
             cache = writer.commit(
                 {
                     "silo": path.stem,
@@ -166,10 +170,10 @@ def _all_finished(writer: CacheWriter, recorded: set[int], shards: Sequence[str]
     return all(shard in writer.held or _is_finished(writer, shard, ids) for shard, ids in enumerate(shards))
 
 
-def _require_usable(path: Path, rows: Sequence[Row], skipped: Sequence[Skipped]) -> None:
-    if any(row.status == 0 for row in rows):
+def _require_usable(path: Path, writer: CacheWriter, skipped: Sequence[Skipped]) -> None:
+    if any(row.status == 0 for row in writer.rows):
         return
-    first = [*(Skipped(row.id, row.reason) for row in rows), *skipped][:1]
+    first = [*(Skipped(row.id, row.reason) for row in islice(writer.rows, 1)), *skipped][:1]
     why = f"; first, {first[0].place}: {first[0].reason}" if first else "; the source is empty"
     raise UserError(f"{path}: not one image could be read{why}")
 

@@ -1,4 +1,4 @@
-"""Several processes at work on one cache: which shards are whose."""
+"""Several processes at work on the same thing: which parts are whose."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def _from_environment(environment: Mapping[str, str]) -> Worker:
             raise UserError(f"--worker auto: {name}={environment[name]} is not a number") from None
 
     slurm = f"{_SLURM}ID" in environment and f"{_SLURM}COUNT" in environment
-    ranks = "RANK" in environment and "WORLD_SIZE" in environment
-    if not slurm and not ranks:
+    ranks = _ranks(environment, slurm)
+    if not slurm and ranks is None:
         raise UserError(
-            f"--worker auto: neither {_SLURM}ID and {_SLURM}COUNT nor RANK and WORLD_SIZE are set; "
-            "start it as a Slurm array or with torchrun, or pass i/n"
+            f"--worker auto: none of {_SLURM}ID and {_SLURM}COUNT, SLURM_PROCID and SLURM_NTASKS, RANK and "
+            "WORLD_SIZE are set; start it as a Slurm array, with srun or with torchrun, or pass i/n"
         )
     task, tasks = 0, 1
     if slurm:
@@ -68,8 +68,16 @@ def _from_environment(environment: Mapping[str, str]) -> Worker:
                 f"--worker auto: task {environment[f'{_SLURM}ID']} of {tasks} from {first} has no place in "
                 "an even row; use --array=0-N"
             )
-    rank, world = (number("RANK", 0), number("WORLD_SIZE", 1)) if ranks else (0, 1)
-    if not 0 <= rank < world:
-        raise UserError(f"--worker auto: RANK={rank} is not below WORLD_SIZE={world}")
+    rank, world = (0, 1) if ranks is None else (number(ranks[0], 0), number(ranks[1], 1))
+    if ranks is not None and not 0 <= rank < world:
+        raise UserError(f"--worker auto: {ranks[0]}={rank} is not below {ranks[1]}={world}")
     # Several processes in each task of an array: every pair is a worker of its own.
     return Worker(task * world + rank, tasks * world)
+
+
+def _ranks(environment: Mapping[str, str], array: bool) -> tuple[str, str] | None:
+    """The variables that number processes within a task, None where there are none."""
+    # A batch script has SLURM_PROCID and SLURM_NTASKS, too: in an array only a step of srun counts.
+    total = "SLURM_STEP_NUM_TASKS" if array else "SLURM_NTASKS"
+    pairs = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("SLURM_PROCID", total))
+    return next((pair for pair in pairs if environment.keys() >= set(pair)), None)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from torch import Tensor
 
 from fedcmp.federate.arithmetic.updates import Measure, Objective, Sent, State
 
@@ -52,14 +55,14 @@ class LocalResult:
     """
 
     client: str
-    state: State
+    state: Mapping[str, Tensor]
     loss: float | None
     samples: int
     steps: int
     tokens: int | None
     seconds: float | None
     optimizer: dict[str, Any] | None = None
-    gradient: State | None = None
+    gradient: Mapping[str, Tensor] | None = None
     alignment: dict[str, float] | None = None
     recalled: bool = False
     sent: Sent | None = None

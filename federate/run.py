@@ -46,6 +46,7 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine]
     strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
     schedule = schedule_of(experiment, strategy)
     refuse(experiment, strategy, schedule)
+    server = _server(experiment)
     clients = (engine or LocalEngine)(experiment, schedule)
     out = experiment.run_path
     with locked(out / ".lock", str(out)):
@@ -61,11 +62,21 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine]
                 return made
             say(f"{out}: training again, because {'; '.join(changed)}")
         withdraw_manifest(out)
-        made = _train(experiment, strategy, schedule, clients, cards, wanted)
+        made = _train(experiment, strategy, schedule, clients, cards, wanted, server)
     if experiment.federate.rounds:
         _summary(experiment.run, made)
     say(f"Projector and history in {out}")
     return made
+
+
+def _server(experiment: Experiment) -> str:
+    """Device of the server's arithmetic."""
+    if experiment.federate.aggregation == "cpu":
+        return "cpu"
+    device = pick_device("auto")
+    if device == "cpu":
+        raise UserError("federate.aggregation = 'cuda': torch sees no CUDA device here; use 'cpu'")
+    return device
 
 
 def _damaged(run: Run) -> list[str]:
@@ -85,9 +96,12 @@ def _train(
     engine: Engine,
     cards: Mapping[str, SiloCard],
     wanted: dict[str, Any],
+    server: str,
 ) -> Run:
+    from fedcmp.federate.arithmetic.place import computing_on
     from fedcmp.federate.outgoing.residuals import RESIDUALS
     from fedcmp.federate.privacy.accounting import resolved
+    from fedcmp.federate.server.arrivals import ARRIVALS, Arrivals
     from fedcmp.federate.server.fusion import Secure
     from fedcmp.federate.server.progress import Progress
     from fedcmp.federate.server.rounds import run_rounds
@@ -110,7 +124,11 @@ def _train(
         rows = history.read(out / history.HISTORY)
         before = [row for row in rows if row["round"] < saved.round]
         seen = Tracked(experiment.experiment, experiment.run, print_of_run, wanted, out)
-        with tracked(experiment.tracker, seen, before) as track:
+        with (
+            tracked(experiment.tracker, seen, before) as track,
+            Arrivals(out / ARRIVALS).opened() as arrivals,
+            computing_on(server),
+        ):
             done = run_rounds(
                 saved,
                 strategy,
@@ -120,6 +138,7 @@ def _train(
                 history_path=out / history.HISTORY,
                 track=track,
                 checkpoint=lambda state: state.save(checkpoint_path, print_of_run),
+                arrivals=arrivals,
                 secure=Secure(engine.exchange, options.privacy.threshold)
                 if options.privacy and options.secure
                 else None,

@@ -25,7 +25,8 @@ class Extract(Options):
 
     `dtype` is what is stored, `compute_dtype` what the encoder computes in; `auto` is bfloat16 on
     CUDA and float32 on the CPU. `int8` halves a cache; its manifest says what that costs. `licence`
-    stands in the manifests, for those who receive the caches.
+    stands in the manifests, for those who receive the caches. `shard_mb` sets the size of a file of features
+    in place of `shard_images`: fewer and larger files where features are small.
     """
 
     encoder: Component
@@ -33,6 +34,7 @@ class Extract(Options):
     dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     shard_images: int = Field(256, ge=1)
+    shard_mb: float | None = Field(None, gt=0)
     batch_size: int = Field(64, ge=1)
     workers: int = Field(4, ge=1)
     licence: str | None = None
@@ -97,7 +99,8 @@ class Federate(Options):
     what the projector starts from instead of random weights: a LLaVA `mm_projector.bin`, a directory of
     Hugging Face's LLaVA, or a run or projector of ours. `checkpointing` keeps only the inputs of the LLM's
     layers for the backward pass and runs them again in it: a third of the memory, a third slower.
-    `compile` trains through torch.compile: a third faster on GPUs, equal up to rounding.
+    `compile` trains through torch.compile: a third faster on GPUs, equal up to rounding. `aggregation` is
+    where the server multiplies and decomposes matrices, equal up to rounding.
     """
 
     silos: tuple[Name, ...] = Field(min_length=1)
@@ -109,6 +112,7 @@ class Federate(Options):
     micro_batch: int | None = Field(None, ge=1)
     checkpointing: bool = False
     compile: bool = False
+    aggregation: Literal["cpu", "cuda"] = "cpu"
     projector: Component = Field(default_factory=lambda: Component(name="mlp2x_gelu"))
     initial: Path | None = None
     optimizer: Optimizer = Optimizer()
@@ -123,7 +127,8 @@ class Federate(Options):
         Args:
             without: Options to leave out.
         """
-        unused = {"passes"} if self.passes == 1 else set()
+        newer = {"passes": 1, "aggregation": "cpu"}
+        unused = {name for name, without_it in newer.items() if getattr(self, name) == without_it}
         return self.model_dump(mode="json", exclude={*without, *unused})
 
     @property

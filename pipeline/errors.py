@@ -20,6 +20,10 @@ class DivergedError(UserError):
     """Training left the finite numbers: the fault of options, not of files or machines."""
 
 
+class BusyError(UserError):
+    """Another process is at work on the same thing."""
+
+
 class DroppedOutError(UserError):
     """Too few clients stayed for a secure sum: run again when they are back."""
 

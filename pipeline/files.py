@@ -10,9 +10,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.errors import BusyError, UserError
 
 
 @contextmanager
@@ -25,25 +25,41 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         wait: Wait for another process instead of refusing.
 
     Raises:
-        UserError: Another process holds it.
+        BusyError: Another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"{what}: another process is at work on it; let it finish") from None
+            raise BusyError(f"{what}: another process is at work on it; let it finish") from None
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process, or another part of this one, holds a lock file."""
+    try:
+        with locked(path, str(path)):
+            return False
+    except BusyError:
+        return True
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that it is either whole or absent, also after a crash."""
+    with atomic(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that gets its name, and its place on the disk, when all went well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not the process id: containers on one shared file system all start at 1.
     temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:12]}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -1,5 +1,8 @@
 """Time, memory and accuracy of aggregation at LLaVA-1.5-7B size: python tests/bench_aggregation.py [--small]
 
+With `--clients 8,256 [--width 4096]`: the server's peak memory over whole rounds by number of clients, whose
+updates arrive one after the other. Needs 84 MB of disk a client at the full width.
+
 Eight clients, float32. Every method runs in a process of its own, so that its peak memory is its
 own. `naive` is the plain way: SVDs of each matrix's updates √p_k D_k, side by side and one below the other.
 The others run two rounds, the second with a memory; seconds are the faster round, memory is the
@@ -9,11 +12,15 @@ peak over both, with all libraries and without what they take before there are a
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +30,7 @@ from fedcmp.federate.arithmetic.updates import State, Update, data_weights
 from fedcmp.federate.strategies.base import Strategy
 from fedcmp.federate.strategies.fedavg import FedAvg
 from fedcmp.federate.strategies.fedcmp import FedCmp
+from fedcmp.pipeline.models.projector import content_hash
 
 CLIENTS = 8
 METHODS: dict[str, Strategy | None] = {
@@ -88,6 +96,12 @@ def peak() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
+def held() -> int:
+    """Resident memory of this process in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmRSS:")[1].split()[0])
+
+
 def measure(method: str, small: bool, out: Path) -> None:
     """One method in this process; writes the first round's new projector, and figures."""
     libraries = peak()
@@ -113,6 +127,95 @@ def measure(method: str, small: bool, out: Path) -> None:
     torch.save({key: tensor for key, tensor in memory.items() if "vectors/" in key}, out / "vectors.pt")
     figures = {"seconds": min(seconds), "memory": highest / sent, "own": (highest - libraries) / sent}
     torch.save(figures, out / "figures.pt")
+
+
+def serve(method: str, clients: int, width: int, folder: Path) -> None:
+    """Two rounds of the server in this process; prints bytes and seconds as JSON.
+
+    Bytes are what it takes at its peak beyond libraries, what the clients send, and what it leaves on disk.
+    """
+    from fedcmp.federate.messages import Job, LocalResult
+    from fedcmp.federate.server.arrivals import Arrivals
+    from fedcmp.federate.server.progress import Progress
+    from fedcmp.federate.server.rounds import run_rounds
+
+    shapes = {"linear_1.weight": (width, width // 4), "linear_1.bias": (width,)}
+    shapes |= {"linear_2.weight": (width, width), "linear_2.bias": (width,)}
+    seconds = [0.0]
+
+    def draw(seed: int, size: float, start: State) -> State:
+        generator, began = torch.Generator().manual_seed(seed), time.perf_counter()
+        new = {name: torch.randn(old.shape, generator=generator).mul_(size) for name, old in start.items()}
+        drawn = {name: step.add_(start[name]) for name, step in new.items()}
+        seconds[0] -= time.perf_counter() - began
+        return drawn
+
+    def train(jobs: Sequence[Job]) -> Iterator[LocalResult]:
+        for place, job in enumerate(jobs):
+            # Some are far too long, so that they are shortened.
+            size = 1e-3 if place % 8 else 1e-2
+            yield LocalResult(job.client, draw(place, size, job.start), 1.0, 1 + place, 1, 1, 1.0)
+
+    def rounds(shapes: dict[str, tuple[int, ...]], clients: int, folder: Path) -> State:
+        state = draw(0, 0.02, {name: torch.zeros(shape) for name, shape in shapes.items()})
+        names = [f"client{place:03d}" for place in range(clients)]
+        strategy = METHODS[method]
+        assert strategy is not None
+        with Arrivals(folder / "arrivals").opened() as arrivals:
+            return run_rounds(
+                Progress(state, memory=strategy.begin(state, dict.fromkeys(names, 1))),
+                strategy,
+                [names, names],
+                train,
+                carry=False,
+                history_path=folder / "history.jsonl",
+                checkpoint=lambda progress: progress.save(folder / "checkpoint.pt", ""),
+                arrivals=arrivals,
+            ).state
+
+    # Libraries are loaded when they are first used.
+    rounds({name: tuple(16 for _ in shape) for name, shape in shapes.items()}, 2, folder)
+    libraries = held()
+    Path("/proc/self/clear_refs").write_text("5")
+    began, seconds[0] = time.perf_counter(), 0.0
+    state = rounds(shapes, clients, folder)
+    sent = clients * sum(tensor.nbytes for tensor in state.values())
+    figures = {
+        "peak": peak() - libraries,
+        "sent": sent,
+        "left": sum(file.stat().st_size for file in (folder / "arrivals").glob("*")),
+        "seconds": time.perf_counter() - began + seconds[0],
+        "sha256": content_hash(state),
+    }
+    print(json.dumps(figures))
+
+
+def served(method: str, clients: int, width: int) -> dict[str, Any]:
+    """`serve` in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        command = [sys.executable, __file__, "--serve", method, str(clients), str(width), folder]
+        # So that what is measured is what is asked for, and not what the allocator keeps of it.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        return dict(json.loads(done.stdout))
+
+
+def by_clients(clients: Sequence[int], width: int) -> int:
+    """Peak memory and seconds of FedAvg and Fed-CMP by number of clients."""
+    print(f"projector of {width} x {width // 4} and {width} x {width}, two rounds, one thread a core")
+    print(f"{'':14}{'clients':>8}{'sent MB':>9}{'peak MB':>9}{'seconds':>9}")
+    missed = 0
+    for method in ("fedavg", "exact"):
+        figures = {number: served(method, number, width) for number in clients}
+        for number, each in figures.items():
+            sent, most = each["sent"] / 1e6, each["peak"] / 1e6
+            print(f"{method:14}{number:8}{sent:9.0f}{most:9.0f}{each['seconds']:9.1f}", flush=True)
+        growth = figures[clients[-1]]["peak"] / figures[clients[0]]["peak"]
+        missed += growth > 1.2
+        verdict = "passed" if growth <= 1.2 else "MISSED"
+        what = f"{method}: memory with {clients[-1]} clients / with {clients[0]}"
+        print(f"{verdict}: {what}: {growth:.2f} (at most 1.2)", flush=True)
+    return 1 if missed else 0
 
 
 def energy(basis: torch.Tensor, name: str, state: State, updates: list[Update], best: torch.Tensor) -> float:
@@ -178,5 +281,12 @@ if __name__ == "__main__":
     if "--method" in sys.argv:
         at = sys.argv.index("--method")
         measure(sys.argv[at + 1], "--small" in sys.argv, Path(sys.argv[at + 2]))
+    elif "--serve" in sys.argv:
+        name, number, wide, place = sys.argv[sys.argv.index("--serve") + 1 :]
+        serve(name, int(number), int(wide), Path(place))
+    elif "--clients" in sys.argv:
+        numbers = [int(each) for each in sys.argv[sys.argv.index("--clients") + 1].split(",")]
+        wide_ = int(sys.argv[sys.argv.index("--width") + 1]) if "--width" in sys.argv else 4096
+        sys.exit(by_clients(numbers, wide_))
     else:
         sys.exit(main("--small" in sys.argv))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from math import sqrt
 from pathlib import Path
@@ -338,10 +338,11 @@ def test_a_round_that_is_done_again_is_a_further_release(
     experiment = private(*options)
     counted = server.usable
 
-    def dies(jobs: list[Job], *rest: Any) -> Any:
+    def dies(jobs: list[Job], results: Iterable[Any], *rest: Any) -> Any:
         if jobs[0].round == 1:
+            list(results)
             raise KeyboardInterrupt
-        return counted(jobs, *rest)
+        return counted(jobs, results, *rest)
 
     monkeypatch.setattr(server, "usable", dies)
     with pytest.raises(KeyboardInterrupt):

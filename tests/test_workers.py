@@ -244,6 +244,28 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         ("3/4", {"RANK": "9"}, Worker(3, 4)),
         ("auto", {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "8"}, Worker(2, 8)),
         ("auto", {"RANK": "1", "WORLD_SIZE": "2"}, Worker(1, 2)),
+        ("auto", {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, Worker(3, 4)),
+        ("auto", {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "RANK": "0", "WORLD_SIZE": "2"}, Worker(0, 2)),
+        (
+            "auto",
+            {
+                "SLURM_ARRAY_TASK_ID": "1",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_PROCID": "1",
+                "SLURM_STEP_NUM_TASKS": "2",
+            },
+            Worker(3, 6),
+        ),
+        (
+            "auto",
+            {
+                "SLURM_ARRAY_TASK_ID": "1",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "2",
+            },
+            Worker(1, 3),
+        ),
         (
             "auto",
             {
@@ -279,6 +301,7 @@ def test_who_is_who(text: str, environment: dict[str, str], worker: Worker) -> N
         ("auto", {}, "SLURM_ARRAY_TASK_ID"),
         ("auto", {"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x is not a number"),
         ("auto", {"RANK": "2", "WORLD_SIZE": "2"}, "not below"),
+        ("auto", {"SLURM_PROCID": "2", "SLURM_NTASKS": "2"}, "SLURM_PROCID=2 is not below SLURM_NTASKS=2"),
         ("auto", {"SLURM_ARRAY_TASK_ID": "9", "SLURM_ARRAY_TASK_COUNT": "3"}, "--array=0-N"),
     ],
 )

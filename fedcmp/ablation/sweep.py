@@ -13,19 +13,29 @@ from typing import TYPE_CHECKING
 
 from fedcmp.ablation.edges import Tried, at_edges, beyond, edges, numbers
 from fedcmp.ablation.file import Ablation, Chosen, Trial, component, grid, plugins_of, trial
+from fedcmp.ablation.processes import Crew, crew, machine
+from fedcmp.extract.workers import Worker, parse
 
 if TYPE_CHECKING:
-    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures import Future
 
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_CLAIM = ".ablate.lock"
+_POLL = 0.5
 
 
 @dataclass(frozen=True)
 class _Done:
-    """What came of a trial: why it diverged, if it did, and the CPU seconds that it took."""
+    """What came of a trial.
 
-    failure: str
-    seconds: float
+    Attributes:
+        failure: Why it diverged, if it did.
+        seconds: CPU seconds that it took.
+        busy: The lock file of another process that is at work on it, if one is.
+    """
+
+    failure: str = ""
+    seconds: float = 0.0
+    busy: Path | None = None
 
 
 _FURTHEST = 8
@@ -52,22 +62,31 @@ class Finished:
     tried: dict[tuple[str, str], Tried]
 
 
-def sweep(ablations: Sequence[Ablation], jobs: int | None = None) -> Iterator[Finished]:
+def sweep(
+    ablations: Sequence[Ablation], jobs: int | None = None, worker: str | None = None
+) -> Iterator[Finished]:
     """Do all runs of ablations that are not done yet, one ablation after the other.
+
+    Any number of these may be at work on the same files. Each begins with runs of its own, goes on with those
+    that nobody has begun or whose process was killed, and waits in the end for those of others: what comes
+    next may depend on their scores.
 
     Args:
         ablations: What to compare.
-        jobs: Runs at a time; all cores by default, 1 with a GPU.
+        jobs: Runs at a time; by default one on each GPU or, without any, core.
+        worker: `i/n` or `auto` (`extract.workers`), where several share the work.
 
     Raises:
         UserError: An option or measure of any of them is wrong, before anything is computed; a best value
             lies at the edge of its grid; a process was killed.
     """
+    us = Worker(0, 1) if worker is None else parse(worker, os.environ)
     for ablation in ablations:
         _check(ablation)
-    with _pool(jobs) as pool:
+    with crew(jobs, us, machine(us, worker == "auto", os.environ)) as pool:
         for ablation in ablations:
-            log = Path("build/ablations") / f"{ablation.name}.log"
+            number = "" if worker is None else f"-{us.index}-of-{us.count}"
+            log = Path("build/ablations") / f"{ablation.name}{number}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             tuned = _tuned(pool, ablation, log)
             _require_tuned(ablation, tuned)
@@ -133,7 +152,7 @@ class _Tuned:
     failures: dict[Path, str]
 
 
-def _tuned(pool: ProcessPoolExecutor, ablation: Ablation, log: Path) -> _Tuned:
+def _tuned(pool: Crew, ablation: Ablation, log: Path) -> _Tuned:
     """Options of every strategy in every scenario, chosen where there is a choice."""
     places = [(scenario, name) for name in ablation.strategies for scenario in ablation.scenarios]
     left = {(scenario, name): list(grid(ablation, name)) for scenario, name in places}
@@ -158,7 +177,7 @@ def _tuned(pool: ProcessPoolExecutor, ablation: Ablation, log: Path) -> _Tuned:
 class _Costs:
     """What tuning minimises: sums over seeds, by (scenario, strategy) and options."""
 
-    def __init__(self, pool: ProcessPoolExecutor, ablation: Ablation, log: Path) -> None:
+    def __init__(self, pool: Crew, ablation: Ablation, log: Path) -> None:
         self._pool, self._ablation, self._log = pool, ablation, log
         self.of: dict[tuple[str, str], dict[Chosen, float]] = defaultdict(lambda: defaultdict(float))
         self.failures: dict[Path, str] = {}
@@ -232,7 +251,7 @@ def _benchmarks(measures: Sequence[str]) -> tuple[str, ...]:
 
 
 def _run_all(
-    pool: ProcessPoolExecutor, ablation: Ablation, trials: list[Trial], log: Path, benchmarks: tuple[str, ...]
+    pool: Crew, ablation: Ablation, trials: list[Trial], log: Path, benchmarks: tuple[str, ...]
 ) -> dict[Path, str]:
     """Extract, train and score; returns why runs diverged, if any did."""
     caches = list({trial.experiment.features: trial for trial in trials}.values())
@@ -241,31 +260,47 @@ def _run_all(
 
 
 def _each(
-    pool: ProcessPoolExecutor,
+    pool: Crew,
     work: Work,
     trials: list[Trial],
     benchmarks: tuple[str, ...],
     log: Path,
     title: str,
 ) -> dict[Path, str]:
-    from concurrent.futures import as_completed
+    from concurrent.futures import FIRST_COMPLETED, wait
     from concurrent.futures.process import BrokenProcessPool
 
     from fedcmp.pipeline.console import progress, say
     from fedcmp.pipeline.errors import UserError
+    from fedcmp.pipeline.files import is_locked
 
     failures = {}
     seconds = 0.0
+    others: dict[Path, list[Trial]] = defaultdict(list)
+    futures: dict[Future[_Done], Trial] = {}
     with progress(title, len(trials), "runs") as task:
-        futures = {pool.submit(work, trial, benchmarks, log): trial for trial in trials}
+        # Own ones first: two workers seldom want the same, and neither is idle while anything is left.
+        own = sorted(range(len(trials)), key=lambda place: (place - pool.worker.index) % pool.worker.count)
+        begin = [trials[place] for place in own]
         try:
-            for future in as_completed(futures):
-                done, run = future.result(), futures[future].experiment.run_path
-                seconds += done.seconds
-                if done.failure:
-                    failures[run] = done.failure
-                    say(f"{run}: {done.failure}")
-                task.advance()
+            while begin or futures or others:
+                futures |= {pool.submit(work, trial, benchmarks, log): trial for trial in begin}
+                finished, _ = wait(futures, _POLL if others else None, FIRST_COMPLETED)
+                for future in finished:
+                    done, tried = future.result(), futures.pop(future)
+                    seconds += done.seconds
+                    if done.busy is not None:
+                        others[done.busy].append(tried)
+                        continue
+                    if done.failure:
+                        failures[tried.experiment.run_path] = done.failure
+                        say(f"{tried.experiment.run_path}: {done.failure}")
+                    task.advance()
+                if others and not futures:
+                    task.note(f"waiting for {sum(map(len, others.values()))} of other workers")
+                    time.sleep(_POLL)
+                free = [lock for lock in others if not is_locked(lock)]
+                begin = [trial for lock in free for trial in others.pop(lock)]
         except BrokenProcessPool:
             raise UserError(
                 f"{title}: a process was killed, perhaps for lack of memory; run the same command with "
@@ -276,73 +311,36 @@ def _each(
     return failures
 
 
-@contextmanager
-def _pool(jobs: int | None) -> Iterator[ProcessPoolExecutor]:
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import active_children, get_context
-
-    from fedcmp.pipeline.models.device import pick_device
-
-    size = jobs or (1 if pick_device("auto") != "cpu" else os.cpu_count() or 1)
-    # Also LAPACK's threads, which are counted when it is loaded.
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ |= dict.fromkeys(_THREADS, "1")
-    pool = ProcessPoolExecutor(size, get_context("spawn"), _begin_worker)
-    try:
-        yield pool
-    except BaseException:
-        # What is under way may take hours; it is resumed from its last round.
-        for worker in active_children():
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
-def _begin_worker() -> None:
-    """One thread a run: two runs on two cores are faster than one run on both."""
-    import signal
-    import threading
-
-    import torch
-
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    """A parent that was killed must not leave runs behind that hold their locks."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
 def _extract(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> _Done:
     from fedcmp.extract.run import run
+    from fedcmp.pipeline.errors import BusyError
+    from fedcmp.pipeline.files import locked
 
-    began = time.process_time()
-    with _logged(log):
-        run(trial.experiment, only=(), overwrite=False)
-    return _Done("", time.process_time() - began)
+    began, claim = time.process_time(), trial.experiment.features / _CLAIM
+    try:
+        with locked(claim, str(trial.experiment.features)), _logged(log):
+            run(trial.experiment, only=(), overwrite=False)
+    except BusyError:
+        return _Done(busy=claim)
+    return _Done(seconds=time.process_time() - began)
 
 
 def _run(trial: Trial, benchmarks: tuple[str, ...], log: Path) -> _Done:
     from fedcmp.evaluate.run import evaluate_run
     from fedcmp.federate.run import run
-    from fedcmp.pipeline.errors import DivergedError
+    from fedcmp.pipeline.errors import BusyError, DivergedError
+    from fedcmp.pipeline.files import locked
 
-    began, failure = time.process_time(), ""
-    with _logged(log):
-        try:
+    began, failure, out = time.process_time(), "", trial.experiment.run_path
+    try:
+        # Of training and scores together; a run that diverged leaves neither, and whoever comes next tries.
+        with locked(out / _CLAIM, str(out)), _logged(log):
             run(trial.experiment)
             evaluate_run(trial.experiment, benchmarks)
-        except DivergedError as error:
-            failure = str(error)
+    except BusyError:
+        return _Done(busy=out / _CLAIM)
+    except DivergedError as error:
+        failure = str(error)
     return _Done(failure, time.process_time() - began)
 
 

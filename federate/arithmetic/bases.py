@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedcmp.federate.arithmetic.matrices import Matrices
+from fedcmp.federate.arithmetic.place import place
 
 
 def agreement_by_direction(matrices: Matrices, shares: Mapping[str, float], basis: Tensor) -> Tensor:
@@ -57,13 +58,24 @@ def canonical_basis(gram: Tensor, rank: int | None = None, energy: float = 1.0) 
         U `(d_out, r)` with orthonormal columns, and e `(r,)`.
     """
     # In float32 the error, relative to e_1, is that of the smallest values that equalisation tells apart.
-    # SciPy's LAPACK takes three quarters of the time of the one in torch's wheels.
-    square = gram.to(torch.float64, copy=True).numpy()
-    found = scipy.linalg.eigh(square, driver="evd", overwrite_a=True, check_finite=False)
-    values, vectors = (torch.from_numpy(each) for each in found)
+    values, vectors = eigenpairs(gram.to(torch.float64, copy=True), place())
     values = values.flip(0).clamp_(min=0)
     size = leading(values, rank, energy, float(values.sum()))
     return vectors[:, len(values) - size :].to(gram.dtype).flip(1), values[:size].to(gram.dtype)
+
+
+def eigenpairs(square: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of a symmetric matrix, smallest first, and its eigenvectors, computed on a device.
+
+    The matrix may be overwritten.
+    """
+    if device.type == "cpu":
+        # SciPy's LAPACK takes three quarters of the time of the one in torch's wheels.
+        found = scipy.linalg.eigh(square.numpy(), driver="evd", overwrite_a=True, check_finite=False)
+        values, vectors = (torch.from_numpy(each) for each in found)
+        return values, vectors
+    values, vectors = torch.linalg.eigh(square.to(device))
+    return values.cpu(), vectors.cpu()
 
 
 def randomised_basis(times: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ class Open(Cohort):
         return data_weights(self._updates)
 
     def shorten(self, longest: float) -> Weights:
-        """Only updates that are too long are copied."""
+        """Updates that are too long are shortened wherever they are used."""
         norms = {update.client: norm(self._state, update.state) for update in self._updates}
         samples = {update.client: update.samples for update in self._updates}
         found = factors(norms, usual_norms(norms, samples), longest)

@@ -12,12 +12,14 @@ from math import fsum, sqrt
 from statistics import median
 
 import torch
+from torch import Tensor
 
+from fedcmp.federate.arithmetic.lazy import Lazy
 from fedcmp.federate.arithmetic.matrices import inner
 from fedcmp.federate.arithmetic.updates import State, Update
 
 
-def norm(start: State, state: State) -> float:
+def norm(start: State, state: Mapping[str, Tensor]) -> float:
     """‖D‖ of an update from `start` to `state`, over all parameters together."""
     deltas = (state[name] - old for name, old in start.items())
     return sqrt(fsum(inner(delta, delta) for delta in deltas))
@@ -50,8 +52,9 @@ def shortened(state: State, update: Update, factor: float) -> Update:
     """The update with W + s D_k in place of W_k; itself where s = 1."""
     if factor == 1:
         return update
-    moved = {
-        name: torch.lerp(old.double(), update.state[name].double(), factor).to(old.dtype)
-        for name, old in state.items()
-    }
-    return replace(update, state=moved)
+
+    def moved(name: str) -> Tensor:
+        old = state[name]
+        return torch.lerp(old.double(), update.state[name].double(), factor).to(old.dtype)
+
+    return replace(update, state=Lazy(state, moved))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from fedcmp.federate.arithmetic.lazy import Lazy
 
 State = dict[str, Tensor]
 
@@ -20,6 +22,7 @@ Measure = Literal["likelihood", "cka"]
 
 
 _PIECE = 2**16
+_STACK = 2**21
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Update:
 
     Attributes:
         client: Its name.
-        state: Its projector, float32.
+        state: Its projector, float32; perhaps in a file, and read anew whenever a tensor is asked for.
         samples: Samples of this round.
         steps: Local optimiser steps of this round.
         gradient: Mean stochastic gradient of the loss along the local path, where the strategy
@@ -49,10 +52,10 @@ class Update:
     """
 
     client: str
-    state: State
+    state: Mapping[str, Tensor]
     samples: int
     steps: int = 1
-    gradient: State | None = None
+    gradient: Mapping[str, Tensor] | None = None
     alignment: dict[str, float] | None = None
 
 
@@ -75,7 +78,7 @@ def check(state: State, updates: Sequence[Update]) -> None:
                 raise ValueError(f"client '{update.client}' sent an alignment of {name} that is not finite")
 
 
-def _check_state(expected: State, sent: State, client: str, what: str = "") -> None:
+def _check_state(expected: State, sent: Mapping[str, Tensor], client: str, what: str = "") -> None:
     if sent.keys() != expected.keys():
         raise ValueError(f"client '{client}' sent other keys than the global projector's")
     for name, tensor in sent.items():
@@ -102,13 +105,32 @@ def weighted_sum(tensors: Mapping[str, Tensor], weights: Mapping[str, float]) ->
     return total
 
 
-def deltas(name: str, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
-    """D_k = W_k - W of one parameter by client, float64, in order of client names."""
-    old = state[name].double()
-    return {
-        update.client: update.state[name].double() - old
-        for update in sorted(updates, key=lambda update: update.client)
-    }
+def deltas(name: str, state: State, updates: Sequence[Update]) -> Mapping[str, Tensor]:
+    """D_k = W_k - W of one parameter by client, float64, in order of client names; made when asked for."""
+    old, of = state[name].double(), {update.client: update.state for update in updates}
+    return Lazy(sorted(of), lambda client: of[client][name].double() - old)
+
+
+def by_coordinate(
+    name: str, state: State, updates: Sequence[Update], rule: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What a rule makes of D_k of one parameter, coordinate by coordinate.
+
+    Args:
+        name: Of the parameter.
+        state: W.
+        updates: W_k.
+        rule: `(clients, n)` float64, in order of client names, to `(n,)`.
+    """
+    ordered, old = sorted(updates, key=lambda update: update.client), state[name].reshape(-1)
+    fused = torch.empty(old.shape, dtype=torch.float64)
+    size = max(_STACK // len(ordered), 1)
+    for start in range(0, len(old), size):
+        some = slice(start, start + size)
+        before = old[some].double()
+        each = [update.state[name].reshape(-1)[some].double() - before for update in ordered]
+        fused[some] = rule(torch.stack(each))
+    return fused.view(state[name].shape)
 
 
 def mean_update(state: State, updates: Sequence[Update], weights: Mapping[str, float] | None = None) -> State:

@@ -53,7 +53,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 def alignment_contributions(
     model: VisionLanguage,
     start: State,
-    trained: State,
+    trained: Mapping[str, Tensor],
     batches: Iterable[Batch],
     measure: Measure,
 ) -> dict[str, float]:
@@ -69,7 +69,7 @@ def alignment_contributions(
     """
     device = next(model.projector.parameters()).device
     matrices = [name for name, tensor in trained.items() if tensor.ndim == 2]
-    variants = {"": trained} | {matrix: _without(matrix, start, trained) for matrix in matrices}
+    variants = {"": dict(trained)} | {matrix: _without(matrix, start, trained) for matrix in matrices}
     variants = {name: {n: t.to(device) for n, t in state.items()} for name, state in variants.items()}
     aligned = _likelihoods if measure == "likelihood" else _ckas
     of = aligned(model, variants, batches)
@@ -104,7 +104,7 @@ def _ckas(model: VisionLanguage, variants: Mapping[str, State], batches: Iterabl
     return {name: linear_cka(torch.cat(x), y) for name, x in visual.items()}
 
 
-def _without(matrix: str, start: State, trained: State) -> State:
+def _without(matrix: str, start: State, trained: Mapping[str, Tensor]) -> State:
     """The trained weights, with one layer as it was at the start."""
     layer = matrix.rpartition(".")[0] + "."
     return {name: start[name] if name.startswith(layer) else tensor for name, tensor in trained.items()}

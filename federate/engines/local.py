@@ -53,12 +53,14 @@ class LocalEngine(Engine):
         with progress(self._experiment.run, steps, "steps") as task:
             advance = task.advance
 
-            def train(jobs: Sequence[Job]) -> Sequence[LocalResult]:
-                results = site(jobs)
-                losses = [result.loss for result in results if result.loss is not None]
+            def train(jobs: Sequence[Job]) -> Iterator[LocalResult]:
+                losses, together = [], self._experiment.federate.together
+                for first in range(0, len(jobs), together):
+                    for result in site(jobs[first : first + together]):
+                        losses += [] if result.loss is None else [result.loss]
+                        yield result
                 if losses:
                     task.note(f"round {jobs[0].round + 1}: loss {fmean(losses):.3f}")
-                return results
 
             yield train
 

@@ -53,11 +53,11 @@ class _Offer:
 class _Round:
     """Messages on their way, and what came of them."""
 
-    requests: Mapping[str, Payload]
+    requests: Mapping[str, dict[str, Any]]
     deadline: float
     read: Callable[[str, Any], Any]
     waiting: dict[str, tuple[str, int]] = field(default_factory=dict)
-    replies: dict[str, Any] = field(default_factory=dict)
+    answered: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -65,7 +65,7 @@ class _Round:
         """Silos that nothing was sent to, or whose site left before it answered."""
         busy = {silo for silo, _ in self.waiting.values()}
         return [
-            s for s in self.requests if s not in busy and s not in self.replies and s not in self.failures
+            s for s in self.requests if s not in busy and s not in self.answered and s not in self.failures
         ]
 
 
@@ -152,8 +152,8 @@ class Sites(Engine):
     def _quorum(self, clients: int) -> int:
         return min(self._experiment.sites.quorum or clients, clients)
 
-    def _train(self, jobs: Sequence[Job]) -> list[LocalResult]:
-        """One round."""
+    def _train(self, jobs: Sequence[Job]) -> Iterator[LocalResult]:
+        """One round; an answer is not kept here once it is given on."""
         began, needed = time.monotonic(), self._quorum(len(jobs))
         requests = {job.client: {"kind": "train", "job": job_as_dict(job)} for job in jobs}
         of = {job.client: job for job in jobs}
@@ -161,20 +161,21 @@ class Sites(Engine):
         def read(silo: str, reply: Any) -> LocalResult:
             return answers.trained(reply, of[silo], self._cards[silo], self._experiment)
 
-        round_ = self._ask(requests, needed, read)
-        results = dict(round_.replies)
+        round_ = self._begun(requests, read)
+        for _, result in self._exchange(round_, needed):
+            yield result
+        answered = len(round_.answered)
         missing = "; ".join(f"{silo}: {reason}" for silo, reason in sorted(round_.failures.items()))
         name = f"round {jobs[0].round + 1} of {jobs[0].rounds}"
-        if len(results) < needed:
+        if answered < needed:
             raise UserError(
-                f"{name}: {len(results)} of {len(jobs)} sites answered, fewer than the {needed} of "
+                f"{name}: {answered} of {len(jobs)} sites answered, fewer than the {needed} of "
                 f"sites.quorum ({missing}); run this again to go on after round {jobs[0].round}"
             )
         say(
-            f"{name}: {len(results)} of {len(jobs)} sites in {time.monotonic() - began:.1f} s"
+            f"{name}: {answered} of {len(jobs)} sites in {time.monotonic() - began:.1f} s"
             + (f"; missing: {missing}" if missing else "")
         )
-        return [results[job.client] for job in jobs if job.client in results]
 
     def traffic(self) -> tuple[int, int]:
         """Bytes of messages, before Flower spares what it has sent already."""
@@ -185,35 +186,34 @@ class Sites(Engine):
     def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """A step of a secure round; sites that do not answer in time have dropped out of it."""
         asked = {silo: {"kind": "secure", "step": step} for silo, step in requests.items()}
-        round_ = self._ask(asked, 1, lambda silo, reply: answers.stepped(reply))
+        round_ = self._begun(asked, lambda silo, reply: answers.stepped(reply))
+        replies = dict(self._exchange(round_, 1))
         for silo, reason in sorted(round_.failures.items()):
             say(f"{silo} dropped out of the secure sum: {reason}")
-        return round_.replies
+        return replies
 
-    def _ask(
-        self, requests: Mapping[str, dict[str, Any]], enough: int, read: Callable[[str, Any], Any]
-    ) -> _Round:
-        """Send every site its request, with what both have agreed to, and gather the answers."""
+    def _begun(self, requests: Mapping[str, dict[str, Any]], read: Callable[[str, Any], Any]) -> _Round:
+        """Every site's request, with what both have agreed to."""
         agreed = terms(self._experiment, next(iter(self._cards.values())))
-        payloads = {
-            silo: pack(request | {"silo": silo, "terms": agreed}) for silo, request in requests.items()
-        }
-        round_ = _Round(payloads, time.monotonic() + self._experiment.sites.round_timeout, read)
-        self._exchange(round_, enough)
-        return round_
+        whole = {silo: request | {"silo": silo, "terms": agreed} for silo, request in requests.items()}
+        return _Round(whole, time.monotonic() + self._experiment.sites.round_timeout, read)
 
-    def _exchange(self, round_: _Round, enough: int) -> None:
-        """Send requests and gather answers, until nothing more can come or time is up."""
+    def _exchange(self, round_: _Round, enough: int) -> Iterator[tuple[str, Any]]:
+        """Send requests and gather answers, until nothing more can come or time is up.
+
+        Requests become bytes when they are sent: those of all sites at once would be many projectors.
+        """
         while time.monotonic() < round_.deadline:
             self._look()
             for silo in round_.unsent:
                 if silo in self._node:
                     seconds = round_.deadline - time.monotonic()
-                    message = self._link.send(self._node[silo], "train", round_.requests[silo], seconds)
+                    payload = pack(round_.requests[silo])
+                    message = self._link.send(self._node[silo], "train", payload, seconds)
                     round_.waiting[message] = silo, self._node[silo]
-                    self._sent += round_.requests[silo].size
-            self._gather(round_)
-            answered = len(round_.replies)
+                    self._sent += payload.size
+            yield from self._gather(round_)
+            answered = len(round_.answered)
             absent = len(round_.unsent)
             if not round_.waiting and (answered >= enough or not absent or answered + absent < enough):
                 break
@@ -225,8 +225,9 @@ class Sites(Engine):
         for silo in round_.unsent:
             round_.failures.setdefault(silo, self._refused.get(silo, "not connected"))
 
-    def _gather(self, round_: _Round) -> None:
-        for message, answer in self._link.receive([*round_.waiting, *self._late]).items():
+    def _gather(self, round_: _Round) -> Iterator[tuple[str, Any]]:
+        """What has come: every silo with its answer."""
+        for message, answer in self._received_of([*round_.waiting, *self._late]):
             if message in self._late:
                 say(f"{self._late.pop(message)} answered an earlier round too late; its answer is dropped")
                 continue
@@ -234,9 +235,12 @@ class Sites(Engine):
             if isinstance(answer, Payload):
                 self._received += answer.size
                 try:
-                    round_.replies[silo] = round_.read(silo, unpack(answer))
+                    read = round_.read(silo, unpack(answer))
                 except ValueError as error:
                     round_.failures[silo] = f"sent an answer that cannot be read ({one_line(error)})"
+                    continue
+                round_.answered.add(silo)
+                yield silo, read
             elif answer.gone:
                 self._leave(node)
                 self._known.discard(node)  # to be greeted again
@@ -245,6 +249,11 @@ class Sites(Engine):
         for message, (_, node) in list(round_.waiting.items()):
             if node not in self._known:
                 del round_.waiting[message]
+
+    def _received_of(self, messages: Sequence[str]) -> Iterator[tuple[str, Payload | Failure]]:
+        """Answers one at a time, as all of them together may not fit into memory."""
+        for message in messages:
+            yield from self._link.receive([message]).items()
 
     def _look(self) -> None:
         """See who has come and who has left."""

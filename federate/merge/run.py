@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedcmp.federate.arithmetic.updates import State, distance
 from fedcmp.federate.merge.guide import Guide, aligned
@@ -190,7 +191,7 @@ def _summary(name: str, inputs: Inputs, merged: State, target: Path) -> None:
     table(f"{name}: {target}", ["input", "samples", "distance to base", "cosine to merged"], rows)
 
 
-def _cosine(one: State, other: State, base: State) -> str:
+def _cosine(one: Mapping[str, Tensor], other: State, base: State) -> str:
     """Cosine of two updates over all weights; `-` where one of them is zero."""
     norms = distance(one, base) * distance(other, base)
     product = sum(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from fedcmp.federate.arithmetic.updates import State, distance
 from fedcmp.pipeline.config import Poison
 
 
-def poisoned(start: State, state: State, options: Poison, seed: int, client: str, round_: int) -> State:
+def poisoned(
+    start: State, state: Mapping[str, Tensor], options: Poison, seed: int, client: str, round_: int
+) -> Mapping[str, Tensor]:
     """What a bad site sends in place of its projector.
 
     `scaled` multiplies its update, `sign_flipped` turns it round and multiplies it, `random` sends noise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -30,7 +30,7 @@ def standard_normal(shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(ndtri((bits + 0.5) * 2.0**-52)).reshape(tuple(shape))
 
 
-def privatised(start: State, state: State, options: Privacy, clients: int) -> State:
+def privatised(start: State, state: Mapping[str, Tensor], options: Privacy, clients: int) -> State:
     """W + D min(1, C / ‖D‖) + N(0, z² C² / K): the noise of a round's K clients adds up to z C.
 
     Args:

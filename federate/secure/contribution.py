@@ -28,7 +28,7 @@ class Own:
         state: Projector it ended with.
     """
 
-    def __init__(self, name: str, start: State, state: State) -> None:
+    def __init__(self, name: str, start: State, state: Mapping[str, Tensor]) -> None:
         self._name, self._start, self._state = name, start, state
 
     def contribute(self, request: Mapping[str, Any]) -> np.ndarray:

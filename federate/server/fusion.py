@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from fedcmp.federate.arithmetic.updates import State, Update, check
 from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.outgoing import compression as communication
+from fedcmp.federate.server.arrivals import Arrivals
 from fedcmp.federate.server.progress import Progress
 from fedcmp.federate.strategies.base import Aggregate, Strategy, require_form
 from fedcmp.pipeline.console import say
@@ -44,22 +45,29 @@ def _restored(start: State, result: LocalResult) -> LocalResult:
     return replace(result, state=communication.received(start, result.sent, result.client), sent=None)
 
 
-def usable(jobs: Sequence[Job], results: Sequence[LocalResult], quorum: int | None) -> list[LocalResult]:
-    """Results whose updates are sound, with the projectors that compressed ones stand for."""
+def usable(
+    jobs: Sequence[Job], results: Iterable[LocalResult], quorum: int | None, arrivals: Arrivals
+) -> list[LocalResult]:
+    """Results whose updates are sound, with the projectors that compressed ones stand for, in order of jobs.
+
+    Each is checked and put into files before the next is asked for.
+    """
     start = {job.client: job.start for job in jobs}
-    sound, reasons = [], []
+    sound: dict[str, LocalResult] = {}
+    reasons: dict[str, str] = {}
     for result in results:
         try:
             whole = _restored(start[result.client], result)
             check(start[result.client], [_update(whole, whole.samples)])
-            sound.append(whole)
+            sound[result.client] = arrivals.kept(whole)
         except ValueError as error:
-            reasons.append(str(error))
-    if reasons and len(sound) < min(quorum or len(jobs), len(jobs)):
-        raise DivergedError(f"round {jobs[0].round}: {'; '.join(reasons)}; {_REMEDY}")
-    for reason in reasons:
+            reasons[result.client] = str(error)
+    told = [reasons[client] for client in start if client in reasons]
+    if told and len(sound) < min(quorum or len(jobs), len(jobs)):
+        raise DivergedError(f"round {jobs[0].round}: {'; '.join(told)}; {_REMEDY}")
+    for reason in told:
         say(f"round {jobs[0].round + 1} goes on without it: {reason}")
-    return sound
+    return [sound[client] for client in start if client in sound]
 
 
 def _update(result: LocalResult, samples: int) -> Update:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import torch
 
 from fedcmp.federate.arithmetic.updates import Memory, State
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.files import write_atomic
+from fedcmp.pipeline.files import atomic
 
 if TYPE_CHECKING:
     pass
@@ -34,10 +33,9 @@ class Progress:
     counted: dict[str, int] = field(default_factory=dict)
 
     def save(self, path: Path, fingerprint: str) -> None:
-        """Write a checkpoint atomically."""
-        buffer = io.BytesIO()
-        torch.save({"fingerprint": fingerprint, **vars(self)}, buffer)
-        write_atomic(path, buffer.getvalue())
+        """Write a checkpoint atomically, without a second copy of it in memory."""
+        with atomic(path) as file:
+            torch.save({"fingerprint": fingerprint, **vars(self)}, file)
 
     @classmethod
     def load(cls, path: Path, fingerprint: str) -> Progress | None:

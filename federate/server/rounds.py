@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedcmp.federate.arithmetic.updates import State, distance
 from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.accounting import passes_of, spent
+from fedcmp.federate.server.arrivals import Arrivals
 from fedcmp.federate.server.fusion import Secure, aggregated, usable
 from fedcmp.federate.server.progress import Progress
 from fedcmp.federate.strategies.base import Aggregate, Strategy
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     pass
 
 
-Train = Callable[[Sequence[Job]], Sequence[LocalResult]]
+Train = Callable[[Sequence[Job]], Iterable[LocalResult]]
 
 
 def run_rounds(
@@ -34,6 +35,7 @@ def run_rounds(
     history_path: Path,
     track: Callable[[Sequence[dict[str, Any]]], None] = lambda rows: None,
     checkpoint: Callable[[Progress], None],
+    arrivals: Arrivals,
     secure: Secure | None = None,
     privacy: Privacy | None = None,
     traffic: Callable[[], tuple[int, int]] = lambda: (0, 0),
@@ -46,12 +48,13 @@ def run_rounds(
         progress: Where to go on.
         strategy: What clients minimise and how their projectors are aggregated.
         rounds: Who takes part in each round.
-        train: Does the clients' local training, here or elsewhere; where clients did not answer, it
-            returns the results of the others, at least one.
+        train: Does the clients' local training, here or elsewhere, and gives every result as it is there;
+            where clients did not answer, those of the others, at least one.
         carry: Whether clients keep their optimisers' moments.
         history_path: JSON lines to append to.
         track: Called with every round's rows of the history.
         checkpoint: Called after every round.
+        arrivals: Holds a round's updates until they are fused.
         secure: How to sum what clients keep to themselves; None where they send their updates.
         privacy: How clients clip and noise their updates, if they do.
         traffic: Bytes sent and received since it was asked last.
@@ -83,9 +86,11 @@ def run_rounds(
             )
             for client in rounds[round_]
         ]
-        results = list(train(jobs))
         if secure is None:
-            results = usable(jobs, results, quorum)
+            results = usable(jobs, train(jobs), quorum, arrivals)
+        else:
+            answered = {result.client: result for result in train(jobs)}
+            results = [answered[job.client] for job in jobs if job.client in answered]
         # A sum in which all count alike is as sensitive as one client's clipped update.
         alike = privacy is not None and privacy.unit == "client"
         samples = {result.client: 1 if alike else result.samples for result in results}
@@ -111,7 +116,7 @@ def run_rounds(
         track(rows)
         personal, optimizers = dict(progress.personal), dict(progress.optimizers)
         if strategy.personal:
-            personal |= {result.client: result.state for result in results}
+            personal |= {r.client: {name: new.clone() for name, new in r.state.items()} for r in results}
         if carry:
             optimizers |= {r.client: r.optimizer for r in results if r.optimizer is not None}
         counted = progress.counted | dict.fromkeys(samples, round_)
@@ -119,6 +124,7 @@ def run_rounds(
             aggregate.state, round_ + 1, aggregate.memory, personal, optimizers, noise, counted
         )
         checkpoint(progress)
+        arrivals.clear()
     return progress
 
 

@@ -15,7 +15,6 @@ from fedcmp.federate.arithmetic.updates import (
     data_weights,
     deltas,
     moved,
-    weighted_sum,
 )
 from fedcmp.federate.strategies import STRATEGIES, Aggregate, Strategy
 
@@ -43,11 +42,10 @@ class Dare(Strategy):
         generators = {client: self._generator(client, rounds) for client in shares}
         step: State = {}
         for name in sorted(state):
-            sparse = {}
+            step[name] = torch.zeros(state[name].shape, dtype=torch.float64)
             for client, delta in deltas(name, state, updates).items():
                 kept = torch.rand(delta.shape, generator=generators[client]) >= self.drop
-                sparse[client] = delta * kept / (1 - self.drop)
-            step[name] = weighted_sum(sparse, shares)
+                step[name].add_(delta * kept / (1 - self.drop), alpha=shares[client])
         fused = moved(state, step, self.server_learning_rate)
         return Aggregate(fused, {"rounds": torch.tensor(rounds + 1)}, {"weight": shares})
 

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedcmp.federate.strategies import STRATEGIES, Aggregate, Memory, State, Strategy, Update, deltas, moved
+from fedcmp.federate.strategies import (
+    STRATEGIES,
+    Aggregate,
+    Memory,
+    State,
+    Strategy,
+    Update,
+    by_coordinate,
+    moved,
+)
 
 
 @STRATEGIES.register("median")
@@ -23,10 +31,10 @@ class Median(Strategy):
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Take the middle client in every coordinate, or the mean of the two in the middle."""
-        step = {name: _median(list(deltas(name, state, updates).values())) for name in state}
+        step = {name: by_coordinate(name, state, updates, _median) for name in state}
         return Aggregate(moved(state, step, self.server_learning_rate), memory)
 
 
-def _median(tensors: Sequence[Tensor]) -> Tensor:
-    ordered, number = torch.stack(list(tensors)).sort(0).values, len(tensors)
+def _median(stacked: Tensor) -> Tensor:
+    ordered, number = stacked.sort(0).values, len(stacked)
     return (ordered[(number - 1) // 2] + ordered[number // 2]) / 2

@@ -72,7 +72,7 @@ class Scaffold(Strategy):
         for update in updates:
             if update.gradient is None:
                 raise ValueError(f"client '{update.client}' sent no gradient")
-            kept |= {f"control/{update.client}/{name}": update.gradient[name] for name in state}
+            kept |= {f"control/{update.client}/{name}": update.gradient[name].clone() for name in state}
         return Aggregate(
             moved(state, mean_update(state, updates), self.server_learning_rate),
             kept,

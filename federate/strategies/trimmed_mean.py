@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import floor
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedcmp.federate.strategies import STRATEGIES, Aggregate, Memory, State, Strategy, Update, deltas, moved
+from fedcmp.federate.strategies import (
+    STRATEGIES,
+    Aggregate,
+    Memory,
+    State,
+    Strategy,
+    Update,
+    by_coordinate,
+    moved,
+)
 
 
 @STRATEGIES.register("trimmed_mean")
@@ -28,9 +36,9 @@ class TrimmedMean(Strategy):
 
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Average what the ends leave over."""
-        step = {name: self._mean(list(deltas(name, state, updates).values())) for name in state}
+        step = {name: by_coordinate(name, state, updates, self._mean) for name in state}
         return Aggregate(moved(state, step, self.server_learning_rate), memory)
 
-    def _mean(self, tensors: Sequence[Tensor]) -> Tensor:
-        ordered, cut = torch.stack(list(tensors)).sort(0).values, floor(self.trim * len(tensors))
-        return ordered[cut : len(tensors) - cut].mean(0)
+    def _mean(self, stacked: Tensor) -> Tensor:
+        ordered, cut = stacked.sort(0).values, floor(self.trim * len(stacked))
+        return ordered[cut : len(stacked) - cut].mean(0)

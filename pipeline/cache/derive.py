@@ -24,7 +24,8 @@ from fedcmp.pipeline.cache import (
 )
 from fedcmp.pipeline.cache.format import PATCHES, render_manifest, seal_manifest
 from fedcmp.pipeline.cache.mark import remember_written
-from fedcmp.pipeline.cache.writer import file_table, put_arrays, text_arrays
+from fedcmp.pipeline.cache.tables import text_arrays
+from fedcmp.pipeline.cache.writer import file_table, put_arrays
 from fedcmp.pipeline.console import progress
 from fedcmp.pipeline.errors import UserError, did_you_mean
 from fedcmp.pipeline.files import write_atomic
@@ -41,7 +42,7 @@ def rows(cache: FeatureCache) -> list[Row]:
     offsets, data, kinds, splits = cache.text_arrays
     texts: list[list[tuple[str, str, str]]] = [[] for _ in range(cache.images)]
     for index, image in enumerate(cache.text_image.tolist()):
-        content = data[offsets[index] : offsets[index + 1]].decode()
+        content = data[int(offsets[index]) : int(offsets[index + 1])].decode()
         texts[image].append((KINDS[kinds[index]], SPLITS[splits[index]], content))
     reasons = iter(item["reason"] for item in cache.manifest["failures"])
     return [

@@ -6,6 +6,8 @@ import mmap
 import os
 import stat
 import zipfile
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +20,8 @@ _LOCAL_HEADER = 30
 # Linux maps more than the page that is read: as much around it as it keeps in one piece.
 _AROUND = 1 << 21
 _DIRECTORY_LIMIT = 1 << 24
+_TOGETHER = 512
+_AT_ONCE = 16
 
 
 class Mapped:
@@ -57,7 +61,7 @@ class Ranged:
         size: Bytes of the file.
     """
 
-    def __init__(self, path: Path, start: int, size: int) -> None:
+    def __init__(self, path: Path | str, start: int, size: int) -> None:
         self._path, self._start, self.size = os.fspath(path), start, size
 
     def read(self, offset: int, *targets: Any) -> None:
@@ -102,6 +106,9 @@ class Files(Protocol):
     def size(self, name: str) -> int | None:
         """Bytes of a regular file, None where there is none."""
 
+    def sizes(self, names: Collection[str]) -> Iterator[tuple[str, int | None]]:
+        """The same of many files, with their names."""
+
     def read(self, name: str, limit: int) -> bytes:
         """A whole file of at most `limit` bytes."""
 
@@ -120,16 +127,32 @@ class Folder:
 
     def size(self, name: str) -> int | None:
         """Bytes of a regular file; links, also among its folders, lead nowhere."""
-        place = self.path
+        return self._size(name, {"": True})
+
+    def sizes(self, names: Collection[str]) -> Iterator[tuple[str, int | None]]:
+        """The same of many files: each folder is looked at once, and slow file systems by many threads."""
+        folders = {"": True}
+        listed = list(names)
+        parts = [listed[first : first + _TOGETHER] for first in range(0, len(listed), _TOGETHER)]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for part in pool.map(lambda part: [(name, self._size(name, folders)) for name in part], parts):
+                yield from part
+
+    def _size(self, name: str, folders: dict[str, bool]) -> int | None:
+        """Of a file whose folders are no links; `folders` holds what is known of them."""
         try:
-            for part in name.split("/")[:-1]:
-                place = place / part
-                if not stat.S_ISDIR(place.lstat().st_mode):
-                    return None
-            found = (self.path / name).lstat()
+            if not self._is_folder(name.rpartition("/")[0], folders):
+                return None
+            found = os.lstat(f"{self.path}/{name}")
         except (FileNotFoundError, NotADirectoryError):
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def _is_folder(self, name: str, folders: dict[str, bool]) -> bool:
+        if name not in folders:
+            above = self._is_folder(name.rpartition("/")[0], folders)
+            folders[name] = above and stat.S_ISDIR(os.lstat(f"{self.path}/{name}").st_mode)
+        return folders[name]
 
     def read(self, name: str, limit: int) -> bytes:
         """A whole file."""
@@ -142,7 +165,7 @@ class Folder:
 
     def ranged(self, name: str, size: int) -> Ranged:
         """A file's bytes."""
-        return Ranged(self.path / name, 0, size)
+        return Ranged(f"{self.path}/{name}", 0, size)
 
 
 class StoredZip:
@@ -155,6 +178,7 @@ class StoredZip:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.members: dict[str, zipfile.ZipInfo] = {}
+        self._places: dict[str, tuple[int, int]] = {}
         with open_zip(path) as archive:
             for info in archive.infolist():
                 name = info.filename
@@ -174,6 +198,10 @@ class StoredZip:
     def size(self, name: str) -> int | None:
         """Bytes of a file."""
         return self.members[name].file_size if name in self.members else None
+
+    def sizes(self, names: Collection[str]) -> Iterator[tuple[str, int | None]]:
+        """The same of many files."""
+        return ((name, self.size(name)) for name in names)
 
     def read(self, name: str, limit: int) -> bytes:
         """A whole file."""
@@ -196,6 +224,8 @@ class StoredZip:
         Raises:
             CorruptCacheError: There is no file at all.
         """
+        if name in self._places:
+            return self._places[name]
         info, header = self.members[name], b""
         # What a directory says of its own place can make these negative.
         if info.header_offset >= 0:
@@ -206,7 +236,8 @@ class StoredZip:
             raise CorruptCacheError(f"{self.path}: {name!r} is not where the zip says; have it sent again")
         start = info.header_offset + _LOCAL_HEADER
         start += sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        return start, info.file_size
+        self._places[name] = start, info.file_size
+        return self._places[name]
 
 
 def open_files(path: Path) -> Files:

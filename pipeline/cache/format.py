@@ -111,6 +111,12 @@ def shard_name(shard: int) -> str:
     return f"{PATCHES}/c/{shard}/0/0"
 
 
+def images_in(megabytes: float, patches: int, d_vision: int, dtype: str) -> int:
+    """Images whose features, of a logical dtype, make a shard of about so many MB; at least one."""
+    image = patches * d_vision * np.dtype(STORAGE[dtype]).itemsize + CRC_BYTES + 2 * INDEX_DTYPE.itemsize
+    return min(max(int(megabytes * 1e6 / image), 1), _SHARD_LIMIT)
+
+
 def crc(data: Any, before: int = 0) -> int:
     """crc32c of a bytes-like object (arrays are not copied), continuing that of what came before it."""
     if isinstance(data, memoryview | bytearray):
@@ -121,13 +127,6 @@ def crc(data: Any, before: int = 0) -> int:
 def crc_bytes(number: int) -> bytes:
     """A crc32c as it is stored."""
     return number.to_bytes(CRC_BYTES, "little")
-
-
-def packed(items: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Strings as `(items + 1,)` int64 offsets and their bytes."""
-    offsets = np.zeros(len(items) + 1, np.int64)
-    offsets[1:] = np.cumsum([len(item) for item in items])
-    return offsets, np.frombuffer(b"".join(items), np.uint8)
 
 
 def to_storage(features: torch.Tensor, dtype: str) -> np.ndarray:

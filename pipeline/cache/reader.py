@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
-from itertools import pairwise, product
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from fedcmp.pipeline.cache.files import Ranged, open_files
 from fedcmp.pipeline.cache.format import (
+    ABSENT,
     CRC_BYTES,
     INDEX_DTYPE,
     MANIFEST_LIMIT,
@@ -21,6 +22,7 @@ from fedcmp.pipeline.cache.format import (
     CorruptCacheError,
     array_bytes,
     array_metadata,
+    chunk_bytes,
     crc,
     crc_bytes,
     differences,
@@ -32,6 +34,7 @@ from fedcmp.pipeline.cache.format import (
 from fedcmp.pipeline.cache.int8 import Quantiser
 from fedcmp.pipeline.cache.locks import partial_path
 from fedcmp.pipeline.cache.mirror import pull
+from fedcmp.pipeline.cache.strings import Bytes, Strings
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError, did_you_mean
 from fedcmp.pipeline.hashes import fingerprint
@@ -62,8 +65,9 @@ class FeatureCache:
         data = self._files.read("manifest.json", MANIFEST_LIMIT)
         self.manifest = parse_manifest(data, str(path / "manifest.json"))
         self._sizes: dict[str, int] = {name: size for name, (size, _) in self.manifest["files"].items()}
-        for name, size in self._sizes.items():
-            if self._files.size(name) != size:
+        for name, found in self._files.sizes(self._sizes):
+            size = self._sizes[name]
+            if found != size:
                 raise CorruptCacheError(f"{path / name}: missing or not {size} bytes long; extract it again")
         self.images: int = self.manifest["images"]
         self.texts: int = self.manifest["texts"]
@@ -71,8 +75,11 @@ class FeatureCache:
         self.d_vision: int = self.manifest["d_vision"]
         self.cache_key: str = self.manifest["cache_key"]
         self.dtype = np.dtype(self.manifest["storage_dtype"])
+        self._stride = chunk_bytes(self.manifest) + CRC_BYTES
         self._shard_images: int = self.manifest["shard_images"]
-        self._shards: dict[int, tuple[Ranged, np.ndarray]] = {}
+        # An index that says what every index of ours says is not kept.
+        self._known = np.zeros(-(-self.images // self._shard_images), bool)
+        self._odd: dict[int, np.ndarray] = {}
 
     @cached_property
     def content(self) -> str:
@@ -86,6 +93,20 @@ class FeatureCache:
             CorruptCacheError: A chunk fails its crc32c, or shape, dtype or codecs are not what the
                 manifest implies.
         """
+        dtype, shape, chunk = self._described(name)
+        out = np.zeros(shape, dtype)
+        for place_in_grid in product(*map(range, grid(shape, chunk))):
+            file = f"{name}/c/{'/'.join(map(str, place_in_grid))}"
+            # zarr leaves chunks out that hold nothing but zeros.
+            if file in self._sizes:
+                inside = tuple(slice(i * c, (i + 1) * c) for i, c in zip(place_in_grid, chunk, strict=True))
+                part = self._chunk(file, array_bytes(chunk, dtype)).view(dtype).reshape(chunk)
+                target = out[inside]
+                target[...] = part[tuple(slice(0, n) for n in target.shape)]
+        return out
+
+    def _described(self, name: str) -> tuple[str, list[int], list[int]]:
+        """Dtype, shape and chunks of a small array."""
         place = str(self.path / name)
         dtype = (SMALL_ARRAYS | QUANT_ARRAYS)[name]
         if f"{name}/zarr.json" not in self._sizes:
@@ -100,16 +121,23 @@ class FeatureCache:
             raise CorruptCacheError(
                 f"{place}: shape {shape} instead of {wanted or [held]}; do not use this cache"
             )
-        out = np.zeros(shape, dtype)
-        for place_in_grid in product(*map(range, grid(shape, chunk))):
-            file = f"{name}/c/{'/'.join(map(str, place_in_grid))}"
-            # zarr leaves chunks out that hold nothing but zeros.
-            if file in self._sizes:
-                inside = tuple(slice(i * c, (i + 1) * c) for i, c in zip(place_in_grid, chunk, strict=True))
-                part = self._chunk(file, array_bytes(chunk, dtype)).view(dtype).reshape(chunk)
-                target = out[inside]
-                target[...] = part[tuple(slice(0, n) for n in target.shape)]
-        return out
+        return dtype, shape, chunk
+
+    def _bytes(self, name: str) -> Bytes:
+        """The bytes of strings, which may be more than fit into memory."""
+        _, (length,), (size,) = self._described(name)
+        files = [f"{name}/c/{number}" for number in range(-(-length // size))]
+        lengths = [min(size, length - number * size) for number in range(len(files))]
+        return Bytes(
+            [(own, partial(self._checked, file, size)) for file, own in zip(files, lengths, strict=True)]
+        )
+
+    def _checked(self, file: str, size: int) -> Ranged | None:
+        """A chunk that was found right as a whole; None where there is nothing but zeros in it."""
+        if file not in self._sizes:
+            return None
+        self._chunk(file, size)
+        return self._files.ranged(file, self._sizes[file])
 
     def _shape(self, name: str) -> list[int] | None:
         """What the manifest implies; None for the bytes of strings, of which it knows no number."""
@@ -140,21 +168,21 @@ class FeatureCache:
         return data[:size]
 
     @cached_property
-    def ids(self) -> list[str]:
-        """Image ids in row order; each may name a file inside a folder, and none one outside.
+    def ids(self) -> Strings:
+        """Image ids in row order, read when asked for; each may name a file in a folder, none one outside.
 
         Raises:
             CorruptCacheError: One of them is no such name.
         """
-        offsets, data = self.array("images/id_offsets"), self.array("images/id_bytes").tobytes()
+        offsets, data = self.array("images/id_offsets"), self._bytes("images/id_bytes")
         self._require_ascending("images/id_offsets", offsets, len(data))
+        names = Strings(offsets, data)
         try:
-            names = [data[start:end].decode() for start, end in pairwise(offsets)]
+            for name in names:
+                if why := improper(name):
+                    raise self._wrong("images/id_bytes", f"{ascii(name)[:200]} cannot name an image: {why}")
         except UnicodeDecodeError as error:
             raise self._wrong("images/id_bytes", f"an id is not UTF-8 ({error.reason})") from None
-        for name in names:
-            if why := improper(name):
-                raise self._wrong("images/id_bytes", f"{ascii(name)[:200]} cannot name an image: {why}")
         return names
 
     @cached_property
@@ -174,9 +202,9 @@ class FeatureCache:
         return image
 
     @cached_property
-    def text_arrays(self) -> tuple[np.ndarray, bytes, np.ndarray, np.ndarray]:
+    def text_arrays(self) -> tuple[np.ndarray, Bytes, np.ndarray, np.ndarray]:
         """`(texts + 1,)` offsets into the bytes of all texts, these bytes, kinds and splits."""
-        offsets, data = self.array("texts/offsets"), self.array("texts/bytes").tobytes()
+        offsets, data = self.array("texts/offsets"), self._bytes("texts/bytes")
         kinds, splits = self.array("texts/kind"), self.array("texts/split")
         self._require_ascending("texts/offsets", offsets, len(data))
         if (kinds >= len(KINDS)).any() or (splits >= len(SPLITS)).any():
@@ -197,7 +225,7 @@ class FeatureCache:
             CorruptCacheError: It is none.
         """
         offsets, data, kinds, splits = self.text_arrays
-        content = data[offsets[index] : offsets[index + 1]]
+        content = data[int(offsets[index]) : int(offsets[index + 1])]
         try:
             return Text.decode(content, KINDS[kinds[index]], SPLITS[splits[index]])
         except (ValueError, TypeError, RecursionError):
@@ -245,7 +273,7 @@ class FeatureCache:
             raise IndexError(f"row {row} of {self.images}")
         shard, position = divmod(row, self._shard_images)
         file, places = self._shard(shard)
-        offset, length = places[position].tolist()
+        offset, length = self._place(places, position)
         end, size = offset + length, len(target)
         whole, stored = length == size + CRC_BYTES and end <= file.size, bytearray(CRC_BYTES)
         if whole:
@@ -259,14 +287,15 @@ class FeatureCache:
 
     def places(self, shard: int) -> list[list[int]]:
         """Offset and length of every image in a shard's file."""
-        return self._shard(shard)[1].tolist()
+        places = self._shard(shard)[1]
+        return [list(self._place(places, position)) for position in range(self._shard_images)]
 
     def will_need(self, rows: Sequence[int] | np.ndarray) -> None:
         """Have the system read features ahead that are asked for soon."""
         for row in rows:
             shard, position = divmod(int(row), self._shard_images)
             file, places = self._shard(shard)
-            offset, length = places[position].tolist()
+            offset, length = self._place(places, position)
             if offset + length <= file.size:
                 file.will_need(offset, offset + length)
 
@@ -284,11 +313,21 @@ class FeatureCache:
 
         return self.decoded(torch.from_numpy(self.read(rows)))
 
-    def _shard(self, shard: int) -> tuple[Ranged, np.ndarray]:
-        """A shard's file, and offset and length of its images there: `(shard_images, 2)` uint64."""
-        if shard not in self._shards:
-            name = shard_name(shard)
-            file = self._files.ranged(name, self._sizes[name])
+    def _place(self, places: np.ndarray | None, position: int) -> tuple[int, int]:
+        """Offset and length of an image in its shard, where one may follow the other."""
+        if places is None:
+            return position * self._stride, self._stride
+        offset, length = places[position].tolist()
+        return offset, length
+
+    def _shard(self, shard: int) -> tuple[Ranged, np.ndarray | None]:
+        """A shard's file, and offset and length of its images there: `(shard_images, 2)` uint64.
+
+        None in place of these where the images lie one after the other.
+        """
+        name = shard_name(shard)
+        file = self._files.ranged(name, self._sizes[name])
+        if not self._known[shard]:
             end = file.size - CRC_BYTES
             start = end - self._shard_images * 2 * INDEX_DTYPE.itemsize
             index, stored = np.empty(max(end - max(start, 0), 0), np.uint8), bytearray(CRC_BYTES)
@@ -299,8 +338,14 @@ class FeatureCache:
                     f"{self.path / name}: bytes {max(start, 0)} to {end + CRC_BYTES} (its index) fail their "
                     "checksum; extract this silo with --overwrite"
                 )
-            self._shards[shard] = file, index.view(INDEX_DTYPE).reshape(-1, 2)
-        return self._shards[shard]
+            places = index.view(INDEX_DTYPE).reshape(-1, 2)
+            lengths = np.full(self._shard_images, self._stride, np.int64)
+            usual = np.stack([np.cumsum(lengths) - lengths, lengths], 1).astype(INDEX_DTYPE)
+            usual[min(self.images - shard * self._shard_images, self._shard_images) :] = ABSENT
+            if not np.array_equal(places, usual):
+                self._odd[shard] = places
+            self._known[shard] = True
+        return file, self._odd.get(shard)
 
 
 def open_cache(experiment: Experiment, silo: str) -> FeatureCache:

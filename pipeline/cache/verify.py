@@ -7,10 +7,9 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from fedcmp.pipeline.records import KINDS, Text
 _BLOCK = 1 << 22
 _NOT_FINITE = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 _METADATA_LIMIT = 1 << 16
+_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ def verify(path: Path, advance: Callable[[int], None] = lambda files: None) -> l
         return [Problem("manifest.json", "changed after it was written", 0, len(data))]
     problems = list(_listing(files, set(manifest["files"])))
     good = []
-    for name, (size, digest) in manifest["files"].items():
-        if files.size(name) != size:
+    for name, found in files.sizes(manifest["files"]):
+        size, digest = manifest["files"][name]
+        if found != size:
             problems.append(Problem(name, f"missing, a link or not {size} bytes long"))
         elif name.startswith(f"{PATCHES}/c/"):
             good.append(name)
@@ -108,11 +109,18 @@ def verify(path: Path, advance: Callable[[int], None] = lambda files: None) -> l
             status = cache.status
         except CorruptCacheError as error:
             problems.append(Problem(*_split(str(error), path)))
-    for name in good:
-        shard = int(name.split("/")[3])
-        problems += _shard(files, manifest, shard, status)
-        advance(1)
+    with ThreadPoolExecutor(_cores()) as pool:
+        for first in range(0, len(good), _AT_ONCE):
+            some = [int(name.split("/")[3]) for name in good[first : first + _AT_ONCE]]
+            for wrong in pool.map(lambda shard: list(_shard(files, manifest, shard, status)), some):
+                problems += wrong
+                advance(1)
     return problems
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def require_whole(path: Path, what: str) -> None:
@@ -291,9 +299,9 @@ def _quant(cache: FeatureCache) -> Iterator[Problem]:
 def _rows(cache: FeatureCache) -> Iterator[Problem]:
     status, ids = cache.status, cache.ids
     cache.array("images/sha256")
-    twice = [name for name, number in Counter(ids).items() if number > 1]
-    if twice:
-        yield Problem("images/id_bytes", f"{twice[0]!r} is the id of several images")
+    twice = _twice(ids)
+    if twice is not None:
+        yield Problem("images/id_bytes", f"{twice!r} is the id of several images")
     failed = [(ids[row], STATUS[status[row]]) for row in np.flatnonzero(status)]
     listed = [
         (item.get("id"), item.get("status")) if isinstance(item, dict) else item
@@ -304,11 +312,21 @@ def _rows(cache: FeatureCache) -> Iterator[Problem]:
         yield Problem("manifest.json", "its failures are not those of images/status")
 
 
+def _twice(ids: Sequence[str]) -> str | None:
+    """The first of the strings that is there several times; 8 bytes of each are in memory."""
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in ids)
+    short = np.fromiter((int.from_bytes(each) for each in digests), np.uint64, len(ids))
+    values, numbers = np.unique(short, return_counts=True)
+    alike = Counter(ids[int(row)] for row in np.flatnonzero(np.isin(short, values[numbers > 1])))
+    return next((name for name, number in alike.items() if number > 1), None)
+
+
 def _texts(cache: FeatureCache) -> Iterator[Problem]:
     offsets, data, kinds, _ = cache.text_arrays
     # Whether it names images that are there.
     _ = cache.text_image
-    for index, (start, end) in enumerate(pairwise(offsets.tolist())):
+    for index in range(cache.texts):
+        start, end = int(offsets[index]), int(offsets[index + 1])
         try:
             text = Text.decode(data[start:end], KINDS[kinds[index]], "train")
             fits = all(

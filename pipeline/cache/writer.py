@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -18,11 +17,9 @@ import numpy as np
 
 from fedcmp.pipeline.cache.format import (
     FORMAT,
-    STATUS,
     STORAGE,
     Identity,
     Row,
-    packed,
     render_manifest,
     seal_manifest,
     shard_name,
@@ -32,10 +29,10 @@ from fedcmp.pipeline.cache.locks import finish_commit, lock_path, partial_path, 
 from fedcmp.pipeline.cache.mark import remember_written
 from fedcmp.pipeline.cache.reader import FeatureCache
 from fedcmp.pipeline.cache.stream import stream_shard
+from fedcmp.pipeline.cache.tables import Table
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import read_json, sync_directory, write_atomic, write_json
 from fedcmp.pipeline.hashes import canonical, sha256_file
-from fedcmp.pipeline.records import KINDS, SPLITS
 
 _RECORD = re.compile(r"[0-9]{5,}\.json")
 
@@ -73,7 +70,7 @@ class CacheWriter:
         self._shape = (patches, d_vision)
         self._dtype = dtype
         self._partial = partial_path(path)
-        self._rows: dict[int, list[Row]] = {}
+        self._shards: set[int] = set()
         self._digests: dict[str, str] = {}
         self._measured: dict[int, Sequence[float]] = {}
         self._quantiser: Quantiser | None = None
@@ -92,14 +89,14 @@ class CacheWriter:
         self._remove_torn()
 
     @property
-    def rows(self) -> list[Row]:
-        """Rows of all shards that were written or found finished, in their order."""
-        return [row for shard in sorted(self._rows) for row in self._rows[shard]]
+    def rows(self) -> Iterator[Row]:
+        """Rows of all shards that were written or found finished, in their order, read from their records."""
+        return (row for shard in sorted(self._shards) for row in self._recorded(shard))
 
     @property
     def held(self) -> set[int]:
         """Shards that this process wrote or found finished."""
-        return set(self._rows)
+        return set(self._shards)
 
     def recorded(self) -> set[int] | None:
         """Shards with a record, by whichever process; None once the cache is committed."""
@@ -123,24 +120,21 @@ class CacheWriter:
             yield mine and (self._partial / "_done" / "identity.json").is_file()
 
     def finished(self, shard: int) -> list[Row] | None:
-        """Rows of a shard that an earlier run finished and whose file is whole, else None."""
+        """Rows of a shard that an earlier run or another process finished and whose file is whole, else None.
+
+        A file that was not touched since its writer recorded its hash is not read again.
+        """
         record = read_json(self._record_path(shard))
         file = self._partial / shard_name(shard)
-        if record is None or not file.is_file() or sha256_file(file) != record["sha256"]:
+        if record is None or not file.is_file():
             return None
-        rows = [
-            Row(
-                row["id"],
-                row["sha256"],
-                row["status"],
-                row["reason"],
-                tuple(map(tuple, row["texts"])),
-                tuple(row.get("notes", ())),
-            )
-            for row in record["rows"]
-        ]
-        self._keep(shard, rows, record["sha256"], record.get("measured"))
-        return rows
+        if record.get("stamp") != _stamp(file) and sha256_file(file) != record["sha256"]:
+            return None
+        self._keep(shard, record["sha256"], record.get("measured"))
+        return _rows(record)
+
+    def _recorded(self, shard: int) -> list[Row]:
+        return _rows(read_json(self._record_path(shard)))
 
     def calibrate(self, fit: Callable[[], Quantiser]) -> Quantiser:
         """How int8 features are stored: as whoever comes first among the cache's processes measures it."""
@@ -181,11 +175,15 @@ class CacheWriter:
         digest = stream_shard(temporary, features, self.shard_images)
         temporary.replace(path)
         sync_directory(path.parent)
-        record: dict[str, Any] = {"sha256": digest, "rows": [asdict(row) for row in rows]}
+        record: dict[str, Any] = {
+            "sha256": digest,
+            "stamp": _stamp(path),
+            "rows": [asdict(row) for row in rows],
+        }
         if measured is not None:
             record["measured"] = measured
         write_atomic(self._record_path(shard), canonical(record))
-        self._keep(shard, list(rows), digest, measured)
+        self._keep(shard, digest, measured)
 
     def commit(self, manifest: dict[str, Any]) -> FeatureCache:
         """Write images, texts and the manifest, then give the cache its final name.
@@ -193,15 +191,15 @@ class CacheWriter:
         Raises:
             ValueError: A shard was neither written nor found finished.
         """
-        if sorted(self._rows) != list(range(len(self._rows))):
-            raise ValueError(f"{self.path}: only the shards {sorted(self._rows)} are finished")
-        rows = self.rows
+        if sorted(self._shards) != list(range(len(self._shards))):
+            raise ValueError(f"{self.path}: only the shards {sorted(self._shards)} are finished")
+        table = Table(self.rows)
         self._keep_only_shards()
-        self._write_arrays(rows)
+        self._write_arrays(table)
         body = {
             "format": FORMAT,
-            "images": len(rows),
-            "texts": sum(len(row.texts) for row in rows),
+            "images": table.images,
+            "texts": table.texts,
             "patches": self._shape[0],
             "d_vision": self._shape[1],
             "shard_images": self.shard_images,
@@ -210,12 +208,8 @@ class CacheWriter:
             "cache_key": self.identity.cache_key,
             "key": self.identity.key,
             "source": self.identity.source,
-            "failures": [
-                {"id": row.id, "status": STATUS[row.status], "reason": row.reason}
-                for row in rows
-                if row.status
-            ],
-            **_notes(rows),
+            "failures": table.failures,
+            **({"notes": dict(sorted(table.notes.items()))} if table.notes else {}),
             **self._loss(),
             **manifest,
             "files": file_table(self._partial, self._digests),
@@ -248,8 +242,8 @@ class CacheWriter:
             if file.is_file() and not name.startswith("_done/") and name not in self._digests:
                 file.unlink()
 
-    def _keep(self, shard: int, rows: list[Row], digest: str, measured: Sequence[float] | None) -> None:
-        self._rows[shard] = rows
+    def _keep(self, shard: int, digest: str, measured: Sequence[float] | None) -> None:
+        self._shards.add(shard)
         if measured is not None:
             self._measured[shard] = measured
         self._digests[shard_name(shard)] = digest
@@ -257,14 +251,14 @@ class CacheWriter:
     def _record_path(self, shard: int) -> Path:
         return self._partial / "_done" / f"{shard:05d}.json"
 
-    def _write_arrays(self, rows: Sequence[Row]) -> None:
+    def _write_arrays(self, table: Table) -> None:
         import zarr
         from zarr.codecs import Crc32cCodec
 
         group = zarr.open_group(self._partial, mode="a", zarr_format=3, attributes=FORMAT)
         group.create_array(
             "features/patch",
-            shape=(len(rows), *self._shape),
+            shape=(table.images, *self._shape),
             dtype=STORAGE[self._dtype],
             shards=(self.shard_images, *self._shape),
             chunks=(1, *self._shape),
@@ -273,38 +267,31 @@ class CacheWriter:
             attributes={"logical_dtype": self._dtype},
             overwrite=False,
         )
-        digests = b"".join(bytes.fromhex(row.sha256) if row.sha256 else bytes(32) for row in rows)
-        id_offsets, id_bytes = packed([row.id.encode() for row in rows])
-        arrays = {
-            "images/sha256": np.frombuffer(digests, np.uint8).reshape(-1, 32),
-            "images/status": np.array([row.status for row in rows], np.uint8),
-            "images/id_offsets": id_offsets,
-            "images/id_bytes": id_bytes,
-            **text_arrays([row.texts for row in rows]),
-        }
+        arrays = table.arrays()
         if self._quantiser is not None:
             arrays["quant/channel_mean"] = self._quantiser.mean
             arrays["quant/channel_step"] = self._quantiser.step
         put_arrays(self._partial, arrays)
 
 
-def _notes(rows: Sequence[Row]) -> dict[str, Any]:
-    """How many images have each note, where any has one."""
-    counts = Counter(note for row in rows for note in row.notes if not row.status)
-    return {"notes": dict(sorted(counts.items()))} if counts else {}
+def _stamp(file: Path) -> list[int]:
+    """What changes with a file's bytes and cannot be set back: size, and times of content and inode."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def text_arrays(texts: Sequence[Sequence[tuple[str, str, str]]]) -> dict[str, np.ndarray]:
-    """Texts of every image, as (kind, split, text), to the arrays that hold them."""
-    flat = [(index, text) for index, several in enumerate(texts) for text in several]
-    offsets, data = packed([content.encode() for _, (_, _, content) in flat])
-    return {
-        "texts/offsets": offsets,
-        "texts/bytes": data,
-        "texts/image_index": np.array([index for index, _ in flat], np.int64),
-        "texts/kind": np.array([KINDS.index(kind) for _, (kind, _, _) in flat], np.uint8),
-        "texts/split": np.array([SPLITS.index(split) for _, (_, split, _) in flat], np.uint8),
-    }
+def _rows(record: Mapping[str, Any]) -> list[Row]:
+    return [
+        Row(
+            row["id"],
+            row["sha256"],
+            row["status"],
+            row["reason"],
+            tuple(map(tuple, row["texts"])),
+            tuple(row.get("notes", ())),
+        )
+        for row in record["rows"]
+    ]
 
 
 def put_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
