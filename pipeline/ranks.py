@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, wait
 from queue import SimpleQueue
@@ -27,24 +28,38 @@ if TYPE_CHECKING:
 
 # Until a process that is told of another's end ends itself, whatever it is waiting for.
 _GRACE = 5.0
-# Seconds until a machine that is cut off counts as dead: idle, then between probes, and how many of these.
-_KEEPALIVE = ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 4))
+# A machine that is cut off counts as dead after a minute: seconds idle, then between probes, and how many.
+_KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
 
 Message = tuple[dict[str, Any], bytes]
 
 
-def place(environment: Mapping[str, str]) -> tuple[int, int]:
-    """The rank of this process and the number of all, as torchrun says; `(0, 1)` where it said nothing.
+@dataclass(frozen=True)
+class Place:
+    """Number `rank` of `count`, from 0."""
+
+    rank: int
+    count: int
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+
+ALONE = Place(0, 1)
+
+
+def place(environment: Mapping[str, str]) -> Place:
+    """The place of this process among those that torchrun started; `ALONE` where it started none.
 
     Raises:
         UserError: What is said is no rank.
     """
     rank, count = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
-        raise UserError(
-            f"RANK={rank}, WORLD_SIZE={count}: no rank of so many; unset both, or start with torchrun"
-        )
-    return int(rank), int(count)
+        raise UserError(f"RANK={rank}, WORLD_SIZE={count}: no such rank; unset both, or start with torchrun")
+    return Place(int(rank), int(count))
 
 
 def refuse_ranks(what: str) -> None:
@@ -53,10 +68,10 @@ def refuse_ranks(what: str) -> None:
     Raises:
         UserError: There are several.
     """
-    _, count = place(os.environ)
-    if count > 1:
+    here = place(os.environ)
+    if here != ALONE:
         raise UserError(
-            f"{what}: is one process, and torchrun has started {count}; start it without torchrun"
+            f"{what}: is one process, and torchrun has started {here.count}; start it without torchrun"
         )
 
 
@@ -68,17 +83,17 @@ def joined() -> Iterator[Ranks | None]:
         UserError: From another rank than 0, whatever error is raised inside, with its rank.
         SystemExit: Another rank has died or failed, which has been said.
     """
-    rank, count = place(os.environ)
-    if count == 1:
+    here = place(os.environ)
+    if here == ALONE:
         yield None
         return
-    ranks = Ranks(rank, count)
+    ranks = Ranks(here)
     try:
         yield ranks
     except BaseException as error:
         ranks.leave(one_line(error))
         if isinstance(error, UserError) and not ranks.leads:
-            raise UserError(f"rank {rank} of {count}: {error}") from None
+            raise UserError(f"rank {here.rank} of {here.count}: {error}") from None
         raise
     ranks.leave(None)
 
@@ -87,17 +102,19 @@ class Ranks:
     """This process among those that torchrun started.
 
     Args:
-        rank: Its number, from 0.
-        count: How many there are, at least two.
+        place: Its number, and how many there are, at least two.
 
     Attributes:
+        place: The same.
+        rank: Its number.
+        count: How many there are.
         store: Torch's, for process groups.
     """
 
-    def __init__(self, rank: int, count: int) -> None:
+    def __init__(self, place: Place) -> None:
         from torch.distributed.rendezvous import rendezvous
 
-        self.rank, self.count = rank, count
+        self.place, self.rank, self.count = place, place.rank, place.count
         self.store: Store = next(iter(rendezvous("env://")))[0]
         self._connections = self._listened() if self.leads else {0: self._connected()}
         self._messages: dict[int, SimpleQueue[Message | None]] = {
@@ -112,7 +129,7 @@ class Ranks:
     @property
     def leads(self) -> bool:
         """Whether this is rank 0."""
-        return self.rank == 0
+        return self.place.first
 
     def tell(self, content: dict[str, Any], data: bytes = b"") -> None:
         """Send JSON and bytes to all that rank 0 has a connection to, or from another rank to rank 0."""
@@ -249,5 +266,6 @@ def _keep_alive(connection: Connection) -> None:
     """Notice a machine that is gone without a word."""
     with socket.socket(fileno=os.dup(connection.fileno())) as end:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEPALIVE:
-            end.setsockopt(socket.IPPROTO_TCP, option, value)
+        for name, value in _KEEPALIVE.items():
+            if hasattr(socket, name):  # not everywhere
+                end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -34,9 +34,6 @@ class Share(Protocol):
             like: Tensors of their shapes, dtypes and device.
         """
 
-    def merged(self, values: Tensor) -> Tensor:
-        """Values that each share has for its own micro-batches, and zeros for all others, together."""
-
 
 class Whole:
     """All of it is computed here."""
@@ -54,7 +51,3 @@ class Whole:
             for tensor, more in zip(total, part(number), strict=True):
                 tensor.add_(more)
         return total
-
-    def merged(self, values: Tensor) -> Tensor:
-        """The values."""
-        return values

@@ -138,11 +138,11 @@ def train_together(
         else:
             sums = torch.zeros(len(learners), dtype=torch.float64, device=model.language.device)
             sums[active] = _backward([learners[place] for place in active], micro_batch, noisy)
-            losses.append(sums[None])
+            losses.append(sums)
         for place in active:
             learners[place].step(step, options)
         advance(len(active))
-    totals = share.merged(torch.cat(losses)).cpu().cumsum(0)[-1]
+    totals = torch.stack(losses).cpu().cumsum(0)[-1]
     seconds = time.monotonic() - began
     samples = sum(learner.samples for learner in learners)
     return [
@@ -183,7 +183,7 @@ def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) 
 
 
 def _in_parts(learner: _Learner, micro_batch: int, share: Share) -> Tensor:
-    """The gradient of one client's mean loss; returns `(micro-batches, 1)` float64 sums of losses.
+    """The gradient of one client's mean loss; returns the `(1,)` float64 sum of losses.
 
     The graph of a micro-batch is gone before the next one is begun.
     """
@@ -193,23 +193,25 @@ def _in_parts(learner: _Learner, micro_batch: int, share: Share) -> Tensor:
     learner.tokens += count
     weight = 1 / torch.tensor(count, dtype=torch.float32, device=batch.ids.device)
     parts = list(_micro_batches(batch.labels, micro_batch))
-    sums = torch.zeros(len(parts), 1, dtype=torch.float64, device=batch.ids.device)
     parameters = list(model.trainable().values())
 
-    def gradient(number: int) -> Sequence[Tensor]:
+    def computed(number: int) -> list[Tensor]:
+        """A micro-batch's part of every gradient, and its sum of losses."""
         rows, length = parts[number]
         # Pictures as they come in the batch: sums over all of them do not depend on how long their texts are.
         ordered, places = rows.sort()
         visual = model.visual(batch.features[ordered])[places.argsort()]
         losses, row = model.losses(batch.ids[rows, :length], batch.labels[rows, :length], visual)
-        sums[number].index_add_(0, torch.zeros_like(row), losses.detach().double())
         learner.optimizer.zero_grad(set_to_none=True)
         (losses * weight).sum().backward()
-        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return [*gradients, zero.index_add(0, torch.zeros_like(row), losses.detach().double())]
 
-    for parameter, total in zip(parameters, share.summed(len(parts), gradient, parameters), strict=True):
-        parameter.grad = total
-    return sums
+    zero = torch.zeros(1, dtype=torch.float64, device=batch.ids.device)
+    *gradients, total = share.summed(len(parts), computed, [*parameters, zero])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    return total
 
 
 def _backward(learners: Sequence[_Learner], micro_batch: int, noisy: NoisySteps | None) -> Tensor:

@@ -15,7 +15,8 @@ from fedcmp.federate.ranks.sums import Sums
 from fedcmp.federate.schedule import Schedule, schedule_of
 from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.pipeline.cache import FeatureCache, open_cache
-from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.config import Experiment, Federate
+from fedcmp.pipeline.console import say
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.ranks import Ranks
 
@@ -29,6 +30,7 @@ def led(
         UserError: As `Clients`, or another rank has other files, releases or GPUs.
     """
     refuse_over_ranks(experiment, ranks.count)
+    _say_idle(experiment.federate, ranks.count)
     ranks.tell({"begin": True})
 
     def left_out(language: FrozenLanguageModel, visual_tokens: int) -> Mapping[str, dict[int, str]]:
@@ -68,6 +70,15 @@ def follow(load: Callable[[], Experiment], silo: str | None, ranks: Ranks) -> No
             return
         share = _shared(experiment, clients, ranks)
         share.follow(clients.trainer(share=share).train)
+
+
+def _say_idle(options: Federate, count: int) -> None:
+    parts = -(-options.batch_size // (options.micro_batch or options.batch_size))
+    if parts % count:
+        say(
+            f"a step of {parts} micro-batches is uneven work for {count} ranks; federate.micro_batch = "
+            f"{max(options.batch_size // count, 1)} gives each one"
+        )
 
 
 def _shared(experiment: Experiment, clients: Clients, ranks: Ranks) -> Shared:

@@ -41,10 +41,6 @@ class Shared:
         """Over all ranks."""
         return self._sums.summed(count, part, like)
 
-    def merged(self, values: Tensor) -> Tensor:
-        """Over all ranks."""
-        return self._sums.merged(values)
-
     def trained(self, jobs: Sequence[Job], train: Train) -> list[LocalResult]:
         """Rank 0's results, once all have the same.
 

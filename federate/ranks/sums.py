@@ -20,6 +20,8 @@ from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.device import device_type
 from fedcmp.pipeline.ranks import Ranks
 
+Flat = dict[torch.dtype, Tensor]
+
 # Numbers that are gathered from a rank at a time: 16 MB in float32.
 _PIECE = 2**22
 # Who is gone is noticed elsewhere; a layer may take minutes to be compiled.
@@ -63,48 +65,48 @@ class Sums:
 
     def summed(self, count: int, part: Part, like: Sequence[Tensor]) -> list[Tensor]:
         """As `Share.summed`."""
-        total = self._ordered(count, part, like) if self._in_order else self._reduced(count, part, like)
-        parts = total.split([each.numel() for each in like])
-        return [each.view(shape.shape).clone() for each, shape in zip(parts, like, strict=True)]
-
-    def merged(self, values: Tensor) -> Tensor:
-        """As `Share.merged`: a number stays what it is, whatever zeros are added to it."""
-        dist.all_reduce(values)
-        return values
+        total = (self._ordered if self._in_order else self._reduced)(count, part, _flat(like))
+        parts = {dtype: iter(flat.split(_sizes(like, dtype))) for dtype, flat in total.items()}
+        return [next(parts[each.dtype]).view(each.shape).clone() for each in like]
 
     def close(self) -> None:
         """Leave the process group."""
         dist.destroy_process_group()
 
-    def _ordered(self, count: int, part: Part, like: Sequence[Tensor]) -> Tensor:
-        total = own = _zeros(like)
+    def _ordered(self, count: int, part: Part, own: Flat) -> Flat:
+        total = {dtype: torch.empty_like(flat) for dtype, flat in own.items()}
         for first in range(0, count, self._count):
             number = min(self._count, count - first)
             if self._rank < number:
                 own = _flat(part(first + self._rank))
-            if first == 0:
-                total = torch.empty_like(own)
-            for piece, sums in zip(own.split(_PIECE), total.split(_PIECE), strict=True):
-                gathered = piece.new_empty(self._count * len(piece))
-                dist.all_gather_into_tensor(gathered, piece.contiguous())
-                for place, each in enumerate(gathered.view(self._count, -1)[:number]):
-                    if first + place:
-                        sums.add_(each)
-                    else:
-                        sums.copy_(each)
+            for dtype, flat in own.items():
+                for piece, sums in zip(flat.split(_PIECE), total[dtype].split(_PIECE), strict=True):
+                    gathered = piece.new_empty(self._count * len(piece))
+                    dist.all_gather_into_tensor(gathered, piece.contiguous())
+                    for place, each in enumerate(gathered.view(self._count, -1)[:number]):
+                        if first + place:
+                            sums.add_(each)
+                        else:
+                            sums.copy_(each)
         return total
 
-    def _reduced(self, count: int, part: Part, like: Sequence[Tensor]) -> Tensor:
-        total = _zeros(like)
+    def _reduced(self, count: int, part: Part, like: Flat) -> Flat:
+        total = {dtype: torch.zeros_like(flat) for dtype, flat in like.items()}
         for number in range(self._rank, count, self._count):
-            total += _flat(part(number))
-        dist.all_reduce(total)
+            for dtype, flat in _flat(part(number)).items():
+                total[dtype] += flat
+        for flat in total.values():
+            dist.all_reduce(flat)
         return total
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([each.reshape(-1) for each in tensors])
+def _flat(tensors: Sequence[Tensor]) -> Flat:
+    """All numbers of a dtype in one row."""
+    rows: dict[torch.dtype, list[Tensor]] = {}
+    for each in tensors:
+        rows.setdefault(each.dtype, []).append(each.detach().reshape(-1))
+    return {dtype: torch.cat(row) for dtype, row in rows.items()}
 
 
-def _zeros(like: Sequence[Tensor]) -> Tensor:
-    return _flat([torch.zeros_like(each, requires_grad=False) for each in like])
+def _sizes(like: Sequence[Tensor], dtype: torch.dtype) -> list[int]:
+    return [each.numel() for each in like if each.dtype == dtype]

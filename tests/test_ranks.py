@@ -1,0 +1,350 @@
+"""Training and evaluation over the processes of a real torchrun, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+
+from fedcmp.cli import main
+from fedcmp.components import load
+from fedcmp.evaluate.answers import begin_answers, join_parts, part_path, read_answers
+from fedcmp.federate.compatible import refuse_over_ranks
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.hashes import canonical
+from fedcmp.pipeline.ranks import ALONE, Place, place, refuse_ranks
+
+# Three micro-batches a step: two ranks have unequal work, and the last of four has none.
+STEPS = ("federate.batch_size=6", "federate.micro_batch=2", "federate.strategy.name=fedcmp")
+
+
+def words(*overrides: str) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "fedcmp")
+
+
+def start(ranks: int, *command: str, fault: str = "", torchrun: bool = False) -> subprocess.Popen[str]:
+    """Several processes; without torchrun they start sooner, and nobody ends those that are left."""
+    several = [*TORCHRUN[:-2], f"--nproc-per-node={ranks}", *TORCHRUN[-2:]]
+    return subprocess.Popen(
+        [*(several if torchrun else [sys.executable, str(ROOT / "tests/ranks.py"), str(ranks)]), *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)} | ({"FAULT": fault} if fault else {}),
+    )
+
+
+def together(ranks: int, *command: str, fault: str = "", torchrun: bool = False) -> tuple[int, str]:
+    process = start(ranks, *command, fault=fault, torchrun=torchrun)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+def alone(*command: str) -> str:
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def rows(config: Path, run: str) -> list[dict]:
+    lines = (config.parent / "build/runs/study" / run / "history.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in ("seconds", "recalled")}
+        for line in lines
+    ]
+
+
+def projector(config: Path, run: str) -> bytes:
+    return (config.parent / "build/runs/study" / run / "projector.safetensors").read_bytes()
+
+
+def answered(config: Path, run: str) -> dict[str, bytes]:
+    """All files of a run's scores, but for its name in them."""
+    folder = config.parent / "build/scores/study" / run
+    return {
+        str(file.relative_to(folder)): file.read_bytes().replace(run.encode(), b"RUN")
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def single(extracted: Path) -> Path:
+    """The experiment, trained and evaluated by one process as run `one`."""
+    alone("federate", str(extracted), *words("run=one", *STEPS))
+    alone("evaluate", str(extracted), *words("run=one", *STEPS))
+    return extracted
+
+
+def test_two_ranks_end_in_the_bytes_of_one(single: Path) -> None:
+    code, output = together(2, "federate", str(single), *words("run=two", *STEPS), torchrun=True)
+    assert code == 0, output
+    assert projector(single, "two") == projector(single, "one")
+    assert rows(single, "two") == rows(single, "one")
+    assert output.count("Projector and history in") == 1
+    assert "a step of 3 micro-batches is uneven work for 2 ranks; federate.micro_batch = 3" in output
+
+
+def test_two_ranks_give_the_answers_of_one(single: Path) -> None:
+    alone("federate", str(single), *words("run=judged", *STEPS))
+    code, output = together(2, "evaluate", str(single), *words("run=judged", *STEPS))
+    assert code == 0, output
+    assert output.count("Scores of judged") == 1
+    assert answered(single, "judged") == answered(single, "one")
+
+
+def process_of(parent: subprocess.Popen[str], rank: int) -> int:
+    """Its id, as tests/ranks.py names it."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            status = (entry / "status").read_text()
+            if f"\nPPid:\t{parent.pid}\n" in status and status.startswith(f"Name:\trank{rank}\n"):
+                return int(entry.name)
+    raise AssertionError(f"no rank {rank}")
+
+
+def killed(process: subprocess.Popen[str], rank: int, when: Callable[[], bool]) -> str:
+    """Kill a rank once something is so; what all of them have said in the end."""
+    deadline = time.monotonic() + 120
+    while not when():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process_of(process, rank), signal.SIGKILL)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert process.returncode != 0
+    return output
+
+
+def test_a_killed_rank_is_named_and_a_rerun_goes_on(single: Path) -> None:
+    """With another number of processes: what they share of a step is nobody else's business."""
+    more = ("federate.rounds=12", "federate.batch_size=2", "federate.micro_batch=1")
+    history = single.parent / "build/runs/study/lost/history.jsonl"
+    process = start(2, "federate", str(single), *words("run=lost", *more))
+    output = killed(process, 1, lambda: history.exists() and history.stat().st_size > 0)
+    assert "fedcmp: rank 1 of 2 died; run the same command to go on" in output
+    assert "Traceback" not in output
+    assert "continuing after round" in alone("federate", str(single), *words("run=lost", *more))
+    alone("federate", str(single), *words("run=whole", *more))
+    assert projector(single, "lost") == projector(single, "whole")
+    assert rows(single, "lost") == rows(single, "whole")
+
+
+@pytest.fixture
+def slow(request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--slow"):
+        pytest.skip("several processes each")
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_any_number_of_ranks_ends_in_the_bytes_of_one(single: Path, ranks: int) -> None:
+    run = f"of{ranks}"
+    for command in ("federate", "evaluate"):
+        code, output = together(ranks, command, str(single), *words(f"run={run}", *STEPS), torchrun=True)
+        assert code == 0, output
+    assert projector(single, run) == projector(single, "one")
+    assert rows(single, run) == rows(single, "one")
+    assert answered(single, run) == answered(single, "one")
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("federate.communication.payload=int8", "federate.optimizer.carry=true"),
+        ("federate.strategy.name=pivotmerge",),
+        ("federate.strategy.name=centralised",),
+        ("federate.checkpointing=true", "federate.strategy.name=scaffold"),
+    ],
+)
+def test_options_are_the_same_over_ranks(single: Path, options: tuple[str, ...]) -> None:
+    name = re.sub(r"\W", "", "".join(options))
+    alone("federate", str(single), *words(f"run=a{name}", *STEPS, *options))
+    code, output = together(2, "federate", str(single), *words(f"run=b{name}", *STEPS, *options))
+    assert code == 0, output
+    assert projector(single, f"a{name}") == projector(single, f"b{name}")
+    assert rows(single, f"a{name}") == rows(single, f"b{name}")
+
+
+@pytest.mark.usefixtures("slow")
+def test_all_reduce_is_near_and_of_its_own_identity(single: Path) -> None:
+    code, output = together(
+        2, "federate", str(single), *words("run=reduced", *STEPS, "federate.all_reduce=2")
+    )
+    assert code == 0, output
+    folder = single.parent / "build/runs/study/reduced"
+    assert json.loads((folder / "manifest.json").read_text())["identity"]["federate"]["all_reduce"] == 2
+    losses = [[row["loss"] for row in rows(single, name)] for name in ("reduced", "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    # It is judged wherever, by any number of processes.
+    alone("evaluate", str(single), *words("run=reduced", *STEPS, "federate.all_reduce=2"))
+
+
+FAULT = """
+from fedcmp.federate.client.trainer import Trainer
+train = Trainer.train
+def failing(self, jobs):
+    if os.environ["RANK"] == "{rank}" and jobs[0].round == 1:
+        {fault}
+    return train(self, jobs)
+Trainer.train = failing
+"""
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize(
+    ("rank", "fault", "message"),
+    [
+        (1, "raise RuntimeError('out of memory')", "rank 1 of 3 failed: out of memory"),
+        (0, "raise RuntimeError('out of memory')", "rank 0 of 3 failed: out of memory"),
+        (2, "raise MemoryError('no more')", "rank 2 of 3 failed: no more"),
+        (2, "os._exit(9)", "rank 2 of 3 died"),
+        (0, "os._exit(9)", "rank 0 of 3 died"),
+        (1, "jobs[0].start['linear_1.bias'].add_(1e-7)", "has trained another projector than rank 0"),
+    ],
+)
+def test_whoever_fails_is_named_and_nobody_waits(
+    single: Path, tmp_path: Path, rank: int, fault: str, message: str
+) -> None:
+    more = words("run=fails", *STEPS, f"build={tmp_path}/build")
+    began = time.monotonic()
+    code, output = together(3, "federate", str(single), *more, fault=FAULT.format(rank=rank, fault=fault))
+    assert code != 0
+    assert message in output
+    assert time.monotonic() - began < 90
+    alone("federate", str(single), *more)
+    assert (tmp_path / "build/runs/study/fails/projector.safetensors").read_bytes() == projector(
+        single, "one"
+    )
+
+
+@pytest.mark.usefixtures("slow")
+def test_what_diverges_says_so_once(single: Path) -> None:
+    more = ("run=wild", "federate.optimizer.learning_rate=1e38", "federate.optimizer.name=sgd")
+    code, output = together(2, "federate", str(single), *words(*STEPS, *more))
+    assert code != 0
+    assert output.count("lower federate.optimizer.learning_rate") == 1
+    assert "rank" not in output.split("elastic")[0].partition("lower federate")[2].split("\n")[0]
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_run_that_is_done_ends_all_ranks(single: Path) -> None:
+    code, output = together(2, "federate", str(single), *words("run=one", *STEPS))
+    assert (code, "nothing to do" in output) == (0, True), output
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_killed_rank_of_an_evaluation_and_a_rerun(single: Path) -> None:
+    more = words("run=cut", *STEPS, "evaluate.batch_size=1")
+    whole = words("run=uncut", *STEPS, "evaluate.batch_size=1")
+    for run in ("cut", "uncut"):
+        alone("federate", str(single), *words(f"run={run}", *STEPS))
+    answers = single.parent / "build/scores/study/cut/answers"
+    process = start(2, "evaluate", str(single), *more)
+    output = killed(process, 1, lambda: any(part.stat().st_size > 900 for part in answers.glob("*.part1")))
+    assert "rank 1 of 2 died" in output
+    assert list(answers.glob("*.part*"))
+    alone("evaluate", str(single), *more)
+    assert not list(answers.glob("*.part*"))
+    alone("evaluate", str(single), *whole)
+    assert {n: b for n, b in answered(single, "cut").items() if n.endswith(".json")} == {
+        n: b for n, b in answered(single, "uncut").items() if n.endswith(".json")
+    }
+
+
+def test_parts_are_read_and_joined_in_the_order_of_their_batches(tmp_path: Path) -> None:
+    path, model = tmp_path / "projector.jsonl", {"projector": "a"}
+
+    def line(key: str) -> bytes:
+        return canonical({"key": key, "benchmark": "b", "id": key, "image": "i", "answer": key.upper()})
+
+    begin_answers(path, model)
+    with path.open("ab") as file:
+        file.write(line("a") + b"\n")
+    for rank in range(3):
+        part = part_path(path, rank)
+        begin_answers(part, model)
+        with part.open("ab") as file:
+            for batch in range(rank, 7, 3):
+                for each in "xy":
+                    entry = json.loads(line(f"{batch}{each}")) | {"batch": batch}
+                    file.write(canonical(entry) + b"\n")
+            file.write(b'{"key": "torn')
+    assert len(read_answers(path, model).answers) == 15
+    before = {each: each.read_bytes() for each in tmp_path.iterdir()}
+    join_parts(path, model)
+    expected = [line(f"{batch}{each}") for batch in range(7) for each in "xy"]
+    assert path.read_bytes().split(b"\n")[1:-1] == [line("a"), *expected]
+    assert list(tmp_path.iterdir()) == [path]
+    # Killed before the parts were removed: nothing is there twice.
+    whole = path.read_bytes()
+    for each, content in before.items():
+        if each != path:
+            each.write_bytes(content)
+    begin_answers(path, model)
+    assert path.read_bytes() == whole
+    with pytest.raises(UserError, match="of another projector"):
+        read_answers(path, {"projector": "b"})
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [({}, ALONE), ({"RANK": "2", "WORLD_SIZE": "4"}, Place(2, 4)), ({"RANK": "0", "WORLD_SIZE": "1"}, ALONE)],
+)
+def test_places(variables: dict[str, str], found: Place) -> None:
+    assert place(variables) == found
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "x"}, {"WORLD_SIZE": "-1"}])
+def test_unfit_places_are_named(variables: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="no such rank"):
+        place(variables)
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "message"),
+    [
+        (("federate.together=2",), 2, "federate.together = 2: torchrun has started 2 processes"),
+        (("federate.all_reduce=4",), 2, "and there are 2; start it with torchrun --nproc-per-node 4"),
+        (("federate.all_reduce=4",), 1, "and there is one"),
+        (("language.device_map=auto",), 2, "language.device_map = 'auto'"),
+        (
+            ("federate.privacy.clip=1", "federate.privacy.noise_multiplier=1", "federate.privacy.unit=image"),
+            2,
+            "federate.privacy.unit = 'image'",
+        ),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused(
+    extracted: Path, options: tuple[str, ...], count: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        refuse_over_ranks(load(extracted, options), count)
+
+
+def test_engines_of_one_process_are_refused(extracted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--engine flower: is one process, and torchrun has started 2"):
+        refuse_ranks("--engine flower")
+    result = CliRunner().invoke(main, ["federate", str(extracted), "--engine", "simulation"])
+    assert result.exit_code == 2
+    assert "start it without torchrun" in result.output
