@@ -99,7 +99,8 @@ class Federate(Options):
     layers for the backward pass and runs them again in it: a third of the memory, a third slower.
     `compile` trains through torch.compile: a third faster on GPUs, equal up to rounding.
     `all_reduce` says how many processes torchrun starts, where their gradients are to be added as is fastest;
-    by default they are added in one order, and a run ends in the same bytes for any number of them.
+    by default they are added in one order, and a run ends in the same bytes for any number of them. `shard`
+    spreads the LLM's layers over these processes, for LLMs that no GPU has room for: equal up to rounding.
     """
 
     silos: tuple[Name, ...] = Field(min_length=1)
@@ -112,6 +113,7 @@ class Federate(Options):
     checkpointing: bool = False
     compile: bool = False
     all_reduce: int | None = Field(None, ge=2)
+    shard: bool = False
     projector: Component = Field(default_factory=lambda: Component(name="mlp2x_gelu"))
     initial: Path | None = None
     optimizer: Optimizer = Optimizer()
@@ -127,7 +129,7 @@ class Federate(Options):
             without: Options to leave out.
         """
         unused = {"passes"} if self.passes == 1 else set()
-        unused |= {"all_reduce"} if self.all_reduce is None else set()
+        unused |= {name for name in ("all_reduce", "shard") if not getattr(self, name)}
         return self.model_dump(mode="json", exclude={*without, *unused})
 
     @property

@@ -14,8 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import ROOT
+from safetensors.torch import load_file
 
 from fedcmp.cli import main
 from fedcmp.components import load
@@ -198,6 +200,27 @@ def test_all_reduce_is_near_and_of_its_own_identity(single: Path) -> None:
     alone("evaluate", str(single), *words("run=reduced", *STEPS, "federate.all_reduce=2"))
 
 
+@pytest.mark.usefixtures("slow")
+@pytest.mark.skipif(torch.__version__ < (2, 8), reason="fully_shard wants a GPU")
+@pytest.mark.parametrize("more", [(), ("federate.checkpointing=true", "federate.all_reduce=2")])
+def test_a_sharded_llm_teaches_the_same(single: Path, more: tuple[str, ...]) -> None:
+    """Three micro-batches on two ranks: one of these has none in every other turn, and goes along."""
+    run = f"sharded{len(more)}"
+    code, output = together(
+        2, "federate", str(single), *words(f"run={run}", *STEPS, "federate.shard=true", *more)
+    )
+    assert code == 0, output
+    losses = [[row["loss"] for row in rows(single, name)] for name in (run, "one")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if more else 1e-6)
+    if not more:
+        states = [
+            load_file(single.parent / f"build/runs/study/{name}/projector.safetensors")
+            for name in (run, "one")
+        ]
+        for name, tensor in states[0].items():
+            torch.testing.assert_close(tensor, states[1][name], rtol=1e-4, atol=1e-5)
+
+
 FAULT = """
 from fedcmp.federate.client.trainer import Trainer
 train = Trainer.train
@@ -326,6 +349,8 @@ def test_unfit_places_are_named(variables: dict[str, str]) -> None:
         (("federate.all_reduce=4",), 2, "and there are 2; start it with torchrun --nproc-per-node 4"),
         (("federate.all_reduce=4",), 1, "and there is one"),
         (("language.device_map=auto",), 2, "language.device_map = 'auto'"),
+        (("federate.shard=true",), 1, "and there is one; start it with torchrun"),
+        (("federate.shard=true", "federate.compile=true"), 2, "does not go with federate.compile"),
         (
             ("federate.privacy.clip=1", "federate.privacy.noise_multiplier=1", "federate.privacy.unit=image"),
             2,

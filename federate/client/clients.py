@@ -35,6 +35,7 @@ class Clients:
 
     Attributes:
         device: Where they train.
+        language: The LLM; in main memory where it is to be sharded.
         d_llm: Width of the LLM's embeddings.
         streams: Every client's data.
 
@@ -51,7 +52,8 @@ class Clients:
     ) -> None:
         self._options = options = experiment.federate
         self.device = pick_device(experiment.device)
-        language = load_language(experiment.language.path, **language_options(experiment))
+        placed = language_options(experiment) | ({"device": "cpu"} if options.shard else {})
+        self.language = language = load_language(experiment.language.path, **placed)
         language.checkpointing, language.compiled = options.checkpointing, options.compile
         first = next(iter(caches.values()))
         scratch = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)

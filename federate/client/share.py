@@ -30,7 +30,7 @@ class Share(Protocol):
 
         Args:
             count: Micro-batches of a step, at least one.
-            part: Computes the tensors of micro-batch i; called for those of this share.
+            part: Computes the tensors of micro-batch i; called for those of this share, at least.
             like: Tensors of their shapes, dtypes and device.
         """
 

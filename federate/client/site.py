@@ -145,8 +145,7 @@ def _memo(experiment: Experiment, device: str) -> Memo | None:
     options = federate_options(experiment)
     shared = ["batch_size", "micro_batch", "projector", "optimizer"]
     texts = {"template": experiment.language.template, "max_length": experiment.language.max_length}
-    if "all_reduce" in options:
-        shared.append("all_reduce")
+    shared += [name for name in ("all_reduce", "shard") if name in options]
     context = {
         "options": {name: options[name] for name in shared},
         "language": language_identity(experiment) | texts,

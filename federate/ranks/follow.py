@@ -82,8 +82,15 @@ def _say_idle(options: Federate, count: int) -> None:
 
 
 def _shared(experiment: Experiment, clients: Clients, ranks: Ranks) -> Shared:
+    options = experiment.federate
     with ranks.at_work():
-        return Shared(ranks, Sums(ranks, clients.device, in_order=experiment.federate.all_reduce is None))
+        in_order = options.all_reduce is None
+        sums = Sums(ranks, clients.device, in_order=in_order, in_step=options.shard)
+        if options.shard:
+            from fedcmp.federate.ranks.sharding import shard
+
+            shard(clients.language, clients.device, ranks.count)
+        return Shared(ranks, sums)
 
 
 def _told(ranks: Ranks, language: FrozenLanguageModel, visual_tokens: int) -> Mapping[str, dict[int, str]]:

@@ -36,13 +36,16 @@ class Sums:
         device: Where the tensors are.
         in_order: Add micro-batches in their order; else each rank adds its own, and these sums are
             added as is fastest.
+        in_step: A rank without a micro-batch computes another's beside the others, as they wait for its share
+            of the LLM.
 
     Raises:
         UserError: A GPU would have several ranks.
     """
 
-    def __init__(self, ranks: Ranks, device: str, in_order: bool) -> None:
-        self._rank, self._count, self._in_order = ranks.rank, ranks.count, in_order
+    def __init__(self, ranks: Ranks, device: str, *, in_order: bool, in_step: bool = False) -> None:
+        self._rank, self._count = ranks.rank, ranks.count
+        self._in_order, self._in_step = in_order, in_step
         gpu = None
         if device_type(device) == "cuda":
             here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
@@ -79,6 +82,8 @@ class Sums:
             number = min(self._count, count - first)
             if self._rank < number:
                 own = _flat(part(first + self._rank))
+            elif self._in_step:
+                part(first)
             for dtype, flat in own.items():
                 for piece, sums in zip(flat.split(_PIECE), total[dtype].split(_PIECE), strict=True):
                     gathered = piece.new_empty(self._count * len(piece))
@@ -92,9 +97,12 @@ class Sums:
 
     def _reduced(self, count: int, part: Part, like: Flat) -> Flat:
         total = {dtype: torch.zeros_like(flat) for dtype, flat in like.items()}
-        for number in range(self._rank, count, self._count):
-            for dtype, flat in _flat(part(number)).items():
-                total[dtype] += flat
+        for first in range(0, count, self._count):
+            if first + self._rank < count:
+                for dtype, flat in _flat(part(first + self._rank)).items():
+                    total[dtype] += flat
+            elif self._in_step:
+                part(first)
         for flat in total.values():
             dist.all_reduce(flat)
         return total
