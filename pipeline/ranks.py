@@ -12,7 +12,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
@@ -91,7 +91,7 @@ def joined() -> Iterator[Ranks | None]:
     try:
         yield ranks
     except BaseException as error:
-        ranks.leave(one_line(error))
+        ranks.leave("interrupted" if isinstance(error, KeyboardInterrupt) else one_line(error))
         if isinstance(error, UserError) and not ranks.leads:
             raise UserError(f"rank {here.rank} of {here.count}: {error}") from None
         raise
@@ -109,6 +109,7 @@ class Ranks:
         rank: Its number.
         count: How many there are.
         store: Torch's, for process groups.
+        at_end: Called when all ranks end in good order.
     """
 
     def __init__(self, place: Place) -> None:
@@ -120,6 +121,7 @@ class Ranks:
         self._messages: dict[int, SimpleQueue[Message | None]] = {
             other: SimpleQueue() for other in self._connections
         }
+        self.at_end: list[Callable[[], None]] = []
         self._sending, self._busy = threading.Lock(), False
         self._ended, self._failed = threading.Event(), threading.Event()
         for connection in self._connections.values():
@@ -178,11 +180,16 @@ class Ranks:
         """Tell the others that this process ends, and why if not in good order."""
         if self._failed.is_set():
             return
+        told = self._ended.is_set()
         self._ended.set()
-        if why is not None and (self._busy or not self.leads):
+        if why is not None and (self._busy or not (self.leads or told)):
             self.tell({"failed": why, "rank": self.rank})
-        elif self.leads:
+            return
+        if self.leads:
             self.tell({"end": True})
+            threading.Thread(target=self._exit, args=(0 if why is None else 2,), daemon=True).start()
+        for each in self.at_end:
+            each()
 
     def _spoil(self, error: Exception) -> None:
         """End all: the others are amid something that cannot be finished."""

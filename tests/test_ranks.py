@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner
 from conftest import ROOT
 from safetensors.torch import load_file
+from test_sites import sites_config  # noqa: F401
 
 from fedcmp.cli import main
 from fedcmp.components import load
@@ -184,6 +185,19 @@ def test_options_are_the_same_over_ranks(single: Path, options: tuple[str, ...])
     assert code == 0, output
     assert projector(single, f"a{name}") == projector(single, f"b{name}")
     assert rows(single, f"a{name}") == rows(single, f"b{name}")
+
+
+@pytest.mark.usefixtures("slow")
+def test_secure_sums_are_the_same_over_ranks(sites_config: Path, tmp_path: Path) -> None:  # noqa: F811
+    builds = [tmp_path / "one", tmp_path / "two"]
+    options = [
+        words(f"build={build}", "federate.micro_batch=1", "federate.privacy.secure=true") for build in builds
+    ]
+    alone("federate", str(sites_config), *options[0])
+    code, output = together(2, "federate", str(sites_config), *options[1])
+    assert code == 0, output
+    one, two = (next(build.glob("runs/*/*/projector.safetensors")).read_bytes() for build in builds)
+    assert one == two
 
 
 @pytest.mark.usefixtures("slow")

@@ -44,8 +44,6 @@ def site(
     \b
     Example:
       fedcmp site configs/demo/fedcmp.toml --silo photo --superlink 127.0.0.1:18080 --insecure
-      torchrun --nproc-per-node 2 -m fedcmp site configs/demo/fedcmp.toml \
-        --silo photo --superlink 127.0.0.1:18080 --insecure
     """
     from fedcmp.components import load
     from fedcmp.federate.engines.flower.processes import need_flower

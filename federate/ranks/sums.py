@@ -65,16 +65,13 @@ class Sums:
             timeout=_PATIENCE,
             device_id=gpu,
         )
+        ranks.at_end.append(dist.destroy_process_group)
 
     def summed(self, count: int, part: Part, like: Sequence[Tensor]) -> list[Tensor]:
         """As `Share.summed`."""
         total = (self._ordered if self._in_order else self._reduced)(count, part, _flat(like))
         parts = {dtype: iter(flat.split(_sizes(like, dtype))) for dtype, flat in total.items()}
         return [next(parts[each.dtype]).view(each.shape).clone() for each in like]
-
-    def close(self) -> None:
-        """Leave the process group."""
-        dist.destroy_process_group()
 
     def _ordered(self, count: int, part: Part, own: Flat) -> Flat:
         total = {dtype: torch.empty_like(flat) for dtype, flat in own.items()}
