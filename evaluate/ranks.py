@@ -38,7 +38,7 @@ def answer_together(
     keys = [work.keys[item.id] for item in items]
     ranks.tell(
         {
-            "run": experiment.run,
+            "place": str(experiment.scores_path),
             "projector": projector,
             "benchmark": work.name,
             "limit": work.limit,
@@ -76,10 +76,10 @@ def follow(load: Callable[[], Sequence[Experiment]], ranks: Ranks) -> None:
         while (message := ranks.told()) is not None:
             asked = message[0]
             with ranks.at_work():
-                experiments = experiments or {each.run: each for each in load()}
-                experiment = experiments[asked["run"]]
+                experiments = experiments or {str(each.scores_path): each for each in load()}
+                experiment = experiments[asked["place"]]
                 run = trained_run(experiment)
-                place = asked["run"], asked["benchmark"]
+                place = asked["place"], asked["benchmark"]
                 if place not in works:
                     works = {place: _work(experiment, asked["benchmark"], asked["limit"])}
                 _answer(experiment, run, *works[place], asked, ranks)
@@ -100,7 +100,7 @@ def _answer(
     items = [of[name] for name in asked["items"] if name in of]
     if fingerprint([model, [work.keys[item.id] for item in items]]) != asked["keys"]:
         raise UserError(
-            f"{asked['run']}, {work.name}: other questions, features or projector than rank 0 has; give all "
+            f"{experiment.run}, {work.name}: other questions, features or projector than rank 0 has; give all "
             "ranks the same files"
         )
     part = part_path(answers_path(experiment.scores_path, asked["projector"], model), ranks.rank)

@@ -87,6 +87,8 @@ def joined() -> Iterator[Ranks | None]:
     if here == ALONE:
         yield None
         return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE={here.count}: MASTER_ADDR is missing; unset it, or start with torchrun")
     ranks = Ranks(here)
     try:
         yield ranks
@@ -183,7 +185,7 @@ class Ranks:
         told = self._ended.is_set()
         self._ended.set()
         if why is not None and (self._busy or not (self.leads or told)):
-            self.tell({"failed": why, "rank": self.rank})
+            self.tell({"failed": f"failed: {why}", "rank": self.rank})
             return
         if self.leads:
             self.tell({"end": True})
@@ -219,7 +221,7 @@ class Ranks:
                     del open_[connection]
                     continue
                 if "failed" in content:
-                    self._fail(content["rank"], f"failed: {content['failed']}")
+                    self._fail(content["rank"], content["failed"])
                 elif "end" in content:
                     self._ended.set()
                     self._messages[other].put(None)
@@ -234,7 +236,7 @@ class Ranks:
         complain(f"fedcmp: rank {rank} of {self.count} {how}; run the same command to go on")
         if self.leads and self._sending.acquire(timeout=_GRACE):
             self._sending.release()
-            self.tell({"failed": how.removeprefix("failed: "), "rank": rank})
+            self.tell({"failed": how, "rank": rank})
         self._failed.set()
         for messages in self._messages.values():
             messages.put(None)

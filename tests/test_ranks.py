@@ -382,8 +382,11 @@ def test_what_ranks_cannot_do_is_refused(
 def test_engines_of_one_process_are_refused(extracted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match="--engine flower: is one process, and torchrun has started 2"):
         refuse_ranks("--engine flower")
     result = CliRunner().invoke(main, ["federate", str(extracted), "--engine", "simulation"])
     assert result.exit_code == 2
     assert "start it without torchrun" in result.output
+    result = CliRunner().invoke(main, ["federate", str(extracted)])
+    assert (result.exit_code, "MASTER_ADDR is missing" in result.output) == (2, True)
