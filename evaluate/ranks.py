@@ -100,8 +100,8 @@ def _answer(
     items = [of[name] for name in asked["items"] if name in of]
     if fingerprint([model, [work.keys[item.id] for item in items]]) != asked["keys"]:
         raise UserError(
-            f"{experiment.run}, {work.name}: other questions, features or projector than rank 0 has; give all "
-            "ranks the same files"
+            f"{experiment.run}, {work.name}: other questions, features or projector than rank 0 has; give "
+            "all ranks the same files"
         )
     part = part_path(answers_path(experiment.scores_path, asked["projector"], model), ranks.rank)
     begin_answers(part, model)
