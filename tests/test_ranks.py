@@ -24,8 +24,13 @@ from fedcmp.cli import main
 from fedcmp.components import load
 from fedcmp.evaluate.answers import begin_answers, join_parts, part_path, read_answers
 from fedcmp.federate.compatible import refuse_over_ranks
+from fedcmp.federate.engines.service import Service
+from fedcmp.federate.engines.wire import job_as_dict
+from fedcmp.federate.messages import Job
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.hashes import canonical
+from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.options import Component
 from fedcmp.pipeline.ranks import ALONE, Place, place, refuse_ranks
 
 # Three micro-batches a step: two ranks have unequal work, and the last of four has none.
@@ -176,6 +181,7 @@ def test_any_number_of_ranks_ends_in_the_bytes_of_one(single: Path, ranks: int) 
         ("federate.strategy.name=pivotmerge",),
         ("federate.strategy.name=centralised",),
         ("federate.checkpointing=true", "federate.strategy.name=scaffold"),
+        ("federate.privacy.clip=0.1", "federate.privacy.noise_multiplier=0"),
     ],
 )
 def test_options_are_the_same_over_ranks(single: Path, options: tuple[str, ...]) -> None:
@@ -185,6 +191,54 @@ def test_options_are_the_same_over_ranks(single: Path, options: tuple[str, ...])
     assert code == 0, output
     assert projector(single, f"a{name}") == projector(single, f"b{name}")
     assert rows(single, f"a{name}") == rows(single, f"b{name}")
+
+
+@pytest.mark.usefixtures("slow")
+def test_what_ranks_have_trained_is_remembered(single: Path, tmp_path: Path) -> None:
+    """By any number of processes: the memo knows no ranks."""
+    more = words(*STEPS, f"memo.path={tmp_path}/memo")
+    code, output = together(2, "federate", str(single), *words("run=first"), *more)
+    assert code == 0, output
+    alone("federate", str(single), *words("run=again"), *more)
+    code, output = together(2, "federate", str(single), *words("run=third"), *more)
+    assert code == 0, output
+    for run in ("again", "third"):
+        assert projector(single, run) == projector(single, "one")
+        lines = (single.parent / "build/runs/study" / run / "history.jsonl").read_text().splitlines()
+        recalled = [json.loads(line)["recalled"] for line in lines if json.loads(line)["client"]]
+        assert recalled == [True] * 6
+
+
+SERVER = """
+import fedcmp.federate.engines.flower.launch as launch
+from test_ranks import result_of_a_site
+launch.site = lambda service, *words: print(result_of_a_site(service))
+"""
+
+
+def result_of_a_site(service: Service) -> str:
+    """What a site answers in two rounds, as a hash."""
+    hello = service.handle({"kind": "hello"})
+    generator = torch.Generator().manual_seed(0)
+    projector = projectors.build(Component(name="mlp2x_gelu"), d_vision=24, d_llm=32)
+    projectors.initialise(projector, generator)
+    state, found = projectors.state_of(projector), []
+    for turn in range(2):
+        job = job_as_dict(Job("clinic", state, turn, turn, 3))
+        asked = {"kind": "train", "silo": "clinic", "terms": hello["terms"], "job": job}
+        state = service.handle(asked)["result"]["state"]
+        found.append(projectors.content_hash(state))
+    return f"site: {found}"
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_site_of_two_ranks_answers_as_one(extracted: Path) -> None:
+    pytest.importorskip("flwr", reason="needs the extra [flower]")
+    options = ("run=site", "federate.micro_batch=1")
+    place = ("--silo", "clinic", "--superlink", "127.0.0.1:1", "--insecure")
+    code, output = together(2, "site", str(extracted), *words(*options), *place, fault=SERVER)
+    assert code == 0, output
+    assert result_of_a_site(Service(load(extracted, options), "clinic")) in output
 
 
 @pytest.mark.usefixtures("slow")
