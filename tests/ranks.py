@@ -39,4 +39,4 @@ if __name__ == "__main__":
     count = int(sys.argv.pop(1))
     children = [rank_of(number, count, port) for number in range(count)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(max(map(abs, codes)))
+    os._exit(max(map(abs, codes)))  # to unload torch takes a second

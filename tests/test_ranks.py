@@ -128,15 +128,16 @@ def process_of(parent: subprocess.Popen[str], rank: int) -> int:
 
 def killed(process: subprocess.Popen[str], rank: int, when: Callable[[], bool]) -> str:
     """Kill a rank once something is so; what all of them have said in the end."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not when():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process_of(process, rank), signal.SIGKILL)
     began = time.monotonic()
-    output, _ = process.communicate(timeout=60)
-    assert time.monotonic() - began < 20
+    output, _ = process.communicate(timeout=240)
+    # Seconds on a machine that is not busy; those that wait for ever would wait for two hours.
+    assert time.monotonic() - began < 60
     assert process.returncode != 0
     return output
 
@@ -320,7 +321,7 @@ def test_whoever_fails_is_named_and_nobody_waits(
     code, output = together(3, "federate", str(single), *more, fault=FAULT.format(rank=rank, fault=fault))
     assert code != 0
     assert message in output
-    assert time.monotonic() - began < 90
+    assert time.monotonic() - began < 240
     alone("federate", str(single), *more)
     assert (tmp_path / "build/runs/study/fails/projector.safetensors").read_bytes() == projector(
         single, "one"
