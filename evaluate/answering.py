@@ -6,13 +6,15 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fedcmp.evaluate.answers import BATCH
 from fedcmp.evaluate.benchmarks.base import Answer, Asks, Item, Mode
 from fedcmp.evaluate.benchmarks.retrieval import ranks_of
 from fedcmp.evaluate.work import Work, rows_of
@@ -25,6 +27,7 @@ from fedcmp.pipeline.models.device import pick_device
 from fedcmp.pipeline.models.language import load_language
 from fedcmp.pipeline.models.prompts import Tokens, require_system_prompt, stop_string, tokenise_all
 from fedcmp.pipeline.models.vision_language import VisionLanguage
+from fedcmp.pipeline.ranks import ALONE, Place
 from fedcmp.pipeline.records import Text, Turn
 from fedcmp.pipeline.run_folder import Run
 
@@ -97,6 +100,7 @@ def answer(
     reader: Reader,
     path: Path,
     advance: Callable[[int], None],
+    place: Place = ALONE,
 ) -> None:
     """Answer items and append each answer to the file as soon as its batch is done.
 
@@ -112,6 +116,7 @@ def answer(
         reader: The model.
         path: File to append to.
         advance: Called with the number of answers after every batch.
+        place: Which batches are answered here; where that is not all, lines have the number of theirs.
     """
     benchmark, rows = work.benchmark, rows_of(reader.cache)
     asks, mode = benchmark.asks, benchmark.mode
@@ -121,10 +126,16 @@ def answer(
         require_system_prompt(reader.template_for(asks), tokenizer, benchmark.system_prompt)
     once = list({work.keys[item.id]: item for item in items}.values())
     advance(len(items) - len(once))
+    numbers = chain([-1] if place.first else [], count(place.rank, place.count))
     with path.open("ab") as file:
-        for batch in answers(reader, once, rows, asks=asks, mode=mode, length=length, stop=stop):
+        found = answers(reader, once, rows, asks=asks, mode=mode, length=length, stop=stop, place=place)
+        for number, batch in zip(numbers, found, strict=False):
             for item, said in batch:
-                told = {"failed": said.reason} if isinstance(said, Failure) else {"answer": said}
+                told: dict[str, Any] = (
+                    {"failed": said.reason} if isinstance(said, Failure) else {"answer": said}
+                )
+                if place != ALONE:
+                    told[BATCH] = number
                 line = {"key": work.keys[item.id], "benchmark": work.name, "id": item.id, "image": item.image}
                 file.write(canonical(line | told) + b"\n")
             file.flush()
@@ -140,8 +151,11 @@ def answers(
     mode: Mode,
     length: int,
     stop: Sequence[str] = (),
+    place: Place = ALONE,
 ) -> Iterator[list[tuple[Item, Answer | Failure]]]:
     """Answers batch by batch, in the order that is fastest; those that cannot be given come first.
+
+    Rank 0 begins with these, and has all that is retrieved; of whole batches rank r has r, r + count, ….
 
     Args:
         reader: The model.
@@ -151,14 +165,17 @@ def answers(
         mode: How answers come about.
         length: Tokens a generated answer may have.
         stop: Texts before which a generated answer is cut.
+        place: Which batches are answered.
     """
     if mode == "retrieve":
-        yield list(zip(items, _ranks(reader, items, rows), strict=True))
+        if place.first:
+            yield list(zip(items, _ranks(reader, items, rows), strict=True))
         return
     template = reader.template_for(asks)
     fitting, failed = _fitting(reader, items, template)
-    yield [(item, Failure(reason)) for item, reason in failed.items()]
-    for batch in _batches(_ordered(fitting), reader.batch_size):
+    if place.first:
+        yield [(item, Failure(reason)) for item, reason in failed.items()]
+    for batch in islice(_batches(_ordered(fitting), reader.batch_size), place.rank, None, place.count):
         asked = [tokens for tokens, _ in batch]
         done = [item for _, item in batch]
         images = list(dict.fromkeys(item.image for item in done))

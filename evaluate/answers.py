@@ -3,12 +3,16 @@
 A file is of one projector and LLM: its first line says which, and its name has the hash of that. Each
 further line has the hash of everything else that decides the answer (picture, prompt, template, length,
 options), so one changed question is asked anew alone, and nothing stale is scored.
+
+Several processes write a part each beside it, whose lines also have the number of their batch; the parts are
+read with the file, and moved into it in the order of the batches.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from fedcmp.evaluate.benchmarks.base import Answer, Mode
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import write_atomic
 from fedcmp.pipeline.hashes import canonical, fingerprint
+
+BATCH = "batch"
 
 
 def answers_path(folder: Path, projector: str, model: dict[str, Any]) -> Path:
@@ -62,24 +68,46 @@ def read_answers(path: Path, model: dict[str, Any]) -> Saved:
     Raises:
         UserError: The file is of another model.
     """
-    saved = Saved({}, {}, 0)
+    saved, unreadable = Saved({}, {}, 0), 0
+    for file in (path, *_parts(path)):
+        for line in _lines(file, model):
+            entry = _entry(line)
+            if entry is None:
+                unreadable += 1
+            elif "failed" in entry:
+                saved.failures[entry["key"]] = str(entry["failed"])
+            else:
+                saved.answers[entry["key"]] = entry["answer"]
+    return replace(saved, unreadable=unreadable)
+
+
+def part_path(path: Path, rank: int) -> Path:
+    """Where one of several processes writes its answers."""
+    return path.with_name(f"{path.name}.part{rank}")
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.name}.part*"))
+
+
+def _lines(path: Path, model: dict[str, Any]) -> list[bytes]:
+    """Whole lines after the first, which must be of the model."""
     if not path.is_file():
-        return saved
+        return []
     first, *lines = path.read_bytes().split(b"\n")
     if first != canonical({"model": model}):
         raise UserError(f"{path}: answers of another projector or LLM than its name says; remove it")
-    unreadable = 0
-    for line in lines[:-1]:
-        try:
-            entry = json.loads(line)
-            key = str(entry["key"])
-            if "failed" in entry:
-                saved.failures[key] = str(entry["failed"])
-            else:
-                saved.answers[key] = _answer(entry["answer"])
-        except (ValueError, TypeError, KeyError, RecursionError):
-            unreadable += 1
-    return replace(saved, unreadable=unreadable)
+    return lines[:-1]
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line says, or None where it is no answer."""
+    try:
+        entry = json.loads(line)
+        found = {**entry, "key": str(entry["key"])}
+        return found if "failed" in entry else found | {"answer": _answer(entry["answer"])}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _answer(value: Any) -> Answer:
@@ -91,7 +119,29 @@ def _answer(value: Any) -> Answer:
 
 
 def begin_answers(path: Path, model: dict[str, Any]) -> None:
-    """Make a file ready to append to: its model on the first line, no unfinished last line."""
+    """Make a file ready to append to: its model on the first line, no unfinished last line, no parts."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else [canonical({"model": model}), b""]
     if lines[-1] or not path.is_file():
         write_atomic(path, b"\n".join([*lines[:-1], b""]))
+    join_parts(path, model)
+
+
+def join_parts(path: Path, model: dict[str, Any]) -> None:
+    """Append what the parts say, batch by batch, and remove them.
+
+    Raises:
+        UserError: A part is of another model.
+    """
+    parts = _parts(path)
+    entries = [entry for part in parts for line in _lines(part, model) if (entry := _entry(line))]
+    known = set(_lines(path, model))
+    with path.open("ab") as file:
+        for entry in sorted(entries, key=lambda entry: entry.pop(BATCH)):
+            line = canonical(entry)
+            if line not in known:  # it is where a kill came before the parts were removed
+                file.write(line + b"\n")
+                known.add(line)
+        file.flush()
+        os.fsync(file.fileno())
+    for part in parts:
+        part.unlink()

@@ -16,6 +16,7 @@ from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import progress, say, table
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import locked
+from fedcmp.pipeline.ranks import Ranks
 from fedcmp.pipeline.run_folder import Run
 
 T = TypeVar("T")
@@ -23,14 +24,25 @@ T = TypeVar("T")
 _PROBLEMS_SHOWN = 3
 
 
-def evaluate_runs(experiments: Sequence[Experiment], only: tuple[str, ...], limit: int | None = None) -> None:
+def evaluate_runs(
+    experiments: Sequence[Experiment],
+    only: tuple[str, ...],
+    limit: int | None = None,
+    ranks: Ranks | None = None,
+) -> None:
     """Answer what is not yet answered, score, and print the scores, run by run.
+
+    Args:
+        experiments: The runs.
+        only: Names of benchmarks; all where it is empty.
+        limit: Questions of each benchmark at most.
+        ranks: Other processes that answer with this one, by `ranks.follow`.
 
     Raises:
         UserError: At the end, where a run or benchmark could not be evaluated.
     """
     runs = [(experiment.run, experiment) for experiment in experiments]
-    _finish(_tried(runs, lambda experiment: evaluate_run(experiment, only, limit)), len(runs), "runs")
+    _finish(_tried(runs, lambda experiment: evaluate_run(experiment, only, limit, ranks)), len(runs), "runs")
 
 
 def score_runs(experiments: Sequence[Experiment], only: tuple[str, ...]) -> None:
@@ -66,7 +78,7 @@ def _finish(failed: Sequence[str], number: int, what: str) -> None:
 
 
 def evaluate_run(
-    experiment: Experiment, only: tuple[str, ...], limit: int | None = None
+    experiment: Experiment, only: tuple[str, ...], limit: int | None = None, ranks: Ranks | None = None
 ) -> dict[str, dict[str, Any]]:
     """Answer what is not yet answered, score, and print the scores; one benchmark stops no other.
 
@@ -74,6 +86,7 @@ def evaluate_run(
         experiment: The run.
         only: Names of benchmarks; all where it is empty.
         limit: Questions of each benchmark at most; scores of fewer than all say so.
+        ranks: Other processes that answer with this one.
 
     Returns:
         The content of every benchmark's file of scores.
@@ -93,7 +106,7 @@ def evaluate_run(
         works.append((prepare(experiment, name, benchmarks[name], cache, limit), cache))
 
     unread = _tried([(name, name) for name in benchmarks], read)
-    _answer(experiment, run, works)
+    _answer(experiment, run, works, ranks)
     scores, unscored = _score(experiment, run, [work for work, _ in works])
     _finish([*unread, *unscored], len(benchmarks), "benchmarks")
     return scores
@@ -112,7 +125,9 @@ def _score_run(experiment: Experiment, only: tuple[str, ...]) -> None:
     _finish([*unread, *unscored], len(benchmarks), "benchmarks")
 
 
-def _answer(experiment: Experiment, run: Run, works: Sequence[tuple[Work, FeatureCache]]) -> None:
+def _answer(
+    experiment: Experiment, run: Run, works: Sequence[tuple[Work, FeatureCache]], ranks: Ranks | None
+) -> None:
     """Append the answers that are not yet saved."""
     pending: list[tuple[str, Path, list[tuple[Work, FeatureCache, list[Item]]]]] = []
     for projector in run.judged:
@@ -134,6 +149,7 @@ def _answer(experiment: Experiment, run: Run, works: Sequence[tuple[Work, Featur
         say(f"{experiment.run}: nothing to answer, every answer is saved")
         return
     from fedcmp.evaluate.answering import answer, load_reader
+    from fedcmp.evaluate.ranks import answer_together
 
     total = sum(len(items) for _, _, left in pending for _, _, items in left)
     with (
@@ -143,6 +159,9 @@ def _answer(experiment: Experiment, run: Run, works: Sequence[tuple[Work, Featur
         for projector, path, left in pending:
             begin_answers(path, model_of(run, projector))
             for work, cache, items in left:
+                if ranks is not None:
+                    answer_together(experiment, run, projector, work, cache, items, path, task.advance, ranks)
+                    continue
                 reader = load_reader(experiment, run, projector, cache)
                 answer(work, items, reader, path, task.advance)
 

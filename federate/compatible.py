@@ -32,6 +32,11 @@ def refuse(experiment: Experiment, strategy: Strategy, schedule: Schedule) -> No
             f"federate.communication.payload = '{options.communication.payload}': secure sums are of exact "
             "numbers; use float32"
         )
+    if options.shard and "alignment" in strategy.wants:
+        raise UserError(
+            f"federate.shard = true: strategy '{options.strategy.name}' measures alignment in one process; "
+            "use another strategy, or language.quantize in place of shard"
+        )
     if options.secure and find_spec("cryptography") is None:
         raise UserError("federate.privacy.secure: needs cryptography; run: pip install 'fedcmp[privacy]'")
     if options.secure:
@@ -55,6 +60,49 @@ def refuse_over_sites(experiment: Experiment, strategy: Strategy) -> None:
             f"federate.together = {experiment.federate.together}: sites train alone; set it to 1, as the "
             "bytes of a run depend on it"
         )
+
+
+def refuse_over_ranks(experiment: Experiment, count: int) -> None:
+    """Refuse what so many processes cannot train together.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    options, start = experiment.federate, f"torchrun has started {count} processes"
+    if options.all_reduce not in (None, count):
+        raise UserError(
+            f"federate.all_reduce = {options.all_reduce}: the run's bytes depend on so many processes, and "
+            f"there {'is one' if count == 1 else f'are {count}'}; start it with torchrun --nproc-per-node "
+            f"{options.all_reduce}, or remove the option"
+        )
+    if count == 1 and options.shard:
+        raise UserError(
+            "federate.shard = true: the LLM is spread over the processes that torchrun starts, and there is "
+            "one; start it with torchrun, or remove the option"
+        )
+    if count == 1:
+        return
+    if options.together > 1:
+        raise UserError(
+            f"federate.together = {options.together}: {start}, which share the micro-batches of one client; "
+            "set it to 1, as the bytes of a run depend on it"
+        )
+    if options.clipped is not None and options.clipped.unit != "client":
+        raise UserError(
+            f"federate.privacy.unit = '{options.clipped.unit}': {start}, and private steps clip gradients of "
+            "samples and add noise in one; start it without torchrun"
+        )
+    if experiment.language.device_map != "none":
+        raise UserError(
+            f"language.device_map = '{experiment.language.device_map}': {start}, each with a GPU of its own; "
+            "remove it, or start without torchrun"
+        )
+    for option, used in (
+        ("federate.compile", options.compile),
+        ("language.quantize", experiment.language.quantize != "none"),
+    ):
+        if options.shard and used:
+            raise UserError(f"federate.shard = true: does not go with {option}; remove one of them")
 
 
 def _refuse_insecure(options: Federate, schedule: Schedule, strategy: Strategy) -> None:

@@ -19,6 +19,7 @@ from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.identity import run_differences, run_identity
 from fedcmp.pipeline.manifest import provenance, withdraw_manifest, write_manifest
 from fedcmp.pipeline.models.device import pick_device
+from fedcmp.pipeline.ranks import Ranks
 from fedcmp.pipeline.run_folder import PROJECTOR, Run
 
 if TYPE_CHECKING:
@@ -77,6 +78,26 @@ def _server(experiment: Experiment) -> str:
     if device == "cpu":
         raise UserError("federate.aggregation = 'cuda': torch sees no CUDA device here; use 'cpu'")
     return device
+
+
+def run_over(load: Callable[[], Experiment], ranks: Ranks | None) -> None:
+    """The same over the processes that torchrun started: rank 0 does it, and the others train with it.
+
+    Args:
+        load: Reads the experiment.
+        ranks: The processes; None where this is the only one.
+
+    Raises:
+        UserError: As `run`, or something that cannot be done over several.
+    """
+    from fedcmp.federate.engines.local import LocalEngine
+
+    if ranks is None or ranks.leads:
+        run(load(), lambda own, schedule: LocalEngine(own, schedule, ranks))
+        return
+    from fedcmp.federate.ranks.follow import follow
+
+    follow(load, None, ranks)
 
 
 def _damaged(run: Run) -> list[str]:

@@ -99,8 +99,11 @@ class Federate(Options):
     what the projector starts from instead of random weights: a LLaVA `mm_projector.bin`, a directory of
     Hugging Face's LLaVA, or a run or projector of ours. `checkpointing` keeps only the inputs of the LLM's
     layers for the backward pass and runs them again in it: a third of the memory, a third slower.
-    `compile` trains through torch.compile: a third faster on GPUs, equal up to rounding. `aggregation` is
-    where the server multiplies and decomposes matrices, equal up to rounding.
+    `compile` trains through torch.compile: a third faster on GPUs, equal up to rounding.
+    `all_reduce` says how many processes torchrun starts, where their gradients are to be added as is fastest;
+    by default they are added in one order, and a run ends in the same bytes for any number of them. `shard`
+    spreads the LLM's layers over these processes, for LLMs that no GPU has room for: equal up to rounding.
+    `aggregation` is where the server multiplies and decomposes matrices, equal up to rounding.
     """
 
     silos: tuple[Name, ...] = Field(min_length=1)
@@ -113,6 +116,8 @@ class Federate(Options):
     checkpointing: bool = False
     compile: bool = False
     aggregation: Literal["cpu", "cuda"] = "cpu"
+    all_reduce: int | None = Field(None, ge=2)
+    shard: bool = False
     projector: Component = Field(default_factory=lambda: Component(name="mlp2x_gelu"))
     initial: Path | None = None
     optimizer: Optimizer = Optimizer()
@@ -127,7 +132,7 @@ class Federate(Options):
         Args:
             without: Options to leave out.
         """
-        newer = {"passes": 1, "aggregation": "cpu"}
+        newer = {"passes": 1, "aggregation": "cpu", "all_reduce": None, "shard": False}
         unused = {name for name, without_it in newer.items() if getattr(self, name) == without_it}
         return self.model_dump(mode="json", exclude={*without, *unused})
 

@@ -133,6 +133,12 @@ def test_only_its_home_imports(package: str, homes: list[str]) -> None:
             assert str(file.relative_to(ROOT)).startswith(tuple(homes))
 
 
+def test_torchs_collectives_have_one_home() -> None:
+    for file in FILES:
+        if any(name.startswith(("torch.distributed", "torch._C")) for name in imports(file)):
+            assert str(file.relative_to(ROOT)).startswith(("federate/ranks/", "pipeline/ranks.py"))
+
+
 def test_the_world_is_special_nowhere_else() -> None:
     for name, file in MODULES.items():
         if "world" not in name and name not in ("fedcmp", "fedcmp.commands.demo"):

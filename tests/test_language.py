@@ -353,7 +353,7 @@ def test_compiled_training_is_equal_up_to_rounding(llama_dir: Path) -> None:
     for ours, theirs in zip(losses_and_gradient(language), plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert 1 <= graphs < len(language._layers) + 1  # layers share their code
+    assert 1 <= graphs < len(language.layers) + 1  # layers share their code
     tokens = tokenise(question("a red ring?"), "chat", language.tokenizer, patches=2, max_length=99)
     language.generate([tokens], torch.ones(1, 2, 32), [0], max_new_tokens=2, stop=None)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

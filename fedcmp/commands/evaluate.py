@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fedcmp.commands.options import experiments_options, only_benchmarks
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.config import Experiment
 
 
 @click.command()
@@ -31,8 +35,20 @@ def evaluate(
       fedcmp evaluate configs/demo/fedcmp.toml
       fedcmp evaluate configs/demo/*.toml --benchmark pope
       fedcmp evaluate configs/demo/fedcmp.toml --limit 50
+      torchrun --nproc-per-node 2 -m fedcmp evaluate configs/demo/fedcmp.toml
     """
     from fedcmp.components import load
-    from fedcmp.evaluate.run import evaluate_runs
+    from fedcmp.pipeline.ranks import joined
 
-    evaluate_runs([load(config, overrides) for config in configs], only, limit)
+    def runs() -> list[Experiment]:
+        return [load(config, overrides) for config in configs]
+
+    with joined() as ranks:
+        if ranks is None or ranks.leads:
+            from fedcmp.evaluate.run import evaluate_runs
+
+            evaluate_runs(runs(), only, limit, ranks)
+        else:
+            from fedcmp.evaluate.ranks import follow
+
+            follow(runs, ranks)

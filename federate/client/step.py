@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from fedcmp.federate.arithmetic.paths import path_projector
 from fedcmp.federate.arithmetic.updates import State
+from fedcmp.federate.client.share import Share, Whole
 from fedcmp.federate.client.stream import Batch
 from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.steps import NoisySteps
@@ -99,11 +100,13 @@ def train_together(
     micro_batch: int,
     advance: Callable[[int], None],
     noisy: NoisySteps | None = None,
+    share: Share | None = None,
 ) -> list[LocalResult]:
     """Train clients over one round's batches; the LLM stays frozen and is shared.
 
     Every client has its own projector and optimiser. Their samples go through the LLM together,
     sorted by length into micro-batches; summing the clients' mean losses keeps their gradients apart.
+    A client alone has one micro-batch in memory at a time, projector included.
 
     Args:
         jobs: Who trains, from where.
@@ -114,6 +117,8 @@ def train_together(
         advance: Called with the number of clients after each of their steps.
         noisy: How steps keep samples private, if they do; every sample then counts alike, however many
             texts and tokens it has.
+        share: Which micro-batches are computed here; all by default, as they are where several clients
+            train together or steps are noisy.
 
     Raises:
         DivergedError: A loss or a gradient is not finite.
@@ -123,18 +128,26 @@ def train_together(
         _learner(job, steps, own, model.copied(), options)
         for job, (steps, own) in zip(jobs, batches, strict=True)
     ]
-    sums = torch.zeros(len(learners), dtype=torch.float64, device=model.language.device)
+    share = share or Whole()
+    alone = len(learners) == 1 and noisy is None
+    losses: list[Tensor] = []
     for step in range(max(learner.steps for learner in learners)):
         active = [place for place, learner in enumerate(learners) if step < learner.steps]
-        sums[active] += _backward([learners[place] for place in active], micro_batch, noisy)
+        if alone:
+            losses.append(_in_parts(learners[0], micro_batch, share))
+        else:
+            sums = torch.zeros(len(learners), dtype=torch.float64, device=model.language.device)
+            sums[active] = _backward([learners[place] for place in active], micro_batch, noisy)
+            losses.append(sums)
         for place in active:
             learners[place].step(step, options)
         advance(len(active))
+    totals = torch.stack(losses).cpu().cumsum(0)[-1]
     seconds = time.monotonic() - began
     samples = sum(learner.samples for learner in learners)
     return [
         _result(learner, total / learner.tokens, options, seconds * learner.samples / samples)
-        for learner, total in zip(learners, sums.tolist(), strict=True)
+        for learner, total in zip(learners, totals.tolist(), strict=True)
     ]
 
 
@@ -167,6 +180,38 @@ def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) 
         optimizer=learner.optimizer.state_dict() if options.carry else None,
         gradient=gradient if "gradient" in job.wants else None,
     )
+
+
+def _in_parts(learner: _Learner, micro_batch: int, share: Share) -> Tensor:
+    """The gradient of one client's mean loss; returns the `(1,)` float64 sum of losses.
+
+    The graph of a micro-batch is gone before the next one is begun.
+    """
+    batch, model = next(learner.batches), learner.model
+    count = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+    learner.samples += batch.size
+    learner.tokens += count
+    weight = 1 / torch.tensor(count, dtype=torch.float32, device=batch.ids.device)
+    parts = list(_micro_batches(batch.labels, micro_batch))
+    parameters = list(model.trainable().values())
+
+    def computed(number: int) -> list[Tensor]:
+        """A micro-batch's part of every gradient, and its sum of losses."""
+        rows, length = parts[number]
+        # Pictures as they come in the batch: sums over all of them do not depend on how long their texts are.
+        ordered, places = rows.sort()
+        visual = model.visual(batch.features[ordered])[places.argsort()]
+        losses, row = model.losses(batch.ids[rows, :length], batch.labels[rows, :length], visual)
+        learner.optimizer.zero_grad(set_to_none=True)
+        (losses * weight).sum().backward()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return [*gradients, zero.index_add(0, torch.zeros_like(row), losses.detach().double())]
+
+    zero = torch.zeros(1, dtype=torch.float64, device=batch.ids.device)
+    *gradients, total = share.summed(len(parts), computed, [*parameters, zero])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    return total
 
 
 def _backward(learners: Sequence[_Learner], micro_batch: int, noisy: NoisySteps | None) -> Tensor:

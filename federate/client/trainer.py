@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from fedcmp.federate.client.alignment import alignment_contributions
 from fedcmp.federate.client.memo import Memo, job_key
+from fedcmp.federate.client.share import Share, Whole
 from fedcmp.federate.client.step import train_together
 from fedcmp.federate.client.stream import Stream
 from fedcmp.federate.messages import Job, LocalResult
@@ -35,6 +36,7 @@ class Trainer:
         memo: Local updates that were computed before.
         advance: Called with the number of steps done.
         noisy: How local steps keep samples private, if they do.
+        share: Which micro-batches are computed here.
     """
 
     streams: Mapping[str, Stream]
@@ -46,6 +48,7 @@ class Trainer:
     memo: Memo | None
     advance: Callable[[int], None]
     noisy: NoisySteps | None = None
+    share: Share = field(default_factory=Whole)
 
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Train the clients of a round."""
@@ -57,14 +60,14 @@ class Trainer:
 
     def _recalled(self, jobs: Sequence[Job]) -> list[LocalResult]:
         if self.memo is None or any(job.optimizer is not None for job in jobs):
-            return self._trained(jobs)
+            return self.share.trained(jobs, self.train)
         keys = [job_key(job) | {"data": self.streams[job.client].content(job.turn)} for job in jobs]
         known = self.memo.recall(keys)
         if known is None:
             with self.memo.claimed(keys):
                 known = self.memo.recall(keys)
                 if known is None:
-                    trained = self._trained(jobs)
+                    trained = self.share.trained(jobs, self.train)
                     self.memo.keep(keys, trained)
                     return trained
         self.advance(sum(result.steps for result in known))
@@ -72,9 +75,11 @@ class Trainer:
             replace(result, client=job.client, recalled=True) for job, result in zip(jobs, known, strict=True)
         ]
 
-    def _trained(self, jobs: Sequence[Job]) -> list[LocalResult]:
+    def train(self, jobs: Sequence[Job]) -> list[LocalResult]:
+        """Train clients, or compute a share of it."""
         try:
-            with in_one_order(str(self.model.language.device)):
+            # What one of several processes cannot do, it cannot try again alone.
+            with in_one_order(str(self.model.language.device), strict=self.share.alone):
                 return self._train(jobs)
         except RuntimeError as error:
             if "deterministic" not in str(error):
@@ -95,6 +100,7 @@ class Trainer:
             micro_batch=self.micro_batch,
             advance=self.advance,
             noisy=self.noisy,
+            share=self.share,
         )
 
     def _aligned(self, job: Job, result: LocalResult) -> LocalResult:

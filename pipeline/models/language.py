@@ -39,6 +39,8 @@ class FrozenLanguageModel:
         compiled: Train through torch.compile.
         ways: How loss and answers are computed.
         rows: Rows of its word embeddings: token ids are below.
+        layers: Those that can be checkpointed, compiled and sharded one by one; none where transformers does
+            not say what they are.
 
     Raises:
         UserError: The directory is missing or does not hold such a model with all of its weights, a
@@ -65,8 +67,8 @@ class FrozenLanguageModel:
         self.head = self.model.get_output_embeddings()
         self.rows = len(self.embeddings.weight)
         self.device = self.embeddings.weight.device if placed else torch.device(device)
-        self._layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
-        if self._layers:
+        self.layers = [m for m in self.decoder.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if self.layers:
             # Before transformers 5.2x it had the second name.
             names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
             getattr(model, next(name for name in names if hasattr(model, name)))({"use_reentrant": False})
@@ -153,7 +155,7 @@ class FrozenLanguageModel:
     def _compiled(self) -> list[Any]:
         """Every layer, compiled: one by one they share their code, so it takes seconds instead of minutes."""
         calls = []
-        for layer in self._layers:
+        for layer in self.layers:
             layer.compile()
             calls.append(layer._compiled_call_impl)
             layer._compiled_call_impl = None
@@ -162,7 +164,7 @@ class FrozenLanguageModel:
     @cached_property
     def _compiled_body(self) -> Any:
         """What takes embeddings, compiled as a whole where its layers cannot be identified."""
-        return self.body if self._layers else torch.compile(self.body)
+        return self.body if self.layers else torch.compile(self.body)
 
     @contextmanager
     def _training(self) -> Iterator[Any]:
@@ -170,15 +172,15 @@ class FrozenLanguageModel:
 
         Layers checkpoint only while they think they train; their dropout stays off all the same.
         """
-        for layer in self._layers:
+        for layer in self.layers:
             layer.training = self.checkpointing and torch.is_grad_enabled()
         if self.compiled:
-            for layer, call in zip(self._layers, self._compiled, strict=True):
+            for layer, call in zip(self.layers, self._compiled, strict=True):
                 layer._compiled_call_impl = call
         try:
             yield self._compiled_body if self.compiled else self.body
         finally:
-            for layer in self._layers:
+            for layer in self.layers:
                 layer.training, layer._compiled_call_impl = False, None
 
     @torch.inference_mode()
