@@ -84,6 +84,7 @@ def evaluate_run(
     run = trained_run(experiment)
     for name in run.judged:
         run.projector(name)
+        run.adapter(name)
     benchmarks = benchmarks_of(experiment, only)
     works: list[tuple[Work, FeatureCache]] = []
 

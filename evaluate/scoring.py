@@ -53,10 +53,11 @@ class Scored:
 
 
 def model_of(run: Run, projector: str) -> dict[str, Any]:
-    """What gives the answers: the projector's content, and the LLM as the run was trained with it."""
+    """What gives the answers: the content of projector and adapter, and the LLM they were trained with."""
     language = run.identity["language"]
     kept = {name: value for name, value in language.items() if name not in ("template", "max_length")}
-    return {"projector": run.projectors[projector], "language": kept}
+    adapter = {"adapter": run.adapters[projector]} if projector in run.adapters else {}
+    return {"projector": run.projectors[projector], **adapter, "language": kept}
 
 
 def given(experiment: Experiment, run: Run, work: Work) -> Given:

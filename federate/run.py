@@ -19,7 +19,7 @@ from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.identity import run_differences, run_identity
 from fedcmp.pipeline.manifest import provenance, withdraw_manifest, write_manifest
 from fedcmp.pipeline.models.device import pick_device
-from fedcmp.pipeline.run_folder import PROJECTOR, Run
+from fedcmp.pipeline.run_folder import PROJECTOR, Run, adapter_folder
 
 if TYPE_CHECKING:
     from fedcmp.federate.server.progress import Progress
@@ -73,6 +73,7 @@ def _damaged(run: Run) -> list[str]:
     for name in run.projectors:
         try:
             run.projector(name)
+            run.adapter(name)
         except UserError:
             return [f"{name} is missing or not the one of its manifest"]
     return []
@@ -93,6 +94,7 @@ def _train(
     from fedcmp.federate.server.rounds import run_rounds
     from fedcmp.federate.server.tracker import Tracked, tracked
     from fedcmp.pipeline.models import projector as projectors
+    from fedcmp.pipeline.models.lora import divided, save_adapter
 
     options, out = experiment.federate, experiment.run_path
     checkpoint_path, print_of_run = out / "checkpoint.pt", fingerprint(wanted)
@@ -106,7 +108,7 @@ def _train(
         projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=engine.d_llm)
         counts = engine.counts()
         if saved is None:
-            saved = _beginning(experiment, strategy, schedule, counts, projector, wanted)
+            saved = _beginning(experiment, strategy, schedule, counts, projector, engine.adapter, wanted)
         rows = history.read(out / history.HISTORY)
         before = [row for row in rows if row["round"] < saved.round]
         seen = Tracked(experiment.experiment, experiment.run, print_of_run, wanted, out)
@@ -131,8 +133,14 @@ def _train(
             )
     names = {PROJECTOR: done.state}
     names |= {f"silos/{client}.safetensors": state for client, state in done.personal.items()}
+    contents, adapters = {}, {}
     for name, state in names.items():
-        projectors.save_projector(out / name, state, projector.architecture)
+        weights, adapter = divided(state)
+        projectors.save_projector(out / name, weights, projector.architecture)
+        contents[name] = projectors.content_hash(weights)
+        if options.adapter is not None:
+            save_adapter(adapter_folder(out, name), adapter, options.adapter, str(experiment.language.path))
+            adapters[name] = projectors.content_hash(adapter)
     manifest = {
         "experiment": experiment.experiment,
         "run": experiment.run,
@@ -142,7 +150,8 @@ def _train(
         "cache_key": fingerprint(first.key),
         "texts": {silo: counts[silo]._asdict() for silo in options.silos},
         "features": {"patches": first.patches, "key": first.key},
-        "projectors": {name: projectors.content_hash(state) for name, state in names.items()},
+        "projectors": contents,
+        **({"adapters": adapters} if adapters else {}),
         "made_by": provenance(pick_device(experiment.device)),
     }
     write_manifest(out, manifest)
@@ -157,6 +166,7 @@ def _beginning(
     schedule: Schedule,
     counts: Mapping[str, Counts],
     projector: Projector,
+    adapter: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, Any],
 ) -> Progress:
     """What a run starts from: initial weights, and the strategy's memory."""
@@ -164,16 +174,18 @@ def _beginning(
 
     from fedcmp.federate.server.progress import Progress
     from fedcmp.pipeline.models import projector as projectors
+    from fedcmp.pipeline.models.lora import draw
     from fedcmp.pipeline.models.pretrained import start_from
 
-    if experiment.federate.initial is None:
-        projectors.initialise(projector, torch.Generator().manual_seed(experiment.seed))
+    generator, initial = torch.Generator().manual_seed(experiment.seed), experiment.federate.initial
+    if initial is None:
+        projectors.initialise(projector, generator)
     else:
-        start_from(experiment.federate.initial, projector, experiment.federate.projector.plugins)
+        start_from(initial, projector, experiment.federate.projector.plugins)
     state = projectors.state_of(projector)
-    initial = experiment.federate.initial
     if initial and projectors.content_hash(state) != wanted["federate"]["initial"]:
         raise UserError(f"federate.initial = {initial}: changed just now; run this again")
+    state |= draw(adapter, generator)
     samples = {name: sum(counts[silo].samples for silo in silos) for name, silos in schedule.groups.items()}
     return Progress(state, memory=strategy.begin(state, samples))
 

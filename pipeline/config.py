@@ -70,6 +70,19 @@ class Optimizer(Options):
     carry: bool = False
 
 
+class Lora(Options):
+    """LoRA beside the frozen LLM's linear layers, which is trained and aggregated with the projector.
+
+    Matrices of `rank` count `alpha` / `rank` times. `targets` are names of layers, as in peft, or all but
+    the head. `learning_rate` is the adapter's own, by default that of the optimiser.
+    """
+
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    learning_rate: float | None = Field(None, gt=0)
+
+
 class Communication(Options):
     """How a client's update travels.
 
@@ -97,7 +110,8 @@ class Federate(Options):
     what the projector starts from instead of random weights: a LLaVA `mm_projector.bin`, a directory of
     Hugging Face's LLaVA, or a run or projector of ours. `checkpointing` keeps only the inputs of the LLM's
     layers for the backward pass and runs them again in it: a third of the memory, a third slower.
-    `compile` trains through torch.compile: a third faster on GPUs, equal up to rounding.
+    `compile` trains through torch.compile: a third faster on GPUs, equal up to rounding. With `adapter`
+    the LLM is tuned, too.
     """
 
     silos: tuple[Name, ...] = Field(min_length=1)
@@ -110,6 +124,7 @@ class Federate(Options):
     checkpointing: bool = False
     compile: bool = False
     projector: Component = Field(default_factory=lambda: Component(name="mlp2x_gelu"))
+    adapter: Lora | None = None
     initial: Path | None = None
     optimizer: Optimizer = Optimizer()
     strategy: Component = Field(default_factory=lambda: Component(name="fedavg"))
@@ -123,7 +138,7 @@ class Federate(Options):
         Args:
             without: Options to leave out.
         """
-        unused = {"passes"} if self.passes == 1 else set()
+        unused = {name for name, value in (("passes", 1), ("adapter", None)) if getattr(self, name) == value}
         return self.model_dump(mode="json", exclude={*without, *unused})
 
     @property

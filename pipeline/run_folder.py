@@ -12,6 +12,8 @@ from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.manifest import read_manifest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedcmp.pipeline.cache import FeatureCache
     from fedcmp.pipeline.models.projectors.base import Projector
     from fedcmp.pipeline.plugins import Plugin
@@ -81,6 +83,31 @@ class Run:
             )
         return projector
 
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Content hashes of the LLM's adapters, by the names of their projectors' files; mostly none."""
+        contents: dict[str, str] = self.manifest.get("adapters", {})
+        return contents
+
+    def adapter(self, name: str = PROJECTOR) -> dict[str, Tensor]:
+        """The adapter that belongs to a projector: its matrices by name, none where the LLM is frozen.
+
+        Raises:
+            UserError: The file is missing, damaged, or holds other weights than the run ended with.
+        """
+        from fedcmp.pipeline.models.lora import load_adapter
+        from fedcmp.pipeline.models.projector import content_hash
+
+        if name not in self.adapters:
+            return {}
+        folder = adapter_folder(self.path, name)
+        adapter = load_adapter(folder)
+        if content_hash(adapter) != self.adapters[name]:
+            raise UserError(
+                f"{folder}: not the adapter that the run ended with; put that back, or train the run again"
+            )
+        return adapter
+
     def require_encoding(self, cache: FeatureCache) -> None:
         """It sees only features such as those it was trained on.
 
@@ -102,6 +129,11 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 def projector_file(path: Path) -> Path:
     """The projector of a run's folder, or the file itself."""
     return path / PROJECTOR if path.is_dir() else path
+
+
+def adapter_folder(run: Path, name: str) -> Path:
+    """Where the adapter of one of a run's projectors is, in PEFT's layout."""
+    return run / "adapter" if name == PROJECTOR else (run / name).with_suffix("")
 
 
 def place_of(file: Path) -> tuple[Path, str]:

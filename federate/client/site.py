@@ -68,6 +68,7 @@ class Site:
         visual_tokens = scratch.tokens(first.patches)
         without = check_texts(experiment, caches, language, visual_tokens)
         self.d_llm = language.d_llm
+        self.adapter = {name: tuple(matrix.shape) for name, matrix in language.adapter.items()}
         unit = unit_of(options.clipped)
         stream = Stream if unit is None else partial(UnitStream, unit=unit)
         self.streams = {
@@ -114,6 +115,7 @@ class Site:
             memo=_memo(experiment, device),
             advance=advance,
             noisy=self._guard.steps,
+            adapter_rate=None if options.adapter is None else options.adapter.learning_rate,
         )
 
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
@@ -173,7 +175,13 @@ def _memo(experiment: Experiment, device: str) -> Memo | None:
     if experiment.memo is None or experiment.federate.clipped is not None:
         return None
     options = federate_options(experiment)
-    shared = ("batch_size", "micro_batch", "projector", "optimizer")
+    shared = [
+        "batch_size",
+        "micro_batch",
+        "projector",
+        "optimizer",
+        *(["adapter"] if "adapter" in options else []),
+    ]
     texts = {"template": experiment.language.template, "max_length": experiment.language.max_length}
     context = {
         "options": {name: options[name] for name in shared},

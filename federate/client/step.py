@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.steps import NoisySteps
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.errors import DivergedError
-from fedcmp.pipeline.models.projector import state_of
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
 from fedcmp.pipeline.models.vision_language import VisionLanguage
 
@@ -32,9 +32,22 @@ def learning_rate(options: Optimizer, step: int, total: int) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(options: Optimizer, model: VisionLanguage) -> torch.optim.Optimizer:
-    """The local optimiser over all that is trained."""
-    parameters = model.trainable().values()
+def make_optimizer(
+    options: Optimizer, model: VisionLanguage, adapter_rate: float | None = None
+) -> torch.optim.Optimizer:
+    """The local optimiser over all that is trained; a group's `share` is of the learning rate.
+
+    Args:
+        options: Local optimisation.
+        model: What is trained.
+        adapter_rate: Learning rate of the adapter, if it has one of its own.
+    """
+    adapter = list(model.language.adapter.values())
+    parameters: list[dict[str, Any]] = [{"params": list(model.projector.parameters()), "share": 1.0}]
+    if adapter:
+        parameters.append(
+            {"params": adapter, "share": (adapter_rate or options.learning_rate) / options.learning_rate}
+        )
     if options.name == "sgd":
         return torch.optim.SGD(
             parameters, options.learning_rate, options.momentum, weight_decay=options.weight_decay
@@ -73,7 +86,7 @@ class _Learner:
         """Clip the loss's gradient, add the objective's, and move."""
         rate = learning_rate(options, self.job.round * self.steps + step, self.job.rounds * self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         nn.utils.clip_grad_norm_(self.model.trainable().values(), options.max_grad_norm)
         proximal, linear = self.job.objective.proximal, self.job.objective.linear
         for name, parameter in self.model.trainable().items():
@@ -99,6 +112,7 @@ def train_together(
     micro_batch: int,
     advance: Callable[[int], None],
     noisy: NoisySteps | None = None,
+    adapter_rate: float | None = None,
 ) -> list[LocalResult]:
     """Train clients over one round's batches; the LLM stays frozen and is shared.
 
@@ -114,13 +128,14 @@ def train_together(
         advance: Called with the number of clients after each of their steps.
         noisy: How steps keep samples private, if they do; every sample then counts alike, however many
             texts and tokens it has.
+        adapter_rate: Learning rate of the adapter, if it has one of its own.
 
     Raises:
         DivergedError: A loss or a gradient is not finite.
     """
     began = time.monotonic()
     learners = [
-        _learner(job, steps, own, model.copied(), options)
+        _learner(job, steps, own, model.copied(), options, adapter_rate)
         for job, (steps, own) in zip(jobs, batches, strict=True)
     ]
     sums = torch.zeros(len(learners), dtype=torch.float64, device=model.language.device)
@@ -139,10 +154,15 @@ def train_together(
 
 
 def _learner(
-    job: Job, steps: int, batches: Iterator[Batch], model: VisionLanguage, options: Optimizer
+    job: Job,
+    steps: int,
+    batches: Iterator[Batch],
+    model: VisionLanguage,
+    options: Optimizer,
+    adapter_rate: float | None,
 ) -> _Learner:
-    model.projector.load_state_dict(job.start)
-    optimizer = make_optimizer(options, model)
+    model.load(job.start)
+    optimizer = make_optimizer(options, model, adapter_rate)
     if job.optimizer is not None:
         optimizer.load_state_dict(job.optimizer)
     return _Learner(job, steps, batches, model, optimizer)
@@ -154,7 +174,7 @@ def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) 
             f"client '{learner.job.client}', round {learner.job.round}: the loss is {loss}; lower "
             f"federate.optimizer.learning_rate ({options.learning_rate:g})"
         )
-    job, state = learner.job, state_of(learner.model.projector)
+    job, state = learner.job, learner.model.state()
     gradient = {name: mean.cpu() for name, mean in learner.gradient.items()}
     return LocalResult(
         client=job.client,

@@ -35,6 +35,7 @@ class Trainer:
         memo: Local updates that were computed before.
         advance: Called with the number of steps done.
         noisy: How local steps keep samples private, if they do.
+        adapter_rate: Learning rate of the adapter, if it has one of its own.
     """
 
     streams: Mapping[str, Stream]
@@ -46,6 +47,7 @@ class Trainer:
     memo: Memo | None
     advance: Callable[[int], None]
     noisy: NoisySteps | None = None
+    adapter_rate: float | None = None
 
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Train the clients of a round."""
@@ -95,6 +97,7 @@ class Trainer:
             micro_batch=self.micro_batch,
             advance=self.advance,
             noisy=self.noisy,
+            adapter_rate=self.adapter_rate,
         )
 
     def _aligned(self, job: Job, result: LocalResult) -> LocalResult:

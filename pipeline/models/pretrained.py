@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedcmp.pipeline.errors import UserError, one_line
 from fedcmp.pipeline.files import read_json
-from fedcmp.pipeline.models.projector import State, load_projector
+from fedcmp.pipeline.models.projector import State, load_projector, refuse_tuned
 from fedcmp.pipeline.models.projectors.base import Projector
 from fedcmp.pipeline.models.saved_model import weight_files
 from fedcmp.pipeline.plugins import Plugin
@@ -69,6 +69,7 @@ def read_weights(path: Path, plugins: tuple[Plugin, ...] = ()) -> tuple[str | No
     if not path.is_file():
         raise UserError(f"federate.initial = {path}: no such file; give a projector's weights")
     if path.suffix == ".safetensors" and _is_ours(path):
+        refuse_tuned(path)
         projector, state = load_projector(path, plugins)
         return projector.architecture, {name: tensor.float() for name, tensor in state.items()}
     return None, _mapped(path, _tensors([path]))

@@ -150,6 +150,21 @@ def load_projector(path: Path, plugins: tuple[Plugin, ...] = ()) -> tuple[Projec
     return projector, state
 
 
+def refuse_tuned(path: Path) -> None:
+    """Refuse a projector that belongs to an LLM with an adapter, where that would be left behind.
+
+    Raises:
+        UserError: It is one.
+    """
+    folder, within = place_of(path)
+    found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    if isinstance(found, dict) and within in found.get("adapters", {}):
+        raise UserError(
+            f"{path}: its run tuned the LLM, too, and the projector alone is no model; give one of a run "
+            "without federate.adapter"
+        )
+
+
 def recorded_content(path: Path) -> tuple[str | None, Path | None]:
     """The content hash that a manifest gives a projector, and that manifest: of its run, or of a merge."""
     folder, within = place_of(path)
