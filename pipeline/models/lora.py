@@ -22,7 +22,8 @@ from fedcmp.pipeline.files import write_atomic
 State = dict[str, Tensor]
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-_OURS, _PEFT, _NAME = "lora.", "base_model.model.", "default"
+PREFIX = "lora."
+_PEFT, _NAME = "base_model.model.", "default"
 
 
 def inject(model: Any, options: Lora) -> dict[str, nn.Parameter]:
@@ -54,7 +55,7 @@ def inject(model: Any, options: Lora) -> dict[str, nn.Parameter]:
     for name, parameter in model.named_parameters():
         if name.endswith((f".lora_A.{_NAME}.weight", f".lora_B.{_NAME}.weight")):
             parameter.data = parameter.data.float()
-            matrices[_OURS + name.replace(f".{_NAME}.", ".")] = parameter
+            matrices[PREFIX + name.replace(f".{_NAME}.", ".")] = parameter
     return matrices
 
 
@@ -70,7 +71,7 @@ def draw(shapes: Mapping[str, tuple[int, ...]], generator: torch.Generator) -> S
 
 def divided(state: Mapping[str, Tensor]) -> tuple[State, State]:
     """A state's projector, and its adapter."""
-    adapter = {name: tensor for name, tensor in state.items() if name.startswith(_OURS)}
+    adapter = {name: tensor for name, tensor in state.items() if name.startswith(PREFIX)}
     return {name: tensor for name, tensor in state.items() if name not in adapter}, adapter
 
 
@@ -78,13 +79,13 @@ def divided(state: Mapping[str, Tensor]) -> tuple[State, State]:
 def merge(model: Any, options: Lora, state: Mapping[str, Tensor]) -> None:
     """Add an adapter to the weights of a causal LM that has none, in the dtype of these."""
     for layer in _layers(state):
-        first, second = (state[f"{_OURS}{layer}.lora_{part}.weight"] for part in "AB")
+        first, second = (state[f"{PREFIX}{layer}.lora_{part}.weight"] for part in "AB")
         weight = model.get_submodule(layer).weight
         weight.copy_(weight.float() + options.alpha / options.rank * (second @ first).to(weight.device))
 
 
 def _layers(state: Mapping[str, Tensor]) -> list[str]:
-    return sorted({name.removeprefix(_OURS).rpartition(".lora_")[0] for name in state})
+    return sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in state})
 
 
 def save_adapter(folder: Path, state: Mapping[str, Tensor], options: Lora, base: str) -> None:
@@ -108,7 +109,7 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], options: Lora, base:
         "inference_mode": True,
     }
     write_atomic(folder / SETTINGS, json.dumps(settings, indent=2).encode() + b"\n")
-    named = {_PEFT + name.removeprefix(_OURS): tensor.contiguous() for name, tensor in state.items()}
+    named = {_PEFT + name.removeprefix(PREFIX): tensor.contiguous() for name, tensor in state.items()}
     write_atomic(folder / WEIGHTS, save(named, metadata={"format": "pt"}))
 
 
@@ -131,4 +132,4 @@ def _ours(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors.items():
         if not name.startswith(_PEFT):
             raise ValueError(f"its '{name[:80]}' is none of PEFT's names")
-        yield _OURS + name.removeprefix(_PEFT), tensor
+        yield PREFIX + name.removeprefix(_PEFT), tensor
