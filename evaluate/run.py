@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from fedcmp.evaluate.answers import answers_path, begin_answers, read_answers
 from fedcmp.evaluate.benchmarks.base import Item
-from fedcmp.evaluate.scoring import Scored, model_of, score, write_scores
+from fedcmp.evaluate.scoring import Scored, judged, model_of, score, write_scores
 from fedcmp.evaluate.trained import trained_run
 from fedcmp.evaluate.work import Work, benchmarks_of, cache_of, prepare, recall
 from fedcmp.pipeline.cache import FeatureCache
@@ -124,6 +124,8 @@ def _answer(experiment: Experiment, run: Run, works: Sequence[tuple[Work, Featur
             say(f"{path}: {saved.unreadable} unreadable lines; what they answered is asked again")
         left = []
         for work, cache in works:
+            if projector not in judged(run, work):
+                continue
             mode = work.benchmark.mode
             todo = [item for item in work.items if not saved.knows(work.keys[item.id], mode)]
             if todo:

@@ -19,7 +19,7 @@ from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.identity import run_differences, run_identity
 from fedcmp.pipeline.manifest import provenance, withdraw_manifest, write_manifest
 from fedcmp.pipeline.models.device import pick_device
-from fedcmp.pipeline.run_folder import PROJECTOR, Run, adapter_folder
+from fedcmp.pipeline.run_folder import PROJECTOR, Run, adapter_folder, own_projector
 
 if TYPE_CHECKING:
     from fedcmp.federate.server.progress import Progress
@@ -132,7 +132,7 @@ def _train(
                 quorum=experiment.sites.quorum,
             )
     names = {PROJECTOR: done.state}
-    names |= {f"silos/{client}.safetensors": state for client, state in done.personal.items()}
+    names |= {own_projector(client): state for client, state in done.personal.items()}
     contents, adapters = {}, {}
     for name, state in names.items():
         weights, adapter = divided(state)

@@ -131,6 +131,11 @@ def projector_file(path: Path) -> Path:
     return path / PROJECTOR if path.is_dir() else path
 
 
+def own_projector(silo: str) -> str:
+    """The name of a silo's own projector within a run."""
+    return f"silos/{silo}.safetensors"
+
+
 def adapter_folder(run: Path, name: str) -> Path:
     """Where the adapter of one of a run's projectors is, in PEFT's layout."""
     return run / "adapter" if name == PROJECTOR else (run / name).with_suffix("")
