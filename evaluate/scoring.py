@@ -53,11 +53,12 @@ class Scored:
 
 
 def model_of(run: Run, projector: str) -> dict[str, Any]:
-    """What gives the answers: the content of projector and adapter, and the LLM they were trained with."""
+    """What gives the answers: the content of projector and adapter, and the LLM."""
     language = run.identity["language"]
     kept = {name: value for name, value in language.items() if name not in ("template", "max_length")}
-    adapter = {"adapter": run.adapters[projector]} if projector in run.adapters else {}
-    return {"projector": run.projectors[projector], **adapter, "language": kept}
+    besides = {"adapter": run.adapters.get(projector), "own part": run.own_part(projector)}
+    besides = {name: content for name, content in besides.items() if content is not None}
+    return {"projector": run.projectors[projector], **besides, "language": kept}
 
 
 def judged(run: Run, work: Work) -> list[str]:
@@ -72,8 +73,8 @@ def judged(run: Run, work: Work) -> list[str]:
     strangers = [silo for silo in silos if own_projector(silo) not in run.judged]
     if strangers:
         raise UserError(
-            f"evaluate.benchmarks.{work.name}.silos: {', '.join(strangers)} have no projectors in {run.path}; "
-            "name silos of the run"
+            f"evaluate.benchmarks.{work.name}.silos: {', '.join(strangers)} have no projectors in "
+            f"{run.path}; name silos of the run"
         )
     return [name for name in run.judged if name in map(own_projector, silos)]
 

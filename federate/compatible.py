@@ -22,6 +22,7 @@ def refuse(experiment: Experiment, strategy: Strategy, schedule: Schedule) -> No
         UserError: Naming the option.
     """
     options = experiment.federate
+    strategy.refuse(options)
     if strategy.personal and strategy.update == "path":
         raise UserError(
             f"federate.strategy.update = 'path': with strategy '{options.strategy.name}' clients go on from "
@@ -74,6 +75,38 @@ def refuse_over_sites(experiment: Experiment, strategy: Strategy) -> None:
         raise UserError(
             f"federate.together = {experiment.federate.together}: sites train alone; set it to 1, as the "
             "bytes of a run depend on it"
+        )
+
+
+def refuse_over_ranks(experiment: Experiment, count: int) -> None:
+    """Refuse what so many processes cannot train together.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    options, start = experiment.federate, f"torchrun has started {count} processes"
+    if options.all_reduce not in (None, count):
+        raise UserError(
+            f"federate.all_reduce = {options.all_reduce}: the run's bytes depend on so many processes, and "
+            f"there {'is one' if count == 1 else f'are {count}'}; start it with torchrun --nproc-per-node "
+            f"{options.all_reduce}, or remove the option"
+        )
+    if count == 1:
+        return
+    if options.together > 1:
+        raise UserError(
+            f"federate.together = {options.together}: {start}, which share the micro-batches of one client; "
+            "set it to 1, as the bytes of a run depend on it"
+        )
+    if options.clipped is not None and options.clipped.unit != "client":
+        raise UserError(
+            f"federate.privacy.unit = '{options.clipped.unit}': {start}, and private steps clip gradients of "
+            "samples and add noise in one; start it without torchrun"
+        )
+    if experiment.language.device_map != "none":
+        raise UserError(
+            f"language.device_map = '{experiment.language.device_map}': {start}, each with a GPU of its own; "
+            "remove it, or start without torchrun"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.identity import run_differences, run_identity
 from fedcmp.pipeline.manifest import provenance, withdraw_manifest, write_manifest
 from fedcmp.pipeline.models.device import pick_device
-from fedcmp.pipeline.run_folder import PROJECTOR, Run, adapter_folder, own_projector
+from fedcmp.pipeline.ranks import Ranks
+from fedcmp.pipeline.run_folder import PROJECTOR, Run, adapter_folder, local_part, own_projector
 
 if TYPE_CHECKING:
     from fedcmp.federate.server.progress import Progress
@@ -46,6 +48,8 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine]
     strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
     schedule = schedule_of(experiment, strategy)
     refuse(experiment, strategy, schedule)
+    for warning in strategy.warnings():
+        say(warning)
     clients = (engine or LocalEngine)(experiment, schedule)
     out = experiment.run_path
     with locked(out / ".lock", str(out)):
@@ -66,6 +70,26 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine]
         _summary(experiment.run, made)
     say(f"Projector and history in {out}")
     return made
+
+
+def run_over(load: Callable[[], Experiment], ranks: Ranks | None) -> None:
+    """The same over the processes that torchrun started: rank 0 does it, and the others train with it.
+
+    Args:
+        load: Reads the experiment.
+        ranks: The processes; None where this is the only one.
+
+    Raises:
+        UserError: As `run`, or something that cannot be done over several.
+    """
+    from fedcmp.federate.engines.local import LocalEngine
+
+    if ranks is None or ranks.leads:
+        run(load(), lambda own, schedule: LocalEngine(own, schedule, ranks))
+        return
+    from fedcmp.federate.ranks.follow import follow
+
+    follow(load, None, ranks)
 
 
 def _damaged(run: Run) -> list[str]:
@@ -132,7 +156,7 @@ def _train(
                 quorum=experiment.sites.quorum,
             )
     names = {PROJECTOR: done.state}
-    names |= {own_projector(client): state for client, state in done.personal.items()}
+    names |= {own_projector(client): done.state | state for client, state in done.personal.items()}
     contents, adapters = {}, {}
     for name, state in names.items():
         weights, adapter = divided(state)
@@ -151,6 +175,7 @@ def _train(
         "texts": {silo: counts[silo]._asdict() for silo in options.silos},
         "features": {"patches": first.patches, "key": first.key},
         "projectors": contents,
+        **({"local": _kept(out, done.counted)} if strategy.local else {}),
         **({"adapters": adapters} if adapters else {}),
         "made_by": provenance(pick_device(experiment.device)),
     }
@@ -158,6 +183,19 @@ def _train(
     checkpoint_path.unlink(missing_ok=True)
     rmtree(out / RESIDUALS, ignore_errors=True)
     return Run(out, manifest, options.projector.plugins)
+
+
+def _kept(run: Path, counted: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """The round of what each client kept to itself at last, and its content where it is on this machine."""
+    from safetensors.torch import load_file
+
+    from fedcmp.pipeline.models.projector import content_hash
+
+    kept: dict[str, dict[str, Any]] = {}
+    for client, round_ in counted.items():
+        path = local_part(run, client, round_)
+        kept[client] = {"round": round_, "content": content_hash(load_file(path)) if path.is_file() else None}
+    return kept
 
 
 def _beginning(
@@ -180,12 +218,13 @@ def _beginning(
     generator, initial = torch.Generator().manual_seed(experiment.seed), experiment.federate.initial
     if initial is None:
         projectors.initialise(projector, generator)
+        projector.begin()
     else:
-        start_from(initial, projector, experiment.federate.projector.plugins)
-    state = projectors.state_of(projector)
-    if initial and projectors.content_hash(state) != wanted["federate"]["initial"]:
-        raise UserError(f"federate.initial = {initial}: changed just now; run this again")
-    state |= draw(adapter, generator)
+        content = start_from(initial, projector, experiment.federate.projector.plugins)
+        if content != wanted["federate"]["initial"]:
+            raise UserError(f"federate.initial = {initial}: changed just now; run this again")
+    whole = projectors.state_of(projector) | draw(adapter, generator)
+    state = {name: each for name, each in whole.items() if not name.startswith(strategy.local)}
     samples = {name: sum(counts[silo].samples for silo in silos) for name, silos in schedule.groups.items()}
     return Progress(state, memory=strategy.begin(state, samples))
 

@@ -110,8 +110,10 @@ class Federate(Options):
     what the projector starts from instead of random weights: a LLaVA `mm_projector.bin`, a directory of
     Hugging Face's LLaVA, or a run or projector of ours. `checkpointing` keeps only the inputs of the LLM's
     layers for the backward pass and runs them again in it: a third of the memory, a third slower.
-    `compile` trains through torch.compile: a third faster on GPUs, equal up to rounding. With `adapter`
-    the LLM is tuned, too.
+    `compile` trains through torch.compile: a third faster on GPUs, equal up to rounding.
+    `all_reduce` says how many processes torchrun starts, where their gradients are to be added as is fastest;
+    by default they are added in one order, and a run ends in the same bytes for any number of them. With
+    `adapter` the LLM is tuned, too.
     """
 
     silos: tuple[Name, ...] = Field(min_length=1)
@@ -123,6 +125,7 @@ class Federate(Options):
     micro_batch: int | None = Field(None, ge=1)
     checkpointing: bool = False
     compile: bool = False
+    all_reduce: int | None = Field(None, ge=2)
     projector: Component = Field(default_factory=lambda: Component(name="mlp2x_gelu"))
     adapter: Lora | None = None
     initial: Path | None = None
@@ -138,7 +141,8 @@ class Federate(Options):
         Args:
             without: Options to leave out.
         """
-        unused = {name for name, value in (("passes", 1), ("adapter", None)) if getattr(self, name) == value}
+        newer = {"passes": 1, "adapter": None, "all_reduce": None}
+        unused = {name for name, value in newer.items() if getattr(self, name) == value}
         return self.model_dump(mode="json", exclude={*without, *unused})
 
     @property

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedcmp.pipeline.plugins import Plugin
 
 PROJECTOR = "projector.safetensors"
+LOCAL = "local"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,25 @@ class Run:
             )
         return adapter
 
+    def own_part(self, name: str) -> str | None:
+        """Content hash of what the client of a projector keeps to itself; mostly there is no such thing.
+
+        Raises:
+            UserError: It is not here.
+        """
+        from safetensors.torch import load_file
+
+        from fedcmp.pipeline.models.projector import content_hash
+
+        kept = self.manifest.get("local", {}).get(Path(name).stem)
+        if kept is None or name == PROJECTOR:
+            return None
+        path = local_part(self.path, Path(name).stem, kept["round"])
+        if kept["content"] is None and not path.is_file():
+            raise UserError(f"{path}: missing; it is where the client trained: copy it here")
+        content: str = kept["content"] or content_hash(load_file(path))
+        return content
+
     def require_encoding(self, cache: FeatureCache) -> None:
         """It sees only features such as those it was trained on.
 
@@ -134,6 +154,11 @@ def projector_file(path: Path) -> Path:
 def own_projector(silo: str) -> str:
     """The name of a silo's own projector within a run."""
     return f"silos/{silo}.safetensors"
+
+
+def local_part(run: Path, client: str, round_: int) -> Path:
+    """Where a client keeps what it kept to itself after a round."""
+    return run / LOCAL / client / f"{round_}.safetensors"
 
 
 def adapter_folder(run: Path, name: str) -> Path:

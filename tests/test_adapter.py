@@ -114,7 +114,7 @@ def test_its_learning_rate_is_its_own(extracted: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in STRATEGIES.names() if name not in ("centralised", "local_only")]
+    "name", [name for name in STRATEGIES.names() if name not in ("centralised", "local_only", "pilot")]
 )
 def test_every_strategy_aggregates_it(extracted: Path, name: str) -> None:
     result = done(

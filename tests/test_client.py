@@ -281,10 +281,10 @@ def test_what_another_is_training_is_waited_for(streams, language, tmp_path) -> 
     begun, go_on = threading.Event(), threading.Event()
 
     class Slow(Trainer):
-        def _trained(self, jobs: Sequence[Job]) -> list[LocalResult]:
+        def train(self, jobs: Sequence[Job]) -> list[LocalResult]:
             begun.set()
             assert go_on.wait(60)
-            return super()._trained(jobs)
+            return super().train(jobs)
 
     with ThreadPoolExecutor(2) as pool:
         slow = Slow(**vars(engine(streams, language, Memo(tmp_path, 10**9, {}))))

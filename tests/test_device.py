@@ -46,7 +46,7 @@ def test_what_has_no_order_is_said_and_done(
 
     monkeypatch.setattr(local, "train_together", train)
     language = SimpleNamespace(device=torch.device("cuda"))
-    assert engine(language)._trained([]) == []
+    assert engine(language).train([]) == []
     assert orders == [True, False]
     assert "equal runs may end in different bytes here: cumsum" in capsys.readouterr().out
 
@@ -57,4 +57,4 @@ def test_other_errors_stay_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(local, "train_together", train)
     with pytest.raises(RuntimeError, match="illegal"):
-        engine(SimpleNamespace(device=torch.device("cuda")))._trained([])
+        engine(SimpleNamespace(device=torch.device("cuda"))).train([])

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
+from test_federate import _killed_after_saving
+from test_sites import SILOS, FakeLink, over, sites_config  # noqa: F401
 
+from fedcmp.cli import main
+from fedcmp.components import load
 from fedcmp.federate.arithmetic.neighbours import distances, mixed, shares_of_neighbours
 from fedcmp.federate.arithmetic.updates import State, Update, data_weights, weighted_sum
+from fedcmp.federate.engines.service import Service
+from fedcmp.federate.engines.wire import Payload, pack, unpack
+from fedcmp.federate.run import run as federate
+from fedcmp.federate.server import rounds as server
 from fedcmp.federate.strategies.pilot import Pilot
+from fedcmp.pipeline.config import Federate
+from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.projectors.mlp import MlpProjector
 from fedcmp.pipeline.models.projectors.pilot import PilotProjector, balance, difference
+from fedcmp.pipeline.run_folder import Run
 
 TASKS = ("caption", "yesno", "short")
 OF = {f"{task}{number}": task for task in TASKS for number in (1, 2, 3)}
@@ -220,7 +236,174 @@ def test_roles_freeze_what_is_not_the_clients_own(stage: int) -> None:
         assert not any(name.startswith("client.") for name in trained)
 
 
+def test_every_silo_needs_a_task() -> None:
+    options = Federate.model_validate(
+        {"silos": [*OF, "another"], "projector": {"name": "pilot", "tasks": list(TASKS)}}
+    )
+    with pytest.raises(UserError, match="another have no task"):
+        Pilot(tasks=OF).refuse(options)
+
+
 def test_too_many_neighbours_are_warned_of() -> None:
     assert Pilot(tasks=OF).warnings() == []
     (warning,) = Pilot(tasks=OF, neighbours=3).warnings()
     assert "federate.strategy.neighbours = 3" in warning
+
+
+PILOT = [
+    "federate.projector={name = 'pilot', tasks = ['reports', 'scans']}",
+    "federate.strategy={name = 'pilot', tasks = {clinic = 'reports', lab = 'scans', practice = 'scans'}}",
+    "federate.adapter={rank = 2, alpha = 4}",
+    "federate.rounds=3",
+]
+
+
+def done(config: Path, name: str, *overrides: str, command: str = "federate") -> Result:
+    words = [word for each in (f"run={name}", *PILOT, *overrides) for word in ("--set", each)]
+    return CliRunner().invoke(main, [command, str(config), *words])
+
+
+def run_of(config: Path, name: str) -> Run:
+    run = Run.find(load(config).build / "runs/study" / name)
+    assert run is not None
+    return run
+
+
+def contents(run: Run) -> dict[str, object]:
+    return {key: run.manifest[key] for key in ("projectors", "adapters", "local")}
+
+
+@pytest.fixture(scope="module")
+def piloted(sites_config: Path) -> Path:  # noqa: F811
+    """Three silos of two tasks, a run trained and judged."""
+    for command in ("federate", "evaluate"):
+        result = done(sites_config, "piloted", command=command)
+        assert result.exit_code == 0, result.output
+    return sites_config
+
+
+def test_silos_have_projectors_of_their_own(piloted: Path) -> None:
+    run = run_of(piloted, "piloted")
+    own = {silo: run.projector(f"silos/{silo}.safetensors").state_dict() for silo in SILOS}
+    for silo in ("lab", "practice"):
+        assert torch.equal(own[silo]["task.scans.linear_1.weight"], own["lab"]["task.scans.linear_1.weight"])
+    assert not torch.equal(own["clinic"]["router.weight"], own["lab"]["router.weight"])
+    assert not torch.equal(own["clinic"]["cross.scans.linear_2.weight"], torch.zeros(32, 32))
+    assert not own["clinic"]["cross.reports.linear_2.weight"].any()
+    adapters = [run.adapter(f"silos/{silo}.safetensors") for silo in SILOS]
+    assert any(not torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    rows = [json.loads(line) for line in (run.path / "history.jsonl").read_text().splitlines()]
+    assert all("nearest_same_task" in row for row in rows if row["client"])
+
+
+def test_what_is_frozen_stays_to_the_bit(sites_config: Path) -> None:  # noqa: F811
+    for rounds in (1, 2):
+        assert done(sites_config, f"r{rounds}", f"federate.rounds={rounds}").exit_code == 0
+    one = run_of(sites_config, "r1").projector("silos/clinic.safetensors").state_dict()
+    # The first round leaves router and cross adapters as they begin.
+    assert not one["router.weight"].any()
+    assert not one["cross.scans.linear_2.weight"].any()
+    assert one["client.linear_2.weight"].any()
+    assert one["mask"].tolist() == [0.0, -1e4]
+    two = run_of(sites_config, "r2").projector("silos/clinic.safetensors").state_dict()
+    assert two["mask"].tolist() == [0.0, 0.0]
+    assert two["router.weight"].any()
+
+
+def test_nothing_local_is_in_a_message(sites_config: Path) -> None:  # noqa: F811
+    services = {
+        node: Service(load(sites_config, ["run=afar", *PILOT]), silo) for node, silo in enumerate(SILOS, 10)
+    }
+    sent: list[Payload] = []
+
+    class Listening(FakeLink):
+        def send(self, node: int, kind: str, payload: Payload, seconds: float) -> str:
+            sent.append(payload)
+            sent.append(pack(self.services[node].handle(unpack(payload))) if kind == "train" else payload)
+            return super().send(node, kind, payload, seconds)
+
+    remote = federate(load(sites_config, ["run=afar", *PILOT]), over(Listening(services)))
+    assert any("task.scans.linear_1.weight" in message.text for message in sent)
+    for message in sent:
+        assert not any(word in message.text for word in ('"client.', '"cross.', '"router.', '"mask'))
+    assert done(sites_config, "near").exit_code == 0
+    assert contents(remote) == contents(run_of(sites_config, "near"))
+    shutil.rmtree(remote.path / "local/clinic")
+    with pytest.raises(UserError, match="keeps to itself is where it trained"):
+        remote.projector("silos/clinic.safetensors")
+
+
+def test_killed_and_rerun_ends_in_the_same_bytes(piloted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "Progress", _killed_after_saving(server.Progress, Killed))
+            with pytest.raises(Killed):
+                federate(load(piloted, ["run=killed", *PILOT]))
+    assert done(piloted, "killed").exit_code == 0
+    assert contents(run_of(piloted, "killed")) == contents(run_of(piloted, "piloted"))
+
+
+def test_another_part_of_its_own_is_noticed(piloted: Path, tmp_path: Path) -> None:
+    run = run_of(piloted, "piloted")
+    copy = run.path.with_name("other_part")
+    shutil.copytree(run.path, copy)
+    mine, other = (copy / f"local/{silo}/2.safetensors" for silo in ("clinic", "lab"))
+    shutil.copy(other, mine)
+    refused = done(piloted, "other_part", command="evaluate")
+    assert refused.exit_code == 2
+    assert "not what the run ended with" in " ".join(refused.output.split())
+
+
+def test_equal_training_is_remembered(piloted: Path, tmp_path: Path) -> None:
+    memo = f"memo.path={tmp_path}/memo"
+    assert done(piloted, "first", memo).exit_code == 0
+    assert done(piloted, "second", memo).exit_code == 0
+    rows = [
+        json.loads(line)
+        for line in (run_of(piloted, "second").path / "history.jsonl").read_text().splitlines()
+    ]
+    assert all(row["recalled"] for row in rows if row["client"])
+    assert contents(run_of(piloted, "second")) == contents(run_of(piloted, "piloted"))
+    assert done(piloted, "third", memo, "federate.strategy.balance=5.0").exit_code == 0
+    assert contents(run_of(piloted, "third")) != contents(run_of(piloted, "piloted"))
+
+
+def test_a_benchmark_asks_its_own_silos(piloted: Path) -> None:
+    result = done(piloted, "piloted", "evaluate.benchmarks.pope.silos=['lab']", command="evaluate")
+    assert result.exit_code == 0, result.output
+    scores = load(piloted).build / "scores/study/piloted"
+    assert json.loads((scores / "pope.json").read_text())["counts"]["projectors"] == 1
+    assert json.loads((scores / "loss.json").read_text())["counts"]["projectors"] == 3
+    refused = done(piloted, "piloted", "evaluate.benchmarks.pope.silos=['nobody']", command="evaluate")
+    assert refused.exit_code == 2
+    assert "nobody have no projectors" in " ".join(refused.output.split())
+
+
+def test_it_grows_from_a_plain_projector(piloted: Path) -> None:
+    plain = ["--set", "run=plain", "--set", "federate.rounds=1"]
+    assert CliRunner().invoke(main, ["federate", str(piloted), *plain]).exit_code == 0
+    initial = f"federate.initial={run_of(piloted, 'plain').path}"
+    assert done(piloted, "grown", initial, "federate.rounds=0").exit_code == 0
+    grown, before = run_of(piloted, "grown").projector(), run_of(piloted, "plain").projector()
+    features = torch.randn(2, 4, before.d_vision)
+    torch.testing.assert_close(grown(features), before(features), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("federate.projector={name = 'mlp2x_gelu'}", "trains the projector 'pilot'"),
+        ("federate.strategy.tasks.practice=''", "are none of federate.projector.tasks"),
+        ("federate.strategy.tasks={clinic = 'x', lab = 'scans', practice = 'scans'}", "x are none of"),
+        ("federate.together=2", "set it to 1"),
+        ("federate.strategy.update='path'", "averages where clients end"),
+        ("federate.privacy={secure = true}", "has to see every client's update"),
+    ],
+)
+def test_what_cannot_be_is_refused(sites_config: Path, override: str, message: str) -> None:  # noqa: F811
+    result = done(sites_config, "refused", override)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())

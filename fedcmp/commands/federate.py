@@ -49,15 +49,19 @@ def federate(
       fedcmp federate configs/demo/fedcmp.toml
       fedcmp federate configs/demo/fedavg.toml --set federate.rounds=5 --set run=short
       fedcmp federate configs/demo/fedcmp.toml --engine flower --insecure
+      torchrun --nproc-per-node 2 -m fedcmp federate configs/demo/fedcmp.toml
     """
     from fedcmp.components import load
+    from fedcmp.pipeline.ranks import joined, refuse_ranks
 
-    experiment = load(config, overrides)
     if engine == "local":
-        from fedcmp.federate.run import run
+        from fedcmp.federate.run import run_over
 
-        run(experiment)
+        with joined() as ranks:
+            run_over(lambda: load(config, overrides), ranks)
         return
+    refuse_ranks(f"--engine {engine}")
+    experiment = load(config, overrides)
     from fedcmp.federate.engines.flower.processes import need_flower
 
     need_flower()

@@ -44,20 +44,29 @@ def site(
     \b
     Example:
       fedcmp site configs/demo/fedcmp.toml --silo photo --superlink 127.0.0.1:18080 --insecure
+      torchrun --nproc-per-node 2 -m fedcmp site configs/demo/fedcmp.toml \
+        --silo photo --superlink 127.0.0.1:18080 --insecure
     """
     from fedcmp.components import load
     from fedcmp.federate.engines.flower.processes import need_flower
     from fedcmp.pipeline.errors import UserError
+    from fedcmp.pipeline.ranks import joined
 
-    experiment = load(config, overrides)
-    need_flower()
-    from fedcmp.federate.engines.flower import launch
-    from fedcmp.federate.engines.flower.keys import Keys, signing
-    from fedcmp.federate.engines.service import Service
+    with joined() as ranks:
+        if ranks is not None and not ranks.leads:
+            from fedcmp.federate.ranks.follow import follow
 
-    keys, signed = Keys(ca=ca, key=key, insecure=insecure), None
-    if site_keys is not None:
-        if key is None:
-            raise UserError("--site-keys: a site signs with its own key; give --key as well")
-        signed = signing(key, site_keys, silo, experiment.federate.silos)
-    launch.site(Service(experiment, silo, signed), silo, superlink, keys, patience)
+            follow(lambda: load(config, overrides), silo, ranks)
+            return
+        experiment = load(config, overrides)
+        need_flower()
+        from fedcmp.federate.engines.flower import launch
+        from fedcmp.federate.engines.flower.keys import Keys, signing
+        from fedcmp.federate.engines.service import Service
+
+        keys, signed = Keys(ca=ca, key=key, insecure=insecure), None
+        if site_keys is not None:
+            if key is None:
+                raise UserError("--site-keys: a site signs with its own key; give --key as well")
+            signed = signing(key, site_keys, silo, experiment.federate.silos)
+        launch.site(Service(experiment, silo, signed, ranks), silo, superlink, keys, patience)

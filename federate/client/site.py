@@ -10,26 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedcmp.federate.client.clients import Clients
 from fedcmp.federate.client.memo import Memo
-from fedcmp.federate.client.stream import Stream
+from fedcmp.federate.client.personal import Personal
 from fedcmp.federate.client.texts import check_texts
-from fedcmp.federate.client.trainer import Trainer
+from fedcmp.federate.compatible import refuse_over_ranks
 from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.outgoing.steps import outgoing
 from fedcmp.federate.privacy.guard import Guard
-from fedcmp.federate.privacy.units import UnitStream, unit_of
+from fedcmp.federate.ranks.follow import led
 from fedcmp.federate.schedule import Schedule
 from fedcmp.federate.secure.contribution import Own
 from fedcmp.federate.secure.ledger import RELEASES, Ledger
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.hashes import fingerprint
-from fedcmp.pipeline.identity import FORMAT, federate_options, language_identity, language_options
+from fedcmp.pipeline.identity import FORMAT, federate_options, language_identity
 from fedcmp.pipeline.manifest import provenance
-from fedcmp.pipeline.models import projector as projectors
-from fedcmp.pipeline.models.device import device_type, pick_device
-from fedcmp.pipeline.models.language import load_language
-from fedcmp.pipeline.models.vision_language import VisionLanguage
+from fedcmp.pipeline.models.device import device_type
+from fedcmp.pipeline.ranks import Ranks
 
 if TYPE_CHECKING:
     from fedcmp.federate.secure.party import Party
@@ -45,6 +44,7 @@ class Site:
         caches: Feature caches by silo; the clients are those whose silos are all here.
         advance: Called with the number of local steps done.
         signing: How the clients of secure sums know each other.
+        ranks: Other processes that train with this one.
 
     Raises:
         UserError: The LLM cannot be loaded, or a silo has too few texts.
@@ -57,37 +57,15 @@ class Site:
         caches: Mapping[str, FeatureCache],
         advance: Callable[[int], None] = lambda steps: None,
         signing: Signing | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        options = experiment.federate
-        device = pick_device(experiment.device)
-        language = load_language(experiment.language.path, **language_options(experiment))
-        language.checkpointing, language.compiled = options.checkpointing, options.compile
-        first = next(iter(caches.values()))
-        scratch = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
-        turns, poison = schedule.turns(), options.poison or {}
-        visual_tokens = scratch.tokens(first.patches)
-        without = check_texts(experiment, caches, language, visual_tokens)
-        self.d_llm = language.d_llm
-        self.adapter = {name: tuple(matrix.shape) for name, matrix in language.adapter.items()}
-        unit = unit_of(options.clipped)
-        stream = Stream if unit is None else partial(UnitStream, unit=unit)
-        self.streams = {
-            client: stream(
-                {silo: caches[silo] for silo in silos},
-                language,
-                template=experiment.language.template,
-                max_length=language.at_most(experiment.language.max_length),
-                batch_size=options.batch_size,
-                turns=turns[client],
-                passes=options.passes,
-                seed=experiment.seed,
-                visual_tokens=visual_tokens,
-                without=without,
-                mismatched=client in poison and poison[client].kind == "captions",
-            )
-            for client, silos in schedule.groups.items()
-            if caches.keys() >= set(silos)
-        }
+        options, share = experiment.federate, None
+        if ranks is None:
+            refuse_over_ranks(experiment, 1)
+            clients = Clients(experiment, schedule, caches, partial(check_texts, experiment, caches))
+        else:
+            clients, share = led(experiment, schedule, caches, ranks)
+        self.d_llm, self.adapter, self.streams = clients.d_llm, clients.adapter, clients.streams
         self.counts = {
             silo: counts for stream in self.streams.values() for silo, counts in stream.counts.items()
         }
@@ -105,23 +83,21 @@ class Site:
         }
         self._signing = signing
         self._parties: dict[str, Party] = {}
-        self._trainer = Trainer(
-            self.streams,
-            VisionLanguage(scratch.to(device), language),
-            options.optimizer,
-            batch_size=options.batch_size,
-            together=options.together,
-            micro_batch=options.micro_batch or options.batch_size,
-            memo=_memo(experiment, device),
-            advance=advance,
-            noisy=self._guard.steps,
-            adapter_rate=None if options.adapter is None else options.adapter.learning_rate,
+        self._personal = None
+        if local := clients.strategy.local:
+            self._personal = Personal(experiment.run_path, local, clients.projector.completed)
+        self._trainer = clients.trainer(
+            memo=_memo(experiment, clients.device), advance=advance, noisy=self._guard.steps, share=share
         )
 
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Train the clients of a round; in secure runs their projectors stay here."""
         jobs = self._guard.admitted(jobs, self.streams)
-        results = self._trainer(jobs)
+        if self._personal is None:
+            results = self._trainer(jobs)
+        else:
+            results = self._trainer([self._personal.whole(job) for job in jobs])
+            results = [self._personal.shared(*pair) for pair in zip(jobs, results, strict=True)]
         for step in self._outgoing:
             results = [step(*pair) for pair in zip(jobs, results, strict=True)]
         if not self._secure:
@@ -175,13 +151,8 @@ def _memo(experiment: Experiment, device: str) -> Memo | None:
     if experiment.memo is None or experiment.federate.clipped is not None:
         return None
     options = federate_options(experiment)
-    shared = [
-        "batch_size",
-        "micro_batch",
-        "projector",
-        "optimizer",
-        *(["adapter"] if "adapter" in options else []),
-    ]
+    shared = ["batch_size", "micro_batch", "projector", "optimizer"]
+    shared += [name for name in ("all_reduce", "adapter") if name in options]
     texts = {"template": experiment.language.template, "max_length": experiment.language.max_length}
     context = {
         "options": {name: options[name] for name in shared},

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,14 @@ from torch.nn.functional import pad
 
 from fedcmp.federate.arithmetic.paths import path_projector
 from fedcmp.federate.arithmetic.updates import State
+from fedcmp.federate.client.share import Share, Whole
 from fedcmp.federate.client.stream import Batch
 from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.steps import NoisySteps
+from fedcmp.federate.strategies.base import Role
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.errors import DivergedError
+from fedcmp.pipeline.models import lora
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
 from fedcmp.pipeline.models.vision_language import VisionLanguage
 
@@ -33,21 +35,19 @@ def learning_rate(options: Optimizer, step: int, total: int) -> float:
 
 
 def make_optimizer(
-    options: Optimizer, model: VisionLanguage, adapter_rate: float | None = None
+    options: Optimizer, trained: Mapping[str, nn.Parameter], adapter_rate: float | None = None
 ) -> torch.optim.Optimizer:
     """The local optimiser over all that is trained; a group's `share` is of the learning rate.
 
     Args:
         options: Local optimisation.
-        model: What is trained.
+        trained: What is trained, by name.
         adapter_rate: Learning rate of the adapter, if it has one of its own.
     """
-    adapter = list(model.language.adapter.values())
-    parameters: list[dict[str, Any]] = [{"params": list(model.projector.parameters()), "share": 1.0}]
-    if adapter:
-        parameters.append(
-            {"params": adapter, "share": (adapter_rate or options.learning_rate) / options.learning_rate}
-        )
+    own = [parameter for name, parameter in trained.items() if name.startswith(lora.PREFIX)]
+    rest = [parameter for name, parameter in trained.items() if not name.startswith(lora.PREFIX)]
+    share = (adapter_rate or options.learning_rate) / options.learning_rate
+    parameters = [{"params": each, "share": of} for each, of in ((rest, 1.0), (own, share)) if each]
     if options.name == "sgd":
         return torch.optim.SGD(
             parameters, options.learning_rate, options.momentum, weight_decay=options.weight_decay
@@ -64,6 +64,8 @@ class _Learner:
     batches: Iterator[Batch]
     model: VisionLanguage
     optimizer: torch.optim.Optimizer
+    trained: dict[str, nn.Parameter]
+    penalties: Mapping[str, float]
     samples: int = 0
     tokens: int = 0
     gradient: State = field(default_factory=dict)
@@ -79,7 +81,7 @@ class _Learner:
             gradient = noisy.gradient(self.model.projector, features, visual, units)
         except ValueError as error:
             raise DivergedError(f"client '{self.job.client}', round {self.job.round}: {error}") from None
-        for name, parameter in self.model.trainable().items():
+        for name, parameter in self.trained.items():
             parameter.grad = gradient[name]
 
     def step(self, step: int, options: Optimizer) -> None:
@@ -87,9 +89,9 @@ class _Learner:
         rate = learning_rate(options, self.job.round * self.steps + step, self.job.rounds * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["share"]
-        nn.utils.clip_grad_norm_(self.model.trainable().values(), options.max_grad_norm)
+        nn.utils.clip_grad_norm_(self.trained.values(), options.max_grad_norm)
         proximal, linear = self.job.objective.proximal, self.job.objective.linear
-        for name, parameter in self.model.trainable().items():
+        for name, parameter in self.trained.items():
             assert parameter.grad is not None
             if self.follows:
                 mean = self.gradient.setdefault(name, torch.zeros_like(parameter.grad))
@@ -113,11 +115,14 @@ def train_together(
     advance: Callable[[int], None],
     noisy: NoisySteps | None = None,
     adapter_rate: float | None = None,
+    share: Share | None = None,
+    role: Callable[[Job], Role | None] = lambda job: None,
 ) -> list[LocalResult]:
     """Train clients over one round's batches; the LLM stays frozen and is shared.
 
     Every client has its own projector and optimiser. Their samples go through the LLM together,
     sorted by length into micro-batches; summing the clients' mean losses keeps their gradients apart.
+    A client alone has one micro-batch in memory at a time, projector included.
 
     Args:
         jobs: Who trains, from where.
@@ -129,27 +134,38 @@ def train_together(
         noisy: How steps keep samples private, if they do; every sample then counts alike, however many
             texts and tokens it has.
         adapter_rate: Learning rate of the adapter, if it has one of its own.
+        share: Which micro-batches are computed here; all by default, as they are where several clients
+            train together or steps are noisy.
+        role: What a client does; one with losses of its projector's own trains alone.
 
     Raises:
         DivergedError: A loss or a gradient is not finite.
     """
     began = time.monotonic()
     learners = [
-        _learner(job, steps, own, model.copied(), options, adapter_rate)
+        _learner(job, steps, own, model.copied(), options, adapter_rate, role(job))
         for job, (steps, own) in zip(jobs, batches, strict=True)
     ]
-    sums = torch.zeros(len(learners), dtype=torch.float64, device=model.language.device)
+    share = share or Whole()
+    alone = len(learners) == 1 and noisy is None
+    losses: list[Tensor] = []
     for step in range(max(learner.steps for learner in learners)):
         active = [place for place, learner in enumerate(learners) if step < learner.steps]
-        sums[active] += _backward([learners[place] for place in active], micro_batch, noisy)
+        if alone:
+            losses.append(_in_parts(learners[0], micro_batch, share))
+        else:
+            sums = torch.zeros(len(learners), dtype=torch.float64, device=model.language.device)
+            sums[active] = _backward([learners[place] for place in active], micro_batch, noisy)
+            losses.append(sums[None])
         for place in active:
             learners[place].step(step, options)
         advance(len(active))
+    totals = share.merged(torch.cat(losses)).cpu().cumsum(0)[-1]
     seconds = time.monotonic() - began
     samples = sum(learner.samples for learner in learners)
     return [
         _result(learner, total / learner.tokens, options, seconds * learner.samples / samples)
-        for learner, total in zip(learners, sums.tolist(), strict=True)
+        for learner, total in zip(learners, totals.tolist(), strict=True)
     ]
 
 
@@ -160,12 +176,21 @@ def _learner(
     model: VisionLanguage,
     options: Optimizer,
     adapter_rate: float | None,
+    role: Role | None,
 ) -> _Learner:
     model.load(job.start)
-    optimizer = make_optimizer(options, model, adapter_rate)
+    trained = {}
+    for name, parameter in model.trainable().items():
+        parameter.requires_grad_(role is None or name.startswith(role.trains))
+        if parameter.requires_grad:
+            trained[name] = parameter
+    if role is not None:
+        model.projector.leave_only(role.task)
+    optimizer = make_optimizer(options, trained, adapter_rate)
     if job.optimizer is not None:
         optimizer.load_state_dict(job.optimizer)
-    return _Learner(job, steps, batches, model, optimizer)
+    penalties = {} if role is None else role.penalties
+    return _Learner(job, steps, batches, model, optimizer, trained, penalties)
 
 
 def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) -> LocalResult:
@@ -187,6 +212,41 @@ def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) 
         optimizer=learner.optimizer.state_dict() if options.carry else None,
         gradient=gradient if "gradient" in job.wants else None,
     )
+
+
+def _in_parts(learner: _Learner, micro_batch: int, share: Share) -> Tensor:
+    """The gradient of one client's mean loss; returns `(micro-batches, 1)` float64 sums of losses.
+
+    The graph of a micro-batch is gone before the next one is begun.
+    """
+    batch, model = next(learner.batches), learner.model
+    count = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+    learner.samples += batch.size
+    learner.tokens += count
+    weight = 1 / torch.tensor(count, dtype=torch.float32, device=batch.ids.device)
+    parts = list(_micro_batches(batch.labels, micro_batch))
+    sums = torch.zeros(len(parts), 1, dtype=torch.float64, device=batch.ids.device)
+    parameters = list(learner.trained.values())
+
+    def gradient(number: int) -> Sequence[Tensor]:
+        rows, length = parts[number]
+        # Pictures as they come in the batch: sums over all of them do not depend on how long their texts are.
+        ordered, places = rows.sort()
+        visual, own = model.visual_parts(batch.features[ordered])
+        losses, row = model.losses(
+            batch.ids[rows, :length], batch.labels[rows, :length], visual[places.argsort()]
+        )
+        sums[number].index_add_(0, torch.zeros_like(row), losses.detach().double())
+        learner.optimizer.zero_grad(set_to_none=True)
+        loss = (losses * weight).sum()
+        for name, factor in learner.penalties.items():
+            loss = loss + factor * len(rows) / batch.size * own[name]
+        loss.backward()
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+    for parameter, total in zip(parameters, share.summed(len(parts), gradient, parameters), strict=True):
+        parameter.grad = total
+    return sums
 
 
 def _backward(learners: Sequence[_Learner], micro_batch: int, noisy: NoisySteps | None) -> Tensor:

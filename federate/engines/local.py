@@ -14,6 +14,7 @@ from fedcmp.federate.schedule import Schedule
 from fedcmp.pipeline.cache import open_cache, same_key
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import progress
+from fedcmp.pipeline.ranks import Ranks
 
 if TYPE_CHECKING:
     from fedcmp.federate.client.site import Site
@@ -26,10 +27,11 @@ class LocalEngine(Engine):
     Args:
         experiment: The experiment.
         schedule: Who takes part when.
+        ranks: Other processes that train with this one.
     """
 
-    def __init__(self, experiment: Experiment, schedule: Schedule) -> None:
-        self._experiment, self._schedule = experiment, schedule
+    def __init__(self, experiment: Experiment, schedule: Schedule, ranks: Ranks | None = None) -> None:
+        self._experiment, self._schedule, self._ranks = experiment, schedule, ranks
         self._caches = {name: open_cache(experiment, name) for name in experiment.federate.silos}
         self._site: Site | None = None
 
@@ -43,7 +45,13 @@ class LocalEngine(Engine):
         """Load the LLM and show progress in steps."""
         from fedcmp.federate.client.site import Site
 
-        site = self._site = Site(self._experiment, self._schedule, self._caches, lambda steps: advance(steps))
+        site = self._site = Site(
+            self._experiment,
+            self._schedule,
+            self._caches,
+            lambda steps: advance(steps),
+            ranks=self._ranks,
+        )
         done, turns = self._schedule.turns(start), self._schedule.turns()
         steps = sum(
             stream.steps(turn)

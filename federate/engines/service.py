@@ -14,6 +14,7 @@ from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.pipeline.cache import differences, open_cache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.ranks import Ranks
 
 
 class Service:
@@ -23,13 +24,20 @@ class Service:
         experiment: What the site has agreed to.
         silo: Its name, one of `federate.silos`.
         signing: How the sites of secure sums know each other.
+        ranks: Other processes of this site, which train with this one.
 
     Raises:
         UserError: The silo is not of the experiment, its cache or the LLM cannot be used, or the
             experiment cannot run over sites.
     """
 
-    def __init__(self, experiment: Experiment, silo: str, signing: Signing | None = None) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        silo: str,
+        signing: Signing | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
         refuse_over_sites(experiment, strategy)
         if silo not in experiment.federate.silos:
@@ -40,7 +48,7 @@ class Service:
         refuse(experiment, strategy, schedule)
         cache = open_cache(experiment, silo)
         self.silo = silo
-        self._site = Site(experiment, schedule, {silo: cache}, signing=signing)
+        self._site = Site(experiment, schedule, {silo: cache}, signing=signing, ranks=ranks)
         self._card = SiloCard.of(cache, experiment, self._site.counts[silo])
         self._terms = terms(experiment, self._card)
 

@@ -16,6 +16,7 @@ from fedcmp.pipeline.registry import Registry
 
 if TYPE_CHECKING:
     from fedcmp.federate.arithmetic.cohort import Cohort, Side
+    from fedcmp.pipeline.config import Federate
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,17 @@ class Strategy(Options, ABC):
     def role(self, client: str, round_: int) -> Role | None:
         """What a client does in a round; None where all train everything."""
         return None
+
+    def refuse(self, options: Federate) -> None:
+        """Refuse an experiment that it is not made for.
+
+        Raises:
+            UserError: Naming the option.
+        """
+
+    def warnings(self) -> list[str]:
+        """What its options make likely to go wrong."""
+        return []
 
     def aligned_by(self) -> Measure:
         """How clients measure their alignment, where it wants that (`client.alignment`)."""

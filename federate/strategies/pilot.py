@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,8 +22,14 @@ from fedcmp.federate.strategies import (
     moved,
 )
 from fedcmp.federate.strategies.base import Role
+from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models import lora
-from fedcmp.pipeline.models.projectors.pilot import PilotProjector
+from fedcmp.pipeline.models.projectors import PROJECTORS
+from fedcmp.pipeline.models.projectors.pilot import ONLY, PilotProjector
+from fedcmp.pipeline.models.projectors.pilot import Pilot as Connector
+
+if TYPE_CHECKING:
+    from fedcmp.pipeline.config import Federate
 
 _TEXT = lora.PREFIX
 
@@ -35,7 +41,7 @@ class Pilot(Strategy):
     It trains the projector `pilot` and an adapter of the LLM.
 
     Args:
-        tasks: The task of every silo.
+        tasks: The task of every silo; all have one by default.
         stage_one: Rounds of the first stage, in which clients tell their own from their task's.
         neighbours: M, by default the other clients of the smallest task.
         visual: Whose adapters are averaged: those of the `task`, or of `all` clients.
@@ -49,7 +55,7 @@ class Pilot(Strategy):
 
     local: ClassVar[tuple[str, ...]] = PilotProjector.local
 
-    tasks: dict[str, str] = Field(min_length=1)
+    tasks: dict[str, str] = Field(default_factory=dict)
     stage_one: int = Field(1, ge=0)
     neighbours: int | None = Field(None, ge=0)
     visual: Literal["task", "all"] = "task"
@@ -60,9 +66,38 @@ class Pilot(Strategy):
     balance: float = Field(0.1, ge=0)
     router_z: float = Field(0.01, ge=0)
 
+    def refuse(self, options: Federate) -> None:
+        """It needs the projector `pilot` with the clients' tasks, and every client by itself.
+
+        Raises:
+            UserError: Naming the option.
+        """
+        where = "federate.strategy.tasks"
+        projector = PROJECTORS.build(options.projector, "federate.projector")
+        if not isinstance(projector, Connector):
+            raise UserError(
+                f"federate.projector.name = '{options.projector.name}': strategy 'pilot' trains the "
+                "projector 'pilot'"
+            )
+        if missing := [silo for silo in options.silos if self.tasks and silo not in self.tasks]:
+            raise UserError(f"{where}: {', '.join(missing)} have no task; name one for every silo")
+        if strangers := sorted({self._task(silo) for silo in options.silos} - set(projector.tasks)):
+            raise UserError(
+                f"{where}: {', '.join(strangers)} are none of federate.projector.tasks = "
+                f"{list(projector.tasks)}"
+            )
+        if options.together > 1:
+            raise UserError(
+                f"federate.together = {options.together}: 'pilot' trains clients one by one; set it to 1"
+            )
+        if self.update == "path":
+            raise UserError(
+                "federate.strategy.update = 'path': 'pilot' averages where clients end; use 'weights'"
+            )
+
     def role(self, client: str, round_: int) -> Role:
         """The first stage's, or the second's."""
-        own = self.tasks[client]
+        own = self._task(client)
         if round_ < self.stage_one:
             mine = ("client.",) if self.specific else ()
             return Role((f"task.{own}.", *mine, _TEXT), own, {"difference": self.difference} if mine else {})
@@ -75,17 +110,13 @@ class Pilot(Strategy):
     def aggregate(self, state: State, updates: Sequence[Update], memory: Memory) -> Aggregate:
         """Average what sees for all, and what speaks for every client."""
         ordered = sorted(updates, key=lambda update: update.client)
-        tasks = [self.tasks[update.client] for update in ordered]
+        tasks = [self._task(update.client) for update in ordered]
         fused = dict(moved(state, mean_update(state, ordered)))
-        if self.visual == "task":
-            for name, old in state.items():
-                if not name.startswith(_TEXT):
-                    own = [
-                        each
-                        for each, task in zip(ordered, tasks, strict=True)
-                        if name.startswith(f"task.{task}.")
-                    ]
-                    fused[name] = moved({name: old}, mean_update({name: old}, own))[name] if own else old
+        for name, old in state.items() if self.visual == "task" else ():
+            if name.startswith("task."):
+                whose = name.split(".")[1]
+                own = [update for update, task in zip(ordered, tasks, strict=True) if task == whose]
+                fused[name] = moved({name: old}, mean_update({name: old}, own))[name] if own else old
         texts = {
             update.client: {name: each for name, each in update.state.items() if name.startswith(_TEXT)}
             for update in ordered
@@ -106,12 +137,19 @@ class Pilot(Strategy):
         weights = shares_of_neighbours(apart, samples, self._neighbours())
         return Aggregate(fused, memory, figures, personal=mixed(texts, weights))
 
+    def _task(self, client: str) -> str:
+        return self.tasks.get(client, ONLY)
+
     def _neighbours(self) -> int:
-        return min(Counter(self.tasks.values()).values()) - 1 if self.neighbours is None else self.neighbours
+        return self._fellows() if self.neighbours is None else self.neighbours
+
+    def _fellows(self) -> int:
+        """Other clients of the smallest task."""
+        return min(Counter(self.tasks.values()).values(), default=1) - 1
 
     def warnings(self) -> list[str]:
         """What its options make likely to go wrong."""
-        most = min(Counter(self.tasks.values()).values()) - 1
+        most = self._fellows()
         if self.text == "distance" and self._neighbours() > most:
             return [
                 f"federate.strategy.neighbours = {self.neighbours}: the smallest task has {most} other "

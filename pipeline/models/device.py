@@ -24,11 +24,11 @@ def pick_device(name: str) -> str:
 
 
 @contextmanager
-def in_one_order(device: str) -> Iterator[None]:
+def in_one_order(device: str, *, strict: bool = True) -> Iterator[None]:
     """CUDA adds in one order, so that equal runs end in equal bytes; 3 to 5 % slower on an H200.
 
     Raises:
-        RuntimeError: Inside, where torch has no such way of doing something.
+        RuntimeError: Inside, where torch has no such way of doing something; it warns if not strict.
     """
     if device_type(device) != "cuda":
         yield
@@ -38,7 +38,7 @@ def in_one_order(device: str) -> Iterator[None]:
     # cuBLAS asks for it.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
     try:
         yield
     finally:

@@ -66,6 +66,10 @@ class VisionLanguage:
         tokens: Tensor = self.projector(features.to(self.language.device))
         return tokens
 
+    def visual_parts(self, features: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `visual`, with the projector's own losses by name."""
+        return self.projector.parts(features.to(self.language.device))
+
     def losses(self, ids: Tensor, labels: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of every supervised token.
 

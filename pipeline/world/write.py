@@ -132,7 +132,7 @@ def _write_benchmarks(folder: Path, scenes: list[Scene], rng: np.random.Generato
 
 
 def _write_tasks(out: Path, heldout: list[Scene], validation: list[Scene], rng: np.random.Generator) -> None:
-    """What is asked in each task: texts for losses, and tables for the benchmarks `vqa` and `caption_table`."""
+    """What is asked in each task: texts for losses, and tables for benchmarks."""
     for task in TASKS:
         table = out / f"benchmarks/{task}.jsonl"
         for folder, scenes in (("heldout", heldout), ("validation", validation)):
@@ -144,7 +144,7 @@ def _write_tasks(out: Path, heldout: list[Scene], validation: list[Scene], rng: 
             for number, scene in enumerate(heldout)
             for asked, answer in exchanges(task, scene, rng)
         ]
-        write_atomic(table, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        write_atomic(table, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _pope(scenes: list[Scene], rng: np.random.Generator, *, adversarial: bool) -> Iterator[dict[str, Any]]:

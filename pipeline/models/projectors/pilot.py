@@ -15,6 +15,8 @@ from fedcmp.pipeline.models.projectors.mlp import MlpProjector
 
 _OUT_OF_REACH = -1e4
 _EXPERT = "mlp2x_gelu"
+# The task of those that have no other.
+ONLY = "all"
 
 
 class PilotProjector(Projector):
@@ -38,6 +40,8 @@ class PilotProjector(Projector):
         self.router = nn.Linear(d_vision, len(self.tasks), bias=False)
         self.register_buffer("mask", torch.zeros(len(self.tasks)))
 
+    mask: Tensor
+
     def forward(self, features: Tensor) -> Tensor:
         """Map `(batch, patches, d_vision)` to `(batch, patches, d_llm)`."""
         return self.parts(features)[0]
@@ -48,7 +52,7 @@ class PilotProjector(Projector):
         Returns:
             `(batch, patches, d_llm)`, and scalars: `difference` (equation 3), `balance` and `router_z` (4).
         """
-        scores = self.router(features) + self.mask
+        scores: Tensor = self.router(features) + self.mask
         shares = scores.softmax(-1)
         mixed = torch.zeros_like(features[..., :1])
         own = torch.zeros_like(mixed)
@@ -87,6 +91,16 @@ class PilotProjector(Projector):
         self.router.weight.zero_()
         self.leave_only(None)
 
+    def completed(self, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Silent adapters of its own from the first task's, and a router that knows no task."""
+        first = f"task.{self.tasks[0]}."
+        fresh = PilotProjector(self.d_vision, self.d_llm, self.tasks)
+        fresh.begin(
+            {name.removeprefix(first): each for name, each in shared.items() if name.startswith(first)}
+        )
+        own = {name: each for name, each in fresh.state_dict().items() if name.startswith(self.local)}
+        return own | dict(shared)
+
 
 def difference(own: Tensor, client: Tensor) -> Tensor:
     """How alike the tokens of two adapters are, each `(batch, patches, d)`.
@@ -117,7 +131,7 @@ class Pilot(Architecture):
         tasks: Their names.
     """
 
-    tasks: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], ...] = Field(min_length=1)
+    tasks: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], ...] = Field((ONLY,), min_length=1)
 
     def module(self, d_vision: int, d_llm: int) -> Projector:
         """A projector with arbitrary weights."""
