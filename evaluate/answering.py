@@ -25,6 +25,7 @@ from fedcmp.pipeline.hashes import canonical
 from fedcmp.pipeline.identity import language_options
 from fedcmp.pipeline.models.device import pick_device
 from fedcmp.pipeline.models.language import load_language
+from fedcmp.pipeline.models.projector import state_of
 from fedcmp.pipeline.models.prompts import Tokens, require_system_prompt, stop_string, tokenise_all
 from fedcmp.pipeline.models.vision_language import VisionLanguage
 from fedcmp.pipeline.ranks import ALONE, Place
@@ -77,8 +78,10 @@ def load_reader(experiment: Experiment, run: Run, name: str, cache: FeatureCache
     options, device = experiment.language, pick_device(experiment.device)
     projector = run.projector(name)
     language = load_language(options.path, **language_options(experiment))
+    model = VisionLanguage(projector.to(device).eval(), language)
+    model.load(state_of(projector) | run.adapter(name))
     return Reader(
-        VisionLanguage(projector.to(device).eval(), language),
+        model,
         cache,
         options.template,
         options.question_template,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from fedcmp.evaluate.answers import answers_path, begin_answers, read_answers
 from fedcmp.evaluate.benchmarks.base import Item
-from fedcmp.evaluate.scoring import Scored, model_of, score, write_scores
+from fedcmp.evaluate.scoring import Scored, judged, model_of, score, write_scores
 from fedcmp.evaluate.trained import trained_run
 from fedcmp.evaluate.work import Work, benchmarks_of, cache_of, prepare, recall
 from fedcmp.pipeline.cache import FeatureCache
@@ -97,6 +97,7 @@ def evaluate_run(
     run = trained_run(experiment)
     for name in run.judged:
         run.projector(name)
+        run.adapter(name)
     benchmarks = benchmarks_of(experiment, only)
     works: list[tuple[Work, FeatureCache]] = []
 
@@ -138,6 +139,8 @@ def _answer(
             say(f"{path}: {saved.unreadable} unreadable lines; what they answered is asked again")
         left = []
         for work, cache in works:
+            if projector not in judged(run, work):
+                continue
             mode = work.benchmark.mode
             todo = [item for item in work.items if not saved.knows(work.keys[item.id], mode)]
             if todo:

@@ -20,10 +20,10 @@ from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import read_json, write_atomic, write_json
 from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.plugins import blamed
-from fedcmp.pipeline.run_folder import Run
+from fedcmp.pipeline.run_folder import PROJECTOR, Run, own_projector
 
 FORMAT = {"name": "fedcmp-scores", "version": 3}
-_ELSEWHERE = {"silo", "images", *OF_THE_ANSWERS}
+_ELSEWHERE = {"silo", "silos", "images", *OF_THE_ANSWERS}
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,30 @@ class Scored:
 
 
 def model_of(run: Run, projector: str) -> dict[str, Any]:
-    """What gives the answers: the projector's content, and the LLM as the run was trained with it."""
+    """What gives the answers: the content of projector and adapter, and the LLM."""
     language = run.identity["language"]
     kept = {name: value for name, value in language.items() if name not in ("template", "max_length")}
-    return {"projector": run.projectors[projector], "language": kept}
+    besides = {"adapter": run.adapters.get(projector), "own part": run.own_part(projector)}
+    besides = {name: content for name, content in besides.items() if content is not None}
+    return {"projector": run.projectors[projector], **besides, "language": kept}
+
+
+def judged(run: Run, work: Work) -> list[str]:
+    """The projectors that answer a benchmark: of several those of its silos.
+
+    Raises:
+        UserError: It names a silo that has none.
+    """
+    silos = work.benchmark.silos
+    if not silos or run.judged == [PROJECTOR]:
+        return run.judged
+    strangers = [silo for silo in silos if own_projector(silo) not in run.judged]
+    if strangers:
+        raise UserError(
+            f"evaluate.benchmarks.{work.name}.silos: {', '.join(strangers)} have no projectors in "
+            f"{run.path}; name silos of the run"
+        )
+    return [name for name in run.judged if name in map(own_projector, silos)]
 
 
 def given(experiment: Experiment, run: Run, work: Work) -> Given:
@@ -68,7 +88,8 @@ def given(experiment: Experiment, run: Run, work: Work) -> Given:
     place, mode = f"{experiment.run}, {work.name}", work.benchmark.mode
     answers: list[Answers] = []
     reasons: list[str] = []
-    for projector in run.judged:
+    projectors = judged(run, work)
+    for projector in projectors:
         model = model_of(run, projector)
         saved = read_answers(answers_path(experiment.scores_path, projector, model), model)
         missing = sum(not saved.knows(key, mode) for key in work.keys.values())
@@ -83,7 +104,7 @@ def given(experiment: Experiment, run: Run, work: Work) -> Given:
         if not answers[-1]:
             raise UserError(f"{place}: no question could be answered: {reasons[0]}")
     items = [item for item in work.items if all(item.id in each for each in answers)]
-    return Given(items, answers, run.judged, reasons)
+    return Given(items, answers, projectors, reasons)
 
 
 def made_of(experiment: Experiment, work: Work, given: Given) -> dict[str, Any]:

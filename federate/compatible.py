@@ -22,11 +22,14 @@ def refuse(experiment: Experiment, strategy: Strategy, schedule: Schedule) -> No
         UserError: Naming the option.
     """
     options = experiment.federate
+    strategy.refuse(options)
     if strategy.personal and strategy.update == "path":
         raise UserError(
             f"federate.strategy.update = 'path': with strategy '{options.strategy.name}' clients go on from "
             "their own projectors, which are where their optimisers end; use 'weights'"
         )
+    if options.adapter is not None:
+        _refuse_adapter(options)
     if options.communication is not None and options.secure:
         raise UserError(
             f"federate.communication.payload = '{options.communication.payload}': secure sums are of exact "
@@ -42,6 +45,26 @@ def refuse(experiment: Experiment, strategy: Strategy, schedule: Schedule) -> No
     if options.secure:
         _refuse_insecure(options, schedule, strategy)
     rules.refuse(experiment, strategy)
+
+
+def _refuse_adapter(options: Federate) -> None:
+    """Refuse what cannot be done with an adapter in the one LLM that clients share.
+
+    Raises:
+        UserError: Naming the option.
+    """
+    if options.together > 1:
+        raise UserError(
+            f"federate.together = {options.together}: with federate.adapter every client has an LLM of its "
+            "own; set it to 1"
+        )
+    if options.shard:
+        raise UserError("federate.shard: spreads a frozen LLM alone; remove it, or federate.adapter")
+    if options.clipped is not None and options.clipped.unit != "client":
+        raise UserError(
+            f"federate.privacy.unit = '{options.clipped.unit}': gradients are clipped at the projector only; "
+            "use 'client', or no federate.adapter"
+        )
 
 
 def refuse_over_sites(experiment: Experiment, strategy: Strategy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from fedcmp.pipeline.identity import run_differences, run_identity
 from fedcmp.pipeline.manifest import provenance, withdraw_manifest, write_manifest
 from fedcmp.pipeline.models.device import pick_device
 from fedcmp.pipeline.ranks import Ranks
-from fedcmp.pipeline.run_folder import PROJECTOR, Run
+from fedcmp.pipeline.run_folder import PROJECTOR, Run, adapter_folder, local_part, own_projector
 
 if TYPE_CHECKING:
     from fedcmp.federate.server.progress import Progress
@@ -48,6 +49,8 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine]
     schedule = schedule_of(experiment, strategy)
     refuse(experiment, strategy, schedule)
     server = _server(experiment)
+    for warning in strategy.warnings():
+        say(warning)
     clients = (engine or LocalEngine)(experiment, schedule)
     out = experiment.run_path
     with locked(out / ".lock", str(out)):
@@ -105,6 +108,7 @@ def _damaged(run: Run) -> list[str]:
     for name in run.projectors:
         try:
             run.projector(name)
+            run.adapter(name)
         except UserError:
             return [f"{name} is missing or not the one of its manifest"]
     return []
@@ -128,6 +132,7 @@ def _train(
     from fedcmp.federate.server.rounds import run_rounds
     from fedcmp.federate.server.tracker import Tracked, tracked
     from fedcmp.pipeline.models import projector as projectors
+    from fedcmp.pipeline.models.lora import divided, save_adapter
 
     options, out = experiment.federate, experiment.run_path
     checkpoint_path, print_of_run = out / "checkpoint.pt", fingerprint(wanted)
@@ -141,7 +146,7 @@ def _train(
         projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=engine.d_llm)
         counts = engine.counts()
         if saved is None:
-            saved = _beginning(experiment, strategy, schedule, counts, projector, wanted)
+            saved = _beginning(experiment, strategy, schedule, counts, projector, engine.adapter, wanted)
         rows = history.read(out / history.HISTORY)
         before = [row for row in rows if row["round"] < saved.round]
         seen = Tracked(experiment.experiment, experiment.run, print_of_run, wanted, out)
@@ -170,9 +175,15 @@ def _train(
                 quorum=experiment.sites.quorum,
             )
     names = {PROJECTOR: done.state}
-    names |= {f"silos/{client}.safetensors": state for client, state in done.personal.items()}
+    names |= {own_projector(client): done.state | state for client, state in done.personal.items()}
+    contents, adapters = {}, {}
     for name, state in names.items():
-        projectors.save_projector(out / name, state, projector.architecture)
+        weights, adapter = divided(state)
+        projectors.save_projector(out / name, weights, projector.architecture)
+        contents[name] = projectors.content_hash(weights)
+        if options.adapter is not None:
+            save_adapter(adapter_folder(out, name), adapter, options.adapter, str(experiment.language.path))
+            adapters[name] = projectors.content_hash(adapter)
     manifest = {
         "experiment": experiment.experiment,
         "run": experiment.run,
@@ -182,7 +193,9 @@ def _train(
         "cache_key": fingerprint(first.key),
         "texts": {silo: counts[silo]._asdict() for silo in options.silos},
         "features": {"patches": first.patches, "key": first.key},
-        "projectors": {name: projectors.content_hash(state) for name, state in names.items()},
+        "projectors": contents,
+        **({"local": _kept(out, done.counted)} if strategy.local else {}),
+        **({"adapters": adapters} if adapters else {}),
         "made_by": provenance(pick_device(experiment.device)),
     }
     write_manifest(out, manifest)
@@ -191,12 +204,26 @@ def _train(
     return Run(out, manifest, options.projector.plugins)
 
 
+def _kept(run: Path, counted: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """The round of what each client kept to itself at last, and its content where it is on this machine."""
+    from safetensors.torch import load_file
+
+    from fedcmp.pipeline.models.projector import content_hash
+
+    kept: dict[str, dict[str, Any]] = {}
+    for client, round_ in counted.items():
+        path = local_part(run, client, round_)
+        kept[client] = {"round": round_, "content": content_hash(load_file(path)) if path.is_file() else None}
+    return kept
+
+
 def _beginning(
     experiment: Experiment,
     strategy: Strategy,
     schedule: Schedule,
     counts: Mapping[str, Counts],
     projector: Projector,
+    adapter: Mapping[str, tuple[int, ...]],
     wanted: Mapping[str, Any],
 ) -> Progress:
     """What a run starts from: initial weights, and the strategy's memory."""
@@ -204,16 +231,19 @@ def _beginning(
 
     from fedcmp.federate.server.progress import Progress
     from fedcmp.pipeline.models import projector as projectors
+    from fedcmp.pipeline.models.lora import draw
     from fedcmp.pipeline.models.pretrained import start_from
 
-    if experiment.federate.initial is None:
-        projectors.initialise(projector, torch.Generator().manual_seed(experiment.seed))
+    generator, initial = torch.Generator().manual_seed(experiment.seed), experiment.federate.initial
+    if initial is None:
+        projectors.initialise(projector, generator)
+        projector.begin()
     else:
-        start_from(experiment.federate.initial, projector, experiment.federate.projector.plugins)
-    state = projectors.state_of(projector)
-    initial = experiment.federate.initial
-    if initial and projectors.content_hash(state) != wanted["federate"]["initial"]:
-        raise UserError(f"federate.initial = {initial}: changed just now; run this again")
+        content = start_from(initial, projector, experiment.federate.projector.plugins)
+        if content != wanted["federate"]["initial"]:
+            raise UserError(f"federate.initial = {initial}: changed just now; run this again")
+    whole = projectors.state_of(projector) | draw(adapter, generator)
+    state = {name: each for name, each in whole.items() if not name.startswith(strategy.local)}
     samples = {name: sum(counts[silo].samples for silo in silos) for name, silos in schedule.groups.items()}
     return Progress(state, memory=strategy.begin(state, samples))
 

@@ -72,6 +72,19 @@ class Optimizer(Options):
     carry: bool = False
 
 
+class Lora(Options):
+    """LoRA beside the frozen LLM's linear layers, which is trained and aggregated with the projector.
+
+    Matrices of `rank` count `alpha` / `rank` times. `targets` are names of layers, as in peft, or all but
+    the head. `learning_rate` is the adapter's own, by default that of the optimiser.
+    """
+
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    learning_rate: float | None = Field(None, gt=0)
+
+
 class Communication(Options):
     """How a client's update travels.
 
@@ -103,7 +116,8 @@ class Federate(Options):
     `all_reduce` says how many processes torchrun starts, where their gradients are to be added as is fastest;
     by default they are added in one order, and a run ends in the same bytes for any number of them. `shard`
     spreads the LLM's layers over these processes, for LLMs that no GPU has room for: equal up to rounding.
-    `aggregation` is where the server multiplies and decomposes matrices, equal up to rounding.
+    `aggregation` is where the server multiplies and decomposes matrices, equal up to rounding. With `adapter`
+    the LLM is tuned, too.
     """
 
     silos: tuple[Name, ...] = Field(min_length=1)
@@ -119,6 +133,7 @@ class Federate(Options):
     all_reduce: int | None = Field(None, ge=2)
     shard: bool = False
     projector: Component = Field(default_factory=lambda: Component(name="mlp2x_gelu"))
+    adapter: Lora | None = None
     initial: Path | None = None
     optimizer: Optimizer = Optimizer()
     strategy: Component = Field(default_factory=lambda: Component(name="fedavg"))
@@ -132,7 +147,7 @@ class Federate(Options):
         Args:
             without: Options to leave out.
         """
-        newer = {"passes": 1, "aggregation": "cpu", "all_reduce": None, "shard": False}
+        newer = {"passes": 1, "aggregation": "cpu", "all_reduce": None, "shard": False, "adapter": None}
         unused = {name for name, without_it in newer.items() if getattr(self, name) == without_it}
         return self.model_dump(mode="json", exclude={*without, *unused})
 

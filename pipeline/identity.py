@@ -40,6 +40,7 @@ def language_options(experiment: Experiment) -> dict[str, Any]:
         "device": pick_device(experiment.device),
         "quantize": options.quantize,
         "device_map": options.device_map,
+        "adapter": experiment.federate.adapter,
     }
 
 

@@ -12,11 +12,14 @@ from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.manifest import read_manifest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedcmp.pipeline.cache import FeatureCache
     from fedcmp.pipeline.models.projectors.base import Projector
     from fedcmp.pipeline.plugins import Plugin
 
 PROJECTOR = "projector.safetensors"
+LOCAL = "local"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,50 @@ class Run:
             )
         return projector
 
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Content hashes of the LLM's adapters, by the names of their projectors' files; mostly none."""
+        contents: dict[str, str] = self.manifest.get("adapters", {})
+        return contents
+
+    def adapter(self, name: str = PROJECTOR) -> dict[str, Tensor]:
+        """The adapter that belongs to a projector: its matrices by name, none where the LLM is frozen.
+
+        Raises:
+            UserError: The file is missing, damaged, or holds other weights than the run ended with.
+        """
+        from fedcmp.pipeline.models.lora import load_adapter
+        from fedcmp.pipeline.models.projector import content_hash
+
+        if name not in self.adapters:
+            return {}
+        folder = adapter_folder(self.path, name)
+        adapter = load_adapter(folder)
+        if content_hash(adapter) != self.adapters[name]:
+            raise UserError(
+                f"{folder}: not the adapter that the run ended with; put that back, or train the run again"
+            )
+        return adapter
+
+    def own_part(self, name: str) -> str | None:
+        """Content hash of what the client of a projector keeps to itself; mostly there is no such thing.
+
+        Raises:
+            UserError: It is not here.
+        """
+        from safetensors.torch import load_file
+
+        from fedcmp.pipeline.models.projector import content_hash
+
+        kept = self.manifest.get("local", {}).get(Path(name).stem)
+        if kept is None or name == PROJECTOR:
+            return None
+        path = local_part(self.path, Path(name).stem, kept["round"])
+        if kept["content"] is None and not path.is_file():
+            raise UserError(f"{path}: missing; it is where the client trained: copy it here")
+        content: str = kept["content"] or content_hash(load_file(path))
+        return content
+
     def require_encoding(self, cache: FeatureCache) -> None:
         """It sees only features such as those it was trained on.
 
@@ -102,6 +149,21 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 def projector_file(path: Path) -> Path:
     """The projector of a run's folder, or the file itself."""
     return path / PROJECTOR if path.is_dir() else path
+
+
+def own_projector(silo: str) -> str:
+    """The name of a silo's own projector within a run."""
+    return f"silos/{silo}.safetensors"
+
+
+def local_part(run: Path, client: str, round_: int) -> Path:
+    """Where a client keeps what it kept to itself after a round."""
+    return run / LOCAL / client / f"{round_}.safetensors"
+
+
+def adapter_folder(run: Path, name: str) -> Path:
+    """Where the adapter of one of a run's projectors is, in PEFT's layout."""
+    return run / "adapter" if name == PROJECTOR else (run / name).with_suffix("")
 
 
 def place_of(file: Path) -> tuple[Path, str]:

@@ -37,7 +37,7 @@ MATRICES = ("linear_1.weight", "linear_2.weight")
 
 def allowed(name: str) -> bool:
     strategy = STRATEGIES.build(Component(name=name), name)
-    return not strategy.pooled and not strategy.wants - {"alignment"}
+    return not strategy.pooled and not strategy.local and not strategy.wants - {"alignment"}
 
 
 METHODS = [name for name in STRATEGIES.names() if allowed(name)]

@@ -19,6 +19,7 @@ from fedcmp.commands.plan import language_shape
 from fedcmp.components import load
 from fedcmp.extract.estimate import outlines
 from fedcmp.extract.run import run as extract
+from fedcmp.pipeline.config import Lora
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from fedcmp.pipeline.options import Component
@@ -46,15 +47,18 @@ def plan(*arguments: str) -> str:
     return result.output
 
 
-def test_flops_of_training_are_those_of_a_real_step(llama_dir: Path) -> None:
-    language = FrozenLanguageModel(llama_dir, dtype="float32", device="cpu")
+@pytest.mark.parametrize("adapter", [None, Lora(rank=4)])
+def test_flops_of_training_are_those_of_a_real_step(llama_dir: Path, adapter: Lora | None) -> None:
+    language = FrozenLanguageModel(llama_dir, dtype="float32", device="cpu", adapter=adapter)
     visual, text = 9, 12
     ids = torch.tensor([[IMAGE_TOKEN_INDEX] * visual + [5] * text])
     labels = torch.tensor([[IGNORE_INDEX] * visual + [5] * text])
     projected = torch.zeros(1, visual, language.d_llm, requires_grad=True)
     with counted() as counter:
         language.token_losses(ids, labels, projected)[0].sum().backward()
-    ours = language_shape(llama_dir).training_flops(visual, text, checkpointing=False)
+    shape = language_shape(llama_dir, adapter)
+    assert shape.adapter == sum(matrix.numel() for matrix in language.adapter.values())
+    ours = shape.training_flops(visual, text, checkpointing=False)
     # torch 2.6 counts one product less in the backward pass of attention.
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)
 

@@ -88,6 +88,7 @@ class Benchmark(Options, ABC):
             using a single word or phrase."; with its own line break.
         system_prompt: In place of the prompt template's own.
         stop: Texts that end an answer and are no part of it.
+        silos: Those whose own projectors are judged, where a run has such; all by default.
     """
 
     version: ClassVar[int]
@@ -101,6 +102,7 @@ class Benchmark(Options, ABC):
     prompt_suffix: str | None = None
     system_prompt: str | None = Field(None, min_length=1)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    silos: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _no_word_is_lost(self) -> Benchmark:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import click
 from fedcmp.commands.options import experiment_options
 
 if TYPE_CHECKING:
-    from fedcmp.pipeline.config import Experiment
+    from fedcmp.pipeline.config import Experiment, Lora
     from fedcmp.pipeline.options import Component
 
 # Dense bfloat16 peaks of the makers' data sheets, TFLOP/s.
@@ -58,7 +58,8 @@ def plan(
     experiment = load(config, overrides)
     options = experiment.extract
     outlines = outlines_of(_beside(options.encoder, config))
-    model = language_shape(_configured(experiment.language.path, config))
+    adapter = experiment.federate.adapter
+    model = language_shape(_configured(experiment.language.path, config), adapter)
     rate = GPUS[gpu] * 1e12 * utilisation * 3600
     passes = experiment.federate.passes
     rows, sizes = [], {}
@@ -97,6 +98,8 @@ def plan(
     )
     weights = [f"{decimal(model.size(bits))} in {name}" for name, bits in _BITS.items()]
     say(f"The LLM's weights in GPU memory: {', '.join(weights)}")
+    if adapter is not None:
+        say(f"The adapter: {model.adapter:,} weights, {decimal(4 * model.adapter)} of a client's update")
     say(_advice(experiment, sizes))
 
 
@@ -110,6 +113,7 @@ class Shape:
         head: Weights of its head.
         attention: Width of the attention of all layers together.
         width: Width of its embeddings.
+        adapter: Weights of the adapter that tunes it.
     """
 
     parameters: int
@@ -117,28 +121,30 @@ class Shape:
     head: int
     attention: int
     width: int
+    adapter: int = 0
 
     def size(self, bits: float) -> int:
         """Bytes in memory; only the blocks are quantised."""
         return int((self.blocks * bits + (self.parameters - self.blocks) * 16) / 8)
 
     def training_flops(self, visual: int, text: int, checkpointing: bool) -> float:
-        """One sample forward, and backward to the embeddings alone: the weights take no gradient.
+        """One sample forward, and backward to the embeddings: only an adapter's weights take a gradient.
 
         Attention has no weights; its backward pass costs 2.5 times the forward one (arXiv 2205.14135).
         """
         tokens = visual + text
         weights, attention = 2 * self.blocks * tokens, 4 * self.attention * tokens**2
         again = weights + attention if checkpointing else 0
-        return 2 * weights + 3.5 * attention + again + 4 * self.head * text
+        return 2 * weights + 3.5 * attention + again + 4 * self.head * text + 6 * self.adapter * tokens
 
 
-def language_shape(path: Path) -> Shape:
-    """The shape of a causal LM from its configuration."""
+def language_shape(path: Path, adapter: Lora | None = None) -> Shape:
+    """The shape of a causal LM from its configuration, and that of an adapter."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from fedcmp.pipeline.errors import UserError
+    from fedcmp.pipeline.models.lora import inject
     from fedcmp.pipeline.models.saved_model import why_unloadable
 
     try:
@@ -154,13 +160,16 @@ def language_shape(path: Path) -> Shape:
         getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     )
     embeddings = model.get_input_embeddings().weight
-    return Shape(
+    shape = Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         blocks=sum(parameter.numel() for parameter in model.get_decoder().parameters()) - embeddings.numel(),
         head=model.get_output_embeddings().weight.numel(),
         attention=text.num_hidden_layers * heads,
         width=embeddings.shape[1],
     )
+    if adapter is None:
+        return shape
+    return replace(shape, adapter=sum(matrix.numel() for matrix in inject(model, adapter).values()))
 
 
 def _projector(experiment: Experiment, patches: int, d_vision: int, d_llm: int) -> tuple[int, int]:

@@ -27,7 +27,7 @@ def world() -> None:
     "--scenario",
     default="demo",
     show_default=True,
-    type=click.Choice(("demo", "content", "domain", "quantity", "many")),
+    type=click.Choice(("demo", "content", "domain", "quantity", "many", "tasks")),
     help="How data differ between silos.",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the data.")

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from fedcmp.federate.arithmetic.updates import Measure, State
 from fedcmp.federate.client.stream import Batch
@@ -60,17 +59,14 @@ def alignment_contributions(
     """What training each layer contributed to the alignment, by name of its weight matrix.
 
     Args:
-        model: Its projector gives the architecture and the device, its LLM the embeddings and the loss; the
-            projector's weights are neither used nor changed.
+        model: Gives the architecture, the embeddings and the loss; what is trained in it is overwritten.
         start: Weights before training.
         trained: Weights after training.
         batches: At least one, on the LLM's device; each is taken once.
         measure: Of the alignment.
     """
-    device = next(model.projector.parameters()).device
     matrices = [name for name, tensor in trained.items() if tensor.ndim == 2]
     variants = {"": dict(trained)} | {matrix: _without(matrix, start, trained) for matrix in matrices}
-    variants = {name: {n: t.to(device) for n, t in state.items()} for name, state in variants.items()}
     aligned = _likelihoods if measure == "likelihood" else _ckas
     of = aligned(model, variants, batches)
     return {matrix: of[""] - of[matrix] for matrix in matrices}
@@ -83,8 +79,8 @@ def _likelihoods(
     sums, tokens = dict.fromkeys(variants, 0.0), 0
     for batch in batches:
         for name, state in variants.items():
-            visual = functional_call(model.projector, state, (batch.features,))
-            losses, _ = model.losses(batch.ids, batch.labels, visual)
+            model.load(state)
+            losses, _ = model.losses(batch.ids, batch.labels, model.visual(batch.features))
             sums[name] -= float(losses.double().sum())
         tokens += len(losses)
     return {name: each / tokens for name, each in sums.items()}
@@ -98,8 +94,8 @@ def _ckas(model: VisionLanguage, variants: Mapping[str, State], batches: Iterabl
         answered = (batch.labels != IGNORE_INDEX).any(1)
         texts.append(_mean_embeddings(batch.labels[answered], model.language))
         for name, state in variants.items():
-            tokens = functional_call(model.projector, state, (batch.features[answered],))
-            visual[name].append(tokens.double().mean(1))
+            model.load(state)
+            visual[name].append(model.visual(batch.features[answered]).double().mean(1))
     y = torch.cat(texts)
     return {name: linear_cka(torch.cat(x), y) for name, x in visual.items()}
 

@@ -12,6 +12,7 @@ from fedcmp.federate.client.trainer import Trainer
 from fedcmp.federate.privacy.steps import NoisySteps
 from fedcmp.federate.privacy.units import UnitStream, unit_of
 from fedcmp.federate.schedule import Schedule
+from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.identity import language_options
@@ -37,7 +38,10 @@ class Clients:
         device: Where they train.
         language: The LLM; in main memory where it is to be sharded.
         d_llm: Width of the LLM's embeddings.
+        adapter: Shapes of the adapter's matrices by name.
         streams: Every client's data.
+        strategy: Says what clients do.
+        projector: Of the right architecture, with arbitrary weights.
 
     Raises:
         UserError: The LLM cannot be loaded, or a silo has too few texts.
@@ -51,17 +55,19 @@ class Clients:
         left_out: LeftOut,
     ) -> None:
         self._options = options = experiment.federate
+        self.strategy = STRATEGIES.build(options.strategy, "federate.strategy")
         self.device = pick_device(experiment.device)
         placed = language_options(experiment) | ({"device": "cpu"} if options.shard else {})
         self.language = language = load_language(experiment.language.path, **placed)
         language.checkpointing, language.compiled = options.checkpointing, options.compile
         first = next(iter(caches.values()))
-        scratch = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
+        self.projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=language.d_llm)
         turns, poison = schedule.turns(), options.poison or {}
-        visual_tokens = scratch.tokens(first.patches)
+        visual_tokens = self.projector.tokens(first.patches)
         without = left_out(language, visual_tokens)
         self.d_llm = language.d_llm
-        self._model = VisionLanguage(scratch.to(self.device), language)
+        self.adapter = {name: tuple(matrix.shape) for name, matrix in language.adapter.items()}
+        self._model = VisionLanguage(self.projector.to(self.device), language)
         unit = unit_of(options.clipped)
         stream = Stream if unit is None else partial(UnitStream, unit=unit)
         self.streams = {
@@ -103,4 +109,6 @@ class Clients:
             advance=advance,
             noisy=noisy,
             share=share or Whole(),
+            role=self.strategy.role,
+            adapter_rate=None if options.adapter is None else options.adapter.learning_rate,
         )

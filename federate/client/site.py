@@ -12,6 +12,7 @@ import torch
 
 from fedcmp.federate.client.clients import Clients
 from fedcmp.federate.client.memo import Memo
+from fedcmp.federate.client.personal import Personal
 from fedcmp.federate.client.texts import check_texts
 from fedcmp.federate.compatible import refuse_over_ranks
 from fedcmp.federate.messages import Job, LocalResult
@@ -64,7 +65,7 @@ class Site:
             clients = Clients(experiment, schedule, caches, partial(check_texts, experiment, caches))
         else:
             clients, share = led(experiment, schedule, caches, ranks)
-        self.d_llm, self.streams = clients.d_llm, clients.streams
+        self.d_llm, self.adapter, self.streams = clients.d_llm, clients.adapter, clients.streams
         self.counts = {
             silo: counts for stream in self.streams.values() for silo, counts in stream.counts.items()
         }
@@ -82,6 +83,9 @@ class Site:
         }
         self._signing = signing
         self._parties: dict[str, Party] = {}
+        self._personal = None
+        if local := clients.strategy.local:
+            self._personal = Personal(experiment.run_path, local, clients.projector.completed)
         self._trainer = clients.trainer(
             memo=_memo(experiment, clients.device), advance=advance, noisy=self._guard.steps, share=share
         )
@@ -89,7 +93,11 @@ class Site:
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Train the clients of a round; in secure runs their projectors stay here."""
         jobs = self._guard.admitted(jobs, self.streams)
-        results = self._trainer(jobs)
+        if self._personal is None:
+            results = self._trainer(jobs)
+        else:
+            results = self._trainer([self._personal.whole(job) for job in jobs])
+            results = [self._personal.shared(*pair) for pair in zip(jobs, results, strict=True)]
         for step in self._outgoing:
             results = [step(*pair) for pair in zip(jobs, results, strict=True)]
         if not self._secure:
@@ -144,8 +152,8 @@ def _memo(experiment: Experiment, device: str) -> Memo | None:
         return None
     options = federate_options(experiment)
     shared = ["batch_size", "micro_batch", "projector", "optimizer"]
+    shared += [name for name in ("all_reduce", "shard", "adapter") if name in options]
     texts = {"template": experiment.language.template, "max_length": experiment.language.max_length}
-    shared += [name for name in ("all_reduce", "shard") if name in options]
     context = {
         "options": {name: options[name] for name in shared},
         "language": language_identity(experiment) | texts,

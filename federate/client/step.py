@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,9 +17,10 @@ from fedcmp.federate.client.share import Share, Whole
 from fedcmp.federate.client.stream import Batch
 from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.steps import NoisySteps
+from fedcmp.federate.strategies.base import Role
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.errors import DivergedError
-from fedcmp.pipeline.models.projector import state_of
+from fedcmp.pipeline.models import lora
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
 from fedcmp.pipeline.models.vision_language import VisionLanguage
 
@@ -33,9 +34,20 @@ def learning_rate(options: Optimizer, step: int, total: int) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(options: Optimizer, model: VisionLanguage) -> torch.optim.Optimizer:
-    """The local optimiser over all that is trained."""
-    parameters = model.trainable().values()
+def make_optimizer(
+    options: Optimizer, trained: Mapping[str, nn.Parameter], adapter_rate: float | None = None
+) -> torch.optim.Optimizer:
+    """The local optimiser over all that is trained; a group's `share` is of the learning rate.
+
+    Args:
+        options: Local optimisation.
+        trained: What is trained, by name.
+        adapter_rate: Learning rate of the adapter, if it has one of its own.
+    """
+    own = [parameter for name, parameter in trained.items() if name.startswith(lora.PREFIX)]
+    rest = [parameter for name, parameter in trained.items() if not name.startswith(lora.PREFIX)]
+    share = (adapter_rate or options.learning_rate) / options.learning_rate
+    parameters = [{"params": each, "share": of} for each, of in ((rest, 1.0), (own, share)) if each]
     if options.name == "sgd":
         return torch.optim.SGD(
             parameters, options.learning_rate, options.momentum, weight_decay=options.weight_decay
@@ -52,6 +64,8 @@ class _Learner:
     batches: Iterator[Batch]
     model: VisionLanguage
     optimizer: torch.optim.Optimizer
+    trained: dict[str, nn.Parameter]
+    penalties: Mapping[str, float]
     samples: int = 0
     tokens: int = 0
     gradient: State = field(default_factory=dict)
@@ -67,17 +81,17 @@ class _Learner:
             gradient = noisy.gradient(self.model.projector, features, visual, units)
         except ValueError as error:
             raise DivergedError(f"client '{self.job.client}', round {self.job.round}: {error}") from None
-        for name, parameter in self.model.trainable().items():
+        for name, parameter in self.trained.items():
             parameter.grad = gradient[name]
 
     def step(self, step: int, options: Optimizer) -> None:
         """Clip the loss's gradient, add the objective's, and move."""
         rate = learning_rate(options, self.job.round * self.steps + step, self.job.rounds * self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        nn.utils.clip_grad_norm_(self.model.trainable().values(), options.max_grad_norm)
+            group["lr"] = rate * group["share"]
+        nn.utils.clip_grad_norm_(self.trained.values(), options.max_grad_norm)
         proximal, linear = self.job.objective.proximal, self.job.objective.linear
-        for name, parameter in self.model.trainable().items():
+        for name, parameter in self.trained.items():
             assert parameter.grad is not None
             if self.follows:
                 mean = self.gradient.setdefault(name, torch.zeros_like(parameter.grad))
@@ -100,7 +114,9 @@ def train_together(
     micro_batch: int,
     advance: Callable[[int], None],
     noisy: NoisySteps | None = None,
+    adapter_rate: float | None = None,
     share: Share | None = None,
+    role: Callable[[Job], Role | None] = lambda job: None,
 ) -> list[LocalResult]:
     """Train clients over one round's batches; the LLM stays frozen and is shared.
 
@@ -117,15 +133,17 @@ def train_together(
         advance: Called with the number of clients after each of their steps.
         noisy: How steps keep samples private, if they do; every sample then counts alike, however many
             texts and tokens it has.
+        adapter_rate: Learning rate of the adapter, if it has one of its own.
         share: Which micro-batches are computed here; all by default, as they are where several clients
             train together or steps are noisy.
+        role: What a client does; one with losses of its projector's own trains alone.
 
     Raises:
         DivergedError: A loss or a gradient is not finite.
     """
     began = time.monotonic()
     learners = [
-        _learner(job, steps, own, model.copied(), options)
+        _learner(job, steps, own, model.copied(), options, adapter_rate, role(job))
         for job, (steps, own) in zip(jobs, batches, strict=True)
     ]
     share = share or Whole()
@@ -152,13 +170,27 @@ def train_together(
 
 
 def _learner(
-    job: Job, steps: int, batches: Iterator[Batch], model: VisionLanguage, options: Optimizer
+    job: Job,
+    steps: int,
+    batches: Iterator[Batch],
+    model: VisionLanguage,
+    options: Optimizer,
+    adapter_rate: float | None,
+    role: Role | None,
 ) -> _Learner:
-    model.projector.load_state_dict(job.start)
-    optimizer = make_optimizer(options, model)
+    model.load(job.start)
+    trained = {}
+    for name, parameter in model.trainable().items():
+        parameter.requires_grad_(role is None or name.startswith(role.trains))
+        if parameter.requires_grad:
+            trained[name] = parameter
+    if role is not None:
+        model.projector.leave_only(role.task)
+    optimizer = make_optimizer(options, trained, adapter_rate)
     if job.optimizer is not None:
         optimizer.load_state_dict(job.optimizer)
-    return _Learner(job, steps, batches, model, optimizer)
+    penalties = {} if role is None else role.penalties
+    return _Learner(job, steps, batches, model, optimizer, trained, penalties)
 
 
 def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) -> LocalResult:
@@ -167,7 +199,7 @@ def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) 
             f"client '{learner.job.client}', round {learner.job.round}: the loss is {loss}; lower "
             f"federate.optimizer.learning_rate ({options.learning_rate:g})"
         )
-    job, state = learner.job, state_of(learner.model.projector)
+    job, state = learner.job, learner.model.state()
     gradient = {name: mean.cpu() for name, mean in learner.gradient.items()}
     return LocalResult(
         client=job.client,
@@ -193,17 +225,22 @@ def _in_parts(learner: _Learner, micro_batch: int, share: Share) -> Tensor:
     learner.tokens += count
     weight = 1 / torch.tensor(count, dtype=torch.float32, device=batch.ids.device)
     parts = list(_micro_batches(batch.labels, micro_batch))
-    parameters = list(model.trainable().values())
+    parameters = list(learner.trained.values())
 
     def computed(number: int) -> list[Tensor]:
         """A micro-batch's part of every gradient, and its sum of losses."""
         rows, length = parts[number]
         # Pictures as they come in the batch: sums over all of them do not depend on how long their texts are.
         ordered, places = rows.sort()
-        visual = model.visual(batch.features[ordered])[places.argsort()]
-        losses, row = model.losses(batch.ids[rows, :length], batch.labels[rows, :length], visual)
+        visual, own = model.visual_parts(batch.features[ordered])
+        losses, row = model.losses(
+            batch.ids[rows, :length], batch.labels[rows, :length], visual[places.argsort()]
+        )
         learner.optimizer.zero_grad(set_to_none=True)
-        (losses * weight).sum().backward()
+        loss = (losses * weight).sum()
+        for name, factor in learner.penalties.items():
+            loss = loss + factor * len(rows) / batch.size * own[name]
+        loss.backward()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         return [*gradients, zero.index_add(0, torch.zeros_like(row), losses.detach().double())]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 from fedcmp.federate.client.alignment import alignment_contributions
 from fedcmp.federate.client.memo import Memo, job_key
@@ -13,6 +14,7 @@ from fedcmp.federate.client.step import train_together
 from fedcmp.federate.client.stream import Stream
 from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.privacy.steps import NoisySteps
+from fedcmp.federate.strategies.base import Role
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import one_line
@@ -36,7 +38,9 @@ class Trainer:
         memo: Local updates that were computed before.
         advance: Called with the number of steps done.
         noisy: How local steps keep samples private, if they do.
+        adapter_rate: Learning rate of the adapter, if it has one of its own.
         share: Which micro-batches are computed here.
+        role: What a client does in a round, where not all do the same.
     """
 
     streams: Mapping[str, Stream]
@@ -48,7 +52,9 @@ class Trainer:
     memo: Memo | None
     advance: Callable[[int], None]
     noisy: NoisySteps | None = None
+    adapter_rate: float | None = None
     share: Share = field(default_factory=Whole)
+    role: Callable[[str, int], Role | None] = lambda client, round_: None
 
     def __call__(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Train the clients of a round."""
@@ -61,7 +67,7 @@ class Trainer:
     def _recalled(self, jobs: Sequence[Job]) -> list[LocalResult]:
         if self.memo is None or any(job.optimizer is not None for job in jobs):
             return self.share.trained(jobs, self.train)
-        keys = [job_key(job) | {"data": self.streams[job.client].content(job.turn)} for job in jobs]
+        keys = [self._key(job) for job in jobs]
         known = self.memo.recall(keys)
         if known is None:
             with self.memo.claimed(keys):
@@ -74,6 +80,11 @@ class Trainer:
         return [
             replace(result, client=job.client, recalled=True) for job, result in zip(jobs, known, strict=True)
         ]
+
+    def _key(self, job: Job) -> dict[str, Any]:
+        role = self.role(job.client, job.round)
+        does = {} if role is None else {"role": asdict(role)}
+        return job_key(job) | {"data": self.streams[job.client].content(job.turn)} | does
 
     def train(self, jobs: Sequence[Job]) -> list[LocalResult]:
         """Train clients, or compute a share of it."""
@@ -100,7 +111,9 @@ class Trainer:
             micro_batch=self.micro_batch,
             advance=self.advance,
             noisy=self.noisy,
+            adapter_rate=self.adapter_rate,
             share=self.share,
+            role=lambda job: self.role(job.client, job.round),
         )
 
     def _aligned(self, job: Job, result: LocalResult) -> LocalResult:

@@ -22,6 +22,7 @@ from fedcmp.pipeline.hashes import canonical
 
 # Of the widest encoders and LLMs there are, with room; a projector is allocated from them.
 _WIDEST = 2**15
+_MATRICES = 10_000
 _MOMENTS = 3  # optimisers here keep up to two numbers a weight, and a few counters
 
 
@@ -35,6 +36,7 @@ def _number(value: Any) -> Any:
 _Number = Annotated[FiniteFloat, BeforeValidator(_number)]
 _Count = Annotated[int, Field(ge=1, le=2**53), BeforeValidator(_number)]
 _Width = Annotated[int, Field(ge=1, le=_WIDEST), BeforeValidator(_number)]
+_Matrix = Annotated[str, Field(pattern=r"^lora\.[A-Za-z0-9_.]{1,200}$")]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -60,6 +62,7 @@ class _Hello(_Strict):
     card: _Card
     terms: dict[str, JsonValue]
     d_llm: _Width
+    adapter: Annotated[dict[_Matrix, list[_Width]], Field(max_length=_MATRICES)] = Field(default_factory=dict)
 
 
 class _Result(_Strict):
@@ -86,8 +89,8 @@ class _Stepped(_Strict):
     answer: dict[str, Any]
 
 
-def hello(said: Any) -> tuple[str, SiloCard, dict[str, Any], int]:
-    """A site's silo, its card, what it has agreed to, and the width of its LLM.
+def hello(said: Any) -> tuple[str, SiloCard, dict[str, Any], int, dict[str, tuple[int, ...]]]:
+    """A site's silo, its card, what it has agreed to, the width of its LLM, and the shapes of its adapter.
 
     Raises:
         ValueError: It is no greeting.
@@ -95,7 +98,10 @@ def hello(said: Any) -> tuple[str, SiloCard, dict[str, Any], int]:
     read = _read(_Hello, said)
     for each in (read.card.key, read.card.language, read.terms):
         canonical(each)  # refuses what JSON cannot say
-    return read.silo, SiloCard(**read.card.model_dump()), read.terms, read.d_llm
+    shapes = {name: tuple(shape) for name, shape in read.adapter.items()}
+    if any(len(shape) != 2 for shape in shapes.values()):
+        raise ValueError("its adapter is not one of matrices")
+    return read.silo, SiloCard(**read.card.model_dump()), read.terms, read.d_llm, shapes
 
 
 def stepped(said: Any) -> dict[str, Any]:

@@ -94,6 +94,11 @@ class Engine(ABC):
     def d_llm(self) -> int:
         """Width of the LLM's embeddings; known while training."""
 
+    @property
+    @abstractmethod
+    def adapter(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the adapter's matrices by name, none without one; known while training."""
+
 
 def terms(experiment: Experiment, card: SiloCard) -> dict[str, Any]:
     """What server and sites must agree on: all that decides the bytes of a site's results.

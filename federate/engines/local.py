@@ -87,3 +87,9 @@ class LocalEngine(Engine):
         """Width of the LLM's embeddings."""
         assert self._site is not None
         return self._site.d_llm
+
+    @property
+    def adapter(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the adapter's matrices by name."""
+        assert self._site is not None
+        return self._site.adapter

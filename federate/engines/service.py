@@ -61,7 +61,9 @@ class Service:
         """
         if request["kind"] == "hello":
             card = self._card.plain()
-            return {"silo": self.silo, "card": card, "terms": self._terms, "d_llm": self._site.d_llm}
+            greeting = {"silo": self.silo, "card": card, "terms": self._terms, "d_llm": self._site.d_llm}
+            # Sites without one greet as those of before there were any.
+            return greeting | ({"adapter": self._site.adapter} if self._site.adapter else {})
         self._agree(request["silo"], request["terms"])
         if request["kind"] == "secure":
             return {"answer": self._site.secure(self.silo, request["step"])}

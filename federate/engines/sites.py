@@ -40,13 +40,14 @@ class _Offer:
     card: SiloCard
     terms: dict[str, Any]
     d_llm: int
+    adapter: dict[str, tuple[int, ...]]
 
     @property
     def base(self) -> dict[str, Any]:
         """What has to be the same at all sites, and only sites know."""
         card = self.card
         widths = {"patches": card.patches, "d_vision": card.d_vision, "d_llm": self.d_llm}
-        return {"language": card.language, "features": card.key} | widths
+        return {"language": card.language, "features": card.key, "adapter": self.adapter} | widths
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Sites(Engine):
         self._refused: dict[str, str] = {}
         self._late: dict[str, str] = {}
         self._d_llm = 0
+        self._adapter: dict[str, tuple[int, ...]] = {}
         self._voted: tuple[str, dict[str, Any]] | None = None
         self._model: tuple[str, dict[str, Any]] | None = None  # once the run has begun
         self._begun_with: dict[str, SiloCard] = {}
@@ -105,6 +107,11 @@ class Sites(Engine):
     def d_llm(self) -> int:
         """Width of the LLM's embeddings."""
         return self._d_llm
+
+    @property
+    def adapter(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the adapter's matrices by name."""
+        return self._adapter
 
     def cards(self) -> dict[str, SiloCard]:
         """Wait for the sites; those known from before an interruption may be missing up to the quorum."""
@@ -288,7 +295,7 @@ class Sites(Engine):
                 self._turn_away(owner, f"site '{owner}' does not take part: {answer.reason}")
             return
         try:
-            silo, card, agreed, d_llm = answers.hello(unpack(answer))
+            silo, card, agreed, d_llm, adapter = answers.hello(unpack(answer))
         except ValueError as error:
             who = f"site '{owner}'" if owner else "a site"
             self._turn_away(
@@ -300,7 +307,7 @@ class Sites(Engine):
             # Nothing is held against the silo that it took the name of.
             say(f"site '{owner}' says that it is '{silo[:40]}' and is refused; its key is that of '{owner}'")
             return
-        offer = _Offer(node, card, agreed, d_llm)
+        offer = _Offer(node, card, agreed, d_llm, adapter)
         reason = self._objection(silo, offer)
         if reason is not None:
             self._turn_away(silo, reason)
@@ -347,7 +354,7 @@ class Sites(Engine):
                 self._cards.pop(silo, None)
             elif self._refused.get(silo) != reason:
                 self._turn_away(silo, reason)
-        self._d_llm = model[1]["d_llm"]
+        self._d_llm, self._adapter = model[1]["d_llm"], model[1]["adapter"]
         self._voted, self._outvoted = model, outvoted
 
     @staticmethod

@@ -89,6 +89,7 @@ def _sources(paths: Sequence[Path], plugins: tuple[Plugin, ...]) -> list[Source]
 
 def _read(path: Path, plugins: tuple[Plugin, ...]) -> tuple[str, State]:
     """Architecture and float32 weights of a projector file."""
+    projectors.refuse_tuned(path)
     module, state = projectors.load_projector(path, plugins)
     return module.architecture, {name: tensor.float() for name, tensor in state.items()}
 

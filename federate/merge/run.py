@@ -97,6 +97,11 @@ def _method(component: Component) -> Strategy:
     """A strategy that can merge what is on disk, with its options."""
     name = component.name
     strategy = STRATEGIES.build(component, name)
+    if strategy.local:
+        raise UserError(
+            f"--method {name}: every client keeps part of its projector to itself, so that no file holds "
+            "a whole one; use another method"
+        )
     if strategy.pooled:
         raise UserError(
             f"--method {name}: trains one client on all data and merges nothing; use another method"

@@ -73,7 +73,7 @@ def run_rounds(
         jobs = [
             Job(
                 client=client,
-                start=progress.personal.get(client, progress.state),
+                start=progress.state | progress.personal.get(client, {}),
                 turn=sum(client in earlier for earlier in rounds[:round_]),
                 round=round_,
                 rounds=len(rounds),
@@ -117,6 +117,7 @@ def run_rounds(
         personal, optimizers = dict(progress.personal), dict(progress.optimizers)
         if strategy.personal:
             personal |= {r.client: {name: new.clone() for name, new in r.state.items()} for r in results}
+        personal |= aggregate.personal
         if carry:
             optimizers |= {r.client: r.optimizer for r in results if r.optimizer is not None}
         counted = progress.counted | dict.fromkeys(samples, round_)

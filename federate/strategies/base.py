@@ -16,15 +16,39 @@ from fedcmp.pipeline.registry import Registry
 
 if TYPE_CHECKING:
     from fedcmp.federate.arithmetic.cohort import Cohort, Side
+    from fedcmp.pipeline.config import Federate
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """The new global projector, what the strategy remembers, and figures by name and client."""
+    """What a strategy makes of a round.
+
+    Attributes:
+        state: The new global projector.
+        memory: What the strategy remembers.
+        figures: For the history, by name and client.
+        personal: What clients start from in place of parts of the global projector, by client.
+    """
 
     state: State
     memory: Memory
     figures: dict[str, dict[str, float]] = field(default_factory=dict)
+    personal: dict[str, State] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a client does in a round, where not all do the same.
+
+    Attributes:
+        trains: Beginnings of the names of what it trains; the rest of its state is frozen.
+        task: The only task that its projector heeds; all by default.
+        penalties: Weights of the projector's own losses.
+    """
+
+    trains: tuple[str, ...]
+    task: str | None = None
+    penalties: dict[str, float] = field(default_factory=dict)
 
 
 def require_form(before: State, aggregate: Aggregate) -> None:
@@ -52,7 +76,8 @@ class Strategy(Options, ABC):
     """A way to fuse client projectors; its options are its fields.
 
     `pooled`: all silos form a single client. `personal`: clients go on from their own projectors
-    and never receive the global one. `wants`: optional fields of `Update` it cannot do without.
+    and never receive the global one. `wants`: optional fields of `Update` it cannot do without. `local`:
+    beginnings of the names of what clients keep to themselves; no message has it.
 
     Args:
         update: What clients send: their `weights` W_k as they end, or where their mean gradient along
@@ -63,6 +88,7 @@ class Strategy(Options, ABC):
     pooled: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     wants: ClassVar[frozenset[str]] = frozenset()
+    local: ClassVar[tuple[str, ...]] = ()
 
     update: Literal["weights", "path"] = "weights"
     proximal: float = Field(0.0, ge=0)
@@ -79,6 +105,21 @@ class Strategy(Options, ABC):
     def objective(self, client: str, memory: Memory) -> Objective:
         """What a client minimises besides its loss in the next round."""
         return Objective(self.proximal)
+
+    def role(self, client: str, round_: int) -> Role | None:
+        """What a client does in a round; None where all train everything."""
+        return None
+
+    def refuse(self, options: Federate) -> None:
+        """Refuse an experiment that it is not made for.
+
+        Raises:
+            UserError: Naming the option.
+        """
+
+    def warnings(self) -> list[str]:
+        """What its options make likely to go wrong."""
+        return []
 
     def aligned_by(self) -> Measure:
         """How clients measure their alignment, where it wants that (`client.alignment`)."""

@@ -24,6 +24,7 @@ from fedcmp.pipeline.export.hf_processor import (
 from fedcmp.pipeline.export.rope import with_older_rope
 from fedcmp.pipeline.export.subject import Subject
 from fedcmp.pipeline.files import read_json, write_json
+from fedcmp.pipeline.models.lora import merge
 from fedcmp.pipeline.models.projector import State
 from fedcmp.pipeline.models.projectors.linear import LinearProjector
 from fedcmp.pipeline.models.projectors.mlp import MlpProjector
@@ -62,6 +63,8 @@ def write(out: Path, subject: Subject, encoder: Path, language: Path, template: 
     text = _text_config(language)
     with quiet():
         tower, llm = _tower(encoder), _language(language)
+        if subject.adapter is not None:
+            merge(llm, *subject.adapter)
         tokenizer = llava_tokenizer(language)
     image = int(cast("int", tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)))
     tied = bool(llm.config.tie_word_embeddings)

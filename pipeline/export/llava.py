@@ -44,6 +44,11 @@ def write(out: Path, subject: Subject, encoder: Path | None, tower: str, languag
             f"{subject.path}: the LLaVA repository knows no projector {subject.projector.architecture}, only "
             "linear and mlpNx_gelu; train one of these"
         )
+    if subject.adapter is not None:
+        raise UserError(
+            f"{subject.path}: its run tuned the LLM, too, and this form holds a projector alone; use --to "
+            "hf, which writes the tuned LLM"
+        )
     if subject.resize not in _ASPECT_RATIOS:
         raise UserError(
             f"{subject.path}: its pictures were prepared with extract.encoder.resize = '{subject.resize}', "

@@ -58,6 +58,7 @@ def export(
     identity = {
         "to": form,
         "projector": {"content": content_hash(subject.state), "architecture": subject.projector.architecture},
+        **({"adapter": content_hash(subject.adapter[1])} if subject.adapter else {}),
         "features": {"key": subject.key, "patches": subject.patches},
         "encoder": None if folder else tower,
         "language": files,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcmp.pipeline.cache import FeatureCache, open_cache
-from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.config import Experiment, Lora
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.projector import State, load_projector
 from fedcmp.pipeline.models.projectors.base import Projector
@@ -29,6 +29,7 @@ class Subject:
         patches: Patches a picture.
         key: What decided its features, as in the manifest of the cache.
         language: SHA-256 of the LLM's files, where its run is known.
+        adapter: How the LLM was tuned, if it was: options and matrices.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Subject:
     patches: int
     key: dict[str, Any]
     language: dict[str, str] | None
+    adapter: tuple[Lora, State] | None = None
 
     @property
     def layer(self) -> int:
@@ -72,7 +74,10 @@ def read_subject(path: Path, experiment: Experiment | None) -> Subject:
     known = run.manifest.get("features") if run else None
     features = known or _features(file, projector, run, experiment)
     language = run.identity["language"]["files"] if run else None
-    return Subject(file, projector, state, features["patches"], features["key"], language)
+    adapter = None
+    if run and name in run.adapters:
+        adapter = Lora(**run.identity["federate"]["adapter"]), run.adapter(name)
+    return Subject(file, projector, state, features["patches"], features["key"], language, adapter)
 
 
 def _features(

@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from fedcmp.pipeline.config import Lora
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.decoding import arguments, greedy
 from fedcmp.pipeline.models.loading import load_model, load_tokenizer
+from fedcmp.pipeline.models.lora import inject
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens, end_of_turn
 from fedcmp.pipeline.models.proof import Ways, proven
 
@@ -33,8 +35,10 @@ class FrozenLanguageModel:
         quantize: `8bit` or `4bit` (NF4) weights by bitsandbytes, or `none`.
         device_map: `auto` spreads its layers over all GPUs, and main memory after them; `none`
             keeps them together.
+        adapter: Tunes it, too.
 
     Attributes:
+        adapter: The matrices that tune it, by name.
         checkpointing: Keep only the layers' inputs for the backward pass and run them again in it.
         compiled: Train through torch.compile.
         ways: How loss and answers are computed.
@@ -55,6 +59,7 @@ class FrozenLanguageModel:
         device: str,
         quantize: str = "none",
         device_map: str = "none",
+        adapter: Lora | None = None,
     ) -> None:
         self.path, self.checkpointing, self.compiled = path, False, False
         model, placed = load_model(path, dtype=dtype, device=device, quantize=quantize, device_map=device_map)
@@ -75,6 +80,7 @@ class FrozenLanguageModel:
         self.d_llm: int = self.embeddings.embedding_dim
         self.ways = Ways()
         self.ways = proven(self)
+        self.adapter = {} if adapter is None else inject(model, adapter)
 
     def at_most(self, length: int) -> int:
         """A number of tokens, or that of the positions which the model was made for where these are fewer."""

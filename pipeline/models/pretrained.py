@@ -17,7 +17,14 @@ from torch import Tensor
 
 from fedcmp.pipeline.errors import UserError, one_line
 from fedcmp.pipeline.files import read_json
-from fedcmp.pipeline.models.projector import State, load_projector
+from fedcmp.pipeline.models.projector import (
+    State,
+    build,
+    component_of,
+    content_hash,
+    load_projector,
+    refuse_tuned,
+)
 from fedcmp.pipeline.models.projectors.base import Projector
 from fedcmp.pipeline.models.saved_model import weight_files
 from fedcmp.pipeline.plugins import Plugin
@@ -26,20 +33,26 @@ _HUGGING_FACE = re.compile(r"(?:^|\.)multi_modal_projector\.(linear_[12]\.(?:wei
 _LLAVA = re.compile(r"(?:^|\.)mm_projector\.(?:(\d+)\.)?(weight|bias)$")
 
 
-def start_from(path: Path, projector: Projector, plugins: tuple[Plugin, ...] = ()) -> None:
+def start_from(path: Path, projector: Projector, plugins: tuple[Plugin, ...] = ()) -> str:
     """Load weights from elsewhere into a projector; `plugins` may have its architecture.
+
+    Returns:
+        Their content hash.
 
     Raises:
         UserError: There are none, or they are of another architecture, encoder or LLM.
     """
     architecture, state = read_weights(path, plugins)
+    given, target = content_hash(state), projector
+    if projector.grows_from is not None and architecture in (None, projector.grows_from):
+        target = build(component_of(projector.grows_from), d_vision=projector.d_vision, d_llm=projector.d_llm)
     where = f"federate.initial = {path}"
-    if architecture not in (None, projector.architecture):
+    if architecture not in (None, target.architecture):
         raise UserError(
             f"{where}: architecture {architecture}, but federate.projector is {projector.architecture}; "
             "make them equal"
         )
-    wanted = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in target.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
@@ -50,7 +63,11 @@ def start_from(path: Path, projector: Projector, plugins: tuple[Plugin, ...] = (
             )
         if not bool(torch.isfinite(state[name]).all()):
             raise UserError(f"{where}: {name} is not finite; give other weights")
-    projector.load_state_dict(state)
+    if target is projector:
+        projector.load_state_dict(state)
+    else:
+        projector.begin(state)
+    return given
 
 
 def read_weights(path: Path, plugins: tuple[Plugin, ...] = ()) -> tuple[str | None, State]:
@@ -69,6 +86,7 @@ def read_weights(path: Path, plugins: tuple[Plugin, ...] = ()) -> tuple[str | No
     if not path.is_file():
         raise UserError(f"federate.initial = {path}: no such file; give a projector's weights")
     if path.suffix == ".safetensors" and _is_ours(path):
+        refuse_tuned(path)
         projector, state = load_projector(path, plugins)
         return projector.architecture, {name: tensor.float() for name, tensor in state.items()}
     return None, _mapped(path, _tensors([path]))

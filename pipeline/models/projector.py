@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fedcmp.pipeline.errors import UserError
@@ -25,7 +25,7 @@ from fedcmp.pipeline.manifest import MANIFEST
 from fedcmp.pipeline.models.projectors.base import PROJECTORS, Projector
 from fedcmp.pipeline.options import Component
 from fedcmp.pipeline.plugins import Plugin
-from fedcmp.pipeline.run_folder import place_of
+from fedcmp.pipeline.run_folder import local_part, own_projector, place_of
 
 State = dict[str, Tensor]
 
@@ -53,7 +53,8 @@ def architecture_of(component: Component) -> str:
     options = PROJECTORS.build(component, _WHERE)
     defaults = {name: field.default for name, field in type(options).model_fields.items()}
     values = options.model_dump(mode="json")
-    changed = {name: values[name] for name in component.model_extra or {} if values[name] != defaults[name]}
+    own = component.model_extra or {}
+    changed = {name: values[name] for name in own if getattr(options, name) != defaults[name]}
     return canonical({"name": component.name, **changed}).decode() if changed else component.name
 
 
@@ -138,7 +139,10 @@ def load_projector(path: Path, plugins: tuple[Plugin, ...] = ()) -> tuple[Projec
     try:
         d_vision, d_llm = options.widths(state)
         projector = build(component, d_vision=d_vision, d_llm=d_llm)
-        projector.load_state_dict(state)
+        whole = projector.completed(state) | _own_part(path)
+        projector.load_state_dict(whole)
+    except UserError:
+        raise
     except Exception:
         raise UserError(f"{path}: its weights are not those of its architecture; train it again") from None
     recorded, manifest = recorded_content(path)
@@ -148,6 +152,43 @@ def load_projector(path: Path, plugins: tuple[Plugin, ...] = ()) -> tuple[Projec
             "was put in its place: put the right one back, or run again what made it"
         )
     return projector, state
+
+
+def _own_part(path: Path) -> State:
+    """What the client of a projector keeps to itself, where its run says that it does.
+
+    Raises:
+        UserError: It is not here, or not what the run ended with.
+    """
+    folder, within = place_of(path)
+    found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    kept = found.get("local", {}).get(path.stem) if isinstance(found, dict) else None
+    if kept is None or within != own_projector(path.stem):
+        return {}
+    own = local_part(folder, path.stem, kept["round"])
+    if not own.is_file():
+        raise UserError(
+            f"{own}: missing; what client '{path.stem}' keeps to itself is where it trained: copy it here"
+        )
+    state = load_file(own)
+    if kept["content"] not in (None, content_hash(state)):
+        raise UserError(f"{own}: not what the run ended with; put that back, or train the run again")
+    return state
+
+
+def refuse_tuned(path: Path) -> None:
+    """Refuse a projector that belongs to an LLM with an adapter, where that would be left behind.
+
+    Raises:
+        UserError: It is one.
+    """
+    folder, within = place_of(path)
+    found = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    if isinstance(found, dict) and within in found.get("adapters", {}):
+        raise UserError(
+            f"{path}: its run tuned the LLM, too, and the projector alone is no model; give one of a run "
+            "without federate.adapter"
+        )
 
 
 def recorded_content(path: Path) -> tuple[str | None, Path | None]:

@@ -1,13 +1,14 @@
-"""How data differ between silos: the embedded default and the four scenarios of the laboratory."""
+"""How data differ between silos: the embedded default and the scenarios of the laboratory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedcmp.pipeline.world.scenes import COLOURS, DOMAINS, SHAPES, Content
+from fedcmp.pipeline.world.tasks import CLIENTS
 
 _QUANTITY_SHARES = (1, 2, 3, 5, 6, 7)
 
@@ -21,12 +22,14 @@ class Silo:
         images: How many it holds.
         content: Draws what its scenes are like.
         mismatched: Whether captions describe other scenes than the pictures show.
+        task: What its texts are of `tasks`; captions by default.
     """
 
     name: str
     images: int
     content: Callable[[np.random.Generator], Content]
     mismatched: bool = False
+    task: str | None = None
 
 
 def _skewed(
@@ -42,6 +45,10 @@ def _skewed(
         )
 
     return draw
+
+
+def _drawn_as(domains: Sequence[str]) -> Callable[[np.random.Generator], Content]:
+    return lambda rng: Content(domain=[float(name in domains) for name in DOMAINS])
 
 
 def _uniform(domain: str | None = None) -> Callable[[np.random.Generator], Content]:
@@ -76,10 +83,19 @@ def _many(images: int) -> list[Silo]:
     return [Silo(f"site{k:02d}", images // 24, _skewed(0.3)) for k in range(1, 25)]
 
 
+def _tasks(images: int) -> list[Silo]:
+    """Nine silos, three of each task, two rendering domains a silo."""
+    return [
+        Silo(name, images // len(CLIENTS), _drawn_as(domains), task=task)
+        for name, (task, domains) in CLIENTS.items()
+    ]
+
+
 SCENARIOS: dict[str, Callable[[int], list[Silo]]] = {
     "demo": _demo,
     "content": _content,
     "domain": _domain,
     "quantity": _quantity,
     "many": _many,
+    "tasks": _tasks,
 }

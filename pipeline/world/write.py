@@ -4,6 +4,7 @@
 <out>/heldout/captions.json         LLaVA JSON, with images/ beside it
 <out>/validation/captions.json      the same, for choosing options, where it is asked for
 <out>/benchmarks/                   POPE, VQAv2 and COCO caption files over the held-out images
+<out>/{heldout,validation}/<task>.json  and benchmarks/<task>.jsonl, where silos have tasks
 <out>/manifest.json                 written last
 """
 
@@ -23,6 +24,7 @@ from fedcmp.pipeline.files import write_atomic, write_json
 from fedcmp.pipeline.manifest import withdraw_manifest, write_manifest
 from fedcmp.pipeline.world.scenarios import SCENARIOS, Silo
 from fedcmp.pipeline.world.scenes import Content, Scene, render
+from fedcmp.pipeline.world.tasks import TASKS, conversation, exchanges
 from fedcmp.pipeline.world.texts import COUNTS, caption, exists_questions, short_questions
 
 _DIGITS = {word: str(number) for number, word in enumerate(COUNTS, 1)}
@@ -56,6 +58,8 @@ def write(out: Path, amounts: Amounts) -> None:
     validation = [Content().sample(rng) for _ in range(amounts.validation_images)]
     if validation:
         _write_images(out / "validation", validation, rng)
+    if any(silo.task for silo in silos):
+        _write_tasks(out, scenes, validation, np.random.default_rng([amounts.seed, len(silos), 2]))
     write_manifest(out, asdict(amounts))
 
 
@@ -76,6 +80,11 @@ def _entry(name: str, scene: Scene) -> dict[str, Any]:
     }
 
 
+def _entry_of(task: str | None, name: str, scene: Scene, rng: np.random.Generator) -> dict[str, Any]:
+    entry = _entry(name, scene)
+    return entry if task is None else entry | {"conversations": conversation(exchanges(task, scene, rng))}
+
+
 def _write_silo(folder: Path, silo: Silo, shard_images: int, rng: np.random.Generator) -> None:
     from webdataset import TarWriter
 
@@ -86,7 +95,7 @@ def _write_silo(folder: Path, silo: Silo, shard_images: int, rng: np.random.Gene
             for number in range(start, min(start + shard_images, silo.images)):
                 scene, name = content.sample(rng), f"{number:06d}"
                 described = content.sample(rng) if silo.mismatched else scene
-                entry = json.dumps(_entry(name, described)).encode()
+                entry = json.dumps(_entry_of(silo.task, name, described, rng)).encode()
                 tar.write({"__key__": name, "png": _png(scene, rng), "json": entry})
         write_atomic(folder / f"{shard:05d}.tar", buffer.getvalue())
 
@@ -120,6 +129,22 @@ def _write_benchmarks(folder: Path, scenes: list[Scene], rng: np.random.Generato
             ],
         },
     )
+
+
+def _write_tasks(out: Path, heldout: list[Scene], validation: list[Scene], rng: np.random.Generator) -> None:
+    """What is asked in each task: texts for losses, and tables for benchmarks."""
+    for task in TASKS:
+        table = out / f"benchmarks/{task}.jsonl"
+        for folder, scenes in (("heldout", heldout), ("validation", validation)):
+            entries = [_entry_of(task, f"{number:06d}", scene, rng) for number, scene in enumerate(scenes)]
+            if entries:
+                write_json(out / folder / f"{task}.json", entries)
+        rows = [
+            {"image": _image_name(number), "question": asked, "answer": answer}
+            for number, scene in enumerate(heldout)
+            for asked, answer in exchanges(task, scene, rng)
+        ]
+        write_atomic(table, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _pope(scenes: list[Scene], rng: np.random.Generator, *, adversarial: bool) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -16,10 +17,14 @@ from fedcmp.pipeline.registry import Registry
 class Projector(nn.Module):
     """A projector in memory: `(batch, patches, d_vision)` to `(batch, tokens(patches), d_llm)`.
 
-    `architecture` is how files name it: its name, or JSON of the name and what is not default.
+    `architecture` is how files name it: its name, or JSON of the name and what is not default. `local` are
+    beginnings of the names of what clients may keep to themselves, and `grows_from` an architecture that it
+    can begin as.
     """
 
     architecture: str = ""
+    local: ClassVar[tuple[str, ...]] = ()
+    grows_from: ClassVar[str | None] = None
 
     def __init__(self, d_vision: int, d_llm: int) -> None:
         super().__init__()
@@ -32,6 +37,20 @@ class Projector(nn.Module):
             UserError: The projector cannot take so many patches.
         """
         return patches
+
+    def parts(self, features: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Visual tokens, and losses of its own by name, which are scalars."""
+        return self(features), {}
+
+    def leave_only(self, task: str | None) -> None:
+        """Heed one task alone, or all; most projectors know no tasks."""
+
+    def begin(self, pretrained: Mapping[str, Tensor] | None = None) -> None:
+        """Go from drawn weights to those that training starts from, or from those of `grows_from`."""
+
+    def completed(self, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A whole state from what is not `local`, as a client begins that has nothing of its own yet."""
+        return dict(shared)
 
 
 class Architecture(Options, ABC):
