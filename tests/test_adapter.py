@@ -244,7 +244,8 @@ def test_without_peft_the_extra_is_named(extracted: Path, monkeypatch: pytest.Mo
 
 
 def test_what_would_leave_it_behind_is_refused(tuned: Path, tmp_path: Path) -> None:
-    run, plain = run_of(tuned, "tuned").path, run_of(tuned, "without").path
+    assert done(tuned, "plain").exit_code == 0
+    run, plain = run_of(tuned, "tuned").path, run_of(tuned, "plain").path
     for words in (
         ("federate", tuned, "--set", "run=next", "--set", f"federate.initial={run}"),
         ("merge", run, plain, "--method", "ties", "--out", tmp_path / "merged"),
