@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from fedcmp.federate.engines.wire import Payload
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

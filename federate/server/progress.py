@@ -1,19 +1,16 @@
-"""Training as a person at the terminal sees it."""
+"""What a run carries from round to round, which is what its checkpoints hold."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fedcmp.federate.arithmetic.updates import Memory, State
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import atomic
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass

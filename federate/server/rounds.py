@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedcmp.federate.arithmetic.updates import State, distance
 from fedcmp.federate.messages import Job, LocalResult
@@ -17,10 +17,6 @@ from fedcmp.federate.strategies.base import Aggregate, Strategy
 from fedcmp.pipeline import history
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.privacy import Privacy
-
-if TYPE_CHECKING:
-    pass
-
 
 Train = Callable[[Sequence[Job]], Iterable[LocalResult]]
 
