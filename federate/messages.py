@@ -49,9 +49,9 @@ class LocalResult:
     `loss` is the mean negative log-likelihood a supervised token, in nats, over the round;
     `gradient` the mean clipped gradient of the loss along the path and `alignment` each matrix's
     contribution to alignment, where they were asked for; `recalled` says that equal training was
-    done before. `sent` is the compressed update in place of `state`. Where it would tell more than may
-    be learnt, there is None. `releases` counts how often the site has answered this round, this time
-    included.
+    done before. `sent` is the compressed update in place of `state`. `flops` are those of its steps, counted
+    from shapes. Where it would tell more than may be learnt, there is None. `releases` counts how often the
+    site has answered this round, this time included.
     """
 
     client: str
@@ -67,3 +67,4 @@ class LocalResult:
     recalled: bool = False
     sent: Sent | None = None
     releases: int = 1
+    flops: float | None = None

@@ -13,7 +13,7 @@ HISTORY = "history.jsonl"
 
 
 # What strategies' own figures may not be called.
-_OF_CLIENTS = {"round", "client", "loss", "samples", "tokens", "seconds", "recalled", "update_norm"}
+_OF_CLIENTS = {"round", "client", "loss", "samples", "tokens", "flops", "seconds", "recalled", "update_norm"}
 OF_EVERY_ROW = _OF_CLIENTS | {"epsilon", "missing", "bytes", "bytes_received"}
 
 

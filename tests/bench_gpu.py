@@ -39,7 +39,6 @@ from bench_aggregation import make_round
 from bench_training import CAPTION, stream, trained
 from conftest import picture
 
-from fedcmp.commands.plan import GPUS, language_shape
 from fedcmp.components import load
 from fedcmp.extract.encoders.base import ENCODERS
 from fedcmp.extract.run import run as extract
@@ -50,13 +49,15 @@ from fedcmp.pipeline.cache import open_cache
 from fedcmp.pipeline.cache.loader import float_batches
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.models import projector as projectors
+from fedcmp.pipeline.models.device import PEAKS
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import question, tokenise_all
+from fedcmp.pipeline.models.shape import language_shape
 
 CONFIGS = Path(__file__).parent.parent / "configs/models"
 PARTS = ("correct", "extraction", "training", "generation", "aggregation")
 LANGUAGES = {"7B": "vicuna-7b-v1.5", "0.5B": "Qwen2.5-0.5B-Instruct"}
-_PEAK = {name: peak * 1e12 for name, peak in GPUS.items()}
+_PEAK = {name: peak * 1e12 for name, peak in PEAKS.items()}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from test_plan import counted
 
 from fedcmp.components import load
 from fedcmp.federate.arithmetic.paths import path_projector
@@ -124,6 +125,14 @@ def test_the_loss_falls_and_the_llm_stays(streams, language) -> None:  # type: i
     assert losses[-1] < losses[0] - 0.02
     assert (result.samples, result.steps) == (20, 4)
     assert all(torch.equal(before[name], tensor) for name, tensor in language.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("clients", "micro_batch"), [(1, 3), (1, 99), (2, 5)])
+def test_flops_are_those_that_torch_counts(streams, language, clients: int, micro_batch: int) -> None:  # type: ignore[no-untyped-def]
+    jobs = [job(client) for client in ("clinic", "lab")[:clients]]
+    with counted() as counter:
+        results = train(jobs, streams, language, micro_batch=micro_batch)
+    assert sum(result.flops or 0 for result in results) == pytest.approx(counter.get_total_flops(), rel=0.08)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 5, 99])

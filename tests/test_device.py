@@ -11,7 +11,7 @@ import torch
 
 from fedcmp.federate.client import trainer as local
 from fedcmp.federate.client.trainer import Trainer
-from fedcmp.pipeline.models.device import in_one_order
+from fedcmp.pipeline.models.device import in_one_order, peak
 from fedcmp.pipeline.models.vision_language import VisionLanguage
 
 
@@ -58,3 +58,16 @@ def test_other_errors_stay_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "train_together", train)
     with pytest.raises(RuntimeError, match="illegal"):
         engine(SimpleNamespace(device=torch.device("cuda"))).train([])
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Tesla T4", None),
+        ("GRID A10G", None),
+    ],
+)
+def test_peaks_by_name(name: str, flops: float | None) -> None:
+    assert peak(name) == flops

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from fedcmp.commands.options import experiment_options
+from fedcmp.pipeline.models.device import PEAKS
 
 if TYPE_CHECKING:
-    from fedcmp.pipeline.config import Experiment, Lora
+    from fedcmp.pipeline.config import Experiment
     from fedcmp.pipeline.options import Component
 
-# Dense bfloat16 peaks of the makers' data sheets, TFLOP/s.
-GPUS = {"h200": 989.0, "h100": 989.0, "a100": 312.0, "l40s": 362.0, "a10": 125.0, "4090": 165.0, "3090": 71.0}
 _BITS = {"bfloat16": 16.0, "8bit": 8.0, "4bit": 4.5}
 _STORED = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -26,7 +24,7 @@ _STORED = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 @click.option("--images", default=558_000, show_default="LLaVA's 558k", help="Image-text pairs of all silos.")
 @click.option("--text-tokens", default=32, show_default=True, help="Tokens of a text.")
 @click.option(
-    "--gpu", type=click.Choice(list(GPUS)), default="h100", show_default=True, help="GPU to estimate for."
+    "--gpu", type=click.Choice(list(PEAKS)), default="h100", show_default=True, help="GPU to estimate for."
 )
 @click.option(
     "--utilisation",
@@ -54,13 +52,14 @@ def plan(
     from fedcmp.extract.estimate import outlines as outlines_of
     from fedcmp.pipeline.console import say, table
     from fedcmp.pipeline.errors import UserError
+    from fedcmp.pipeline.models.shape import language_shape
 
     experiment = load(config, overrides)
     options = experiment.extract
     outlines = outlines_of(_beside(options.encoder, config))
     adapter = experiment.federate.adapter
     model = language_shape(_configured(experiment.language.path, config), adapter)
-    rate = GPUS[gpu] * 1e12 * utilisation * 3600
+    rate = PEAKS[gpu] * 1e12 * utilisation * 3600
     passes = experiment.federate.passes
     rows, sizes = [], {}
     for outline in outlines:
@@ -70,7 +69,7 @@ def plan(
             if outline is outlines[0]:
                 raise
             continue
-        training = model.training_flops(visual, text_tokens, experiment.federate.checkpointing)
+        training = model.training_flops(visual + text_tokens, text_tokens, experiment.federate.checkpointing)
         training += 6 * parameters * outline.patches
         sizes[outline.pool] = images * outline.patches * outline.d_vision * _STORED[options.dtype]
         rows.append(
@@ -85,7 +84,7 @@ def plan(
         )
     table(
         f"{images:,} images, {text_tokens} text tokens each; one {gpu.upper()} at {utilisation:.0%} of "
-        f"{GPUS[gpu]:g} TFLOP/s",
+        f"{PEAKS[gpu]:g} TFLOP/s",
         [
             "features",
             "an image",
@@ -101,75 +100,6 @@ def plan(
     if adapter is not None:
         say(f"The adapter: {model.adapter:,} weights, {decimal(4 * model.adapter)} of a client's update")
     say(_advice(experiment, sizes))
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A causal LM.
-
-    Attributes:
-        parameters: All weights.
-        blocks: Weights of its blocks.
-        head: Weights of its head.
-        attention: Width of the attention of all layers together.
-        width: Width of its embeddings.
-        adapter: Weights of the adapter that tunes it.
-    """
-
-    parameters: int
-    blocks: int
-    head: int
-    attention: int
-    width: int
-    adapter: int = 0
-
-    def size(self, bits: float) -> int:
-        """Bytes in memory; only the blocks are quantised."""
-        return int((self.blocks * bits + (self.parameters - self.blocks) * 16) / 8)
-
-    def training_flops(self, visual: int, text: int, checkpointing: bool) -> float:
-        """One sample forward, and backward to the embeddings: only an adapter's weights take a gradient.
-
-        Attention has no weights; its backward pass costs 2.5 times the forward one (arXiv 2205.14135).
-        """
-        tokens = visual + text
-        weights, attention = 2 * self.blocks * tokens, 4 * self.attention * tokens**2
-        again = weights + attention if checkpointing else 0
-        return 2 * weights + 3.5 * attention + again + 4 * self.head * text + 6 * self.adapter * tokens
-
-
-def language_shape(path: Path, adapter: Lora | None = None) -> Shape:
-    """The shape of a causal LM from its configuration, and that of an adapter."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from fedcmp.pipeline.errors import UserError
-    from fedcmp.pipeline.models.lora import inject
-    from fedcmp.pipeline.models.saved_model import why_unloadable
-
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(
-            f"language.path = {path}: no configuration of a causal LM: {why_unloadable(error)}"
-        ) from None
-    text = config.get_text_config()
-    heads = text.num_attention_heads * (
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    )
-    embeddings = model.get_input_embeddings().weight
-    shape = Shape(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        blocks=sum(parameter.numel() for parameter in model.get_decoder().parameters()) - embeddings.numel(),
-        head=model.get_output_embeddings().weight.numel(),
-        attention=text.num_hidden_layers * heads,
-        width=embeddings.shape[1],
-    )
-    if adapter is None:
-        return shape
-    return replace(shape, adapter=sum(matrix.numel() for matrix in inject(model, adapter).values()))
 
 
 def _projector(experiment: Experiment, patches: int, d_vision: int, d_llm: int) -> tuple[int, int]:

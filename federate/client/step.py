@@ -21,6 +21,7 @@ from fedcmp.federate.strategies.base import Role
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.errors import DivergedError
 from fedcmp.pipeline.models import lora
+from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
 from fedcmp.pipeline.models.vision_language import VisionLanguage
 
@@ -68,7 +69,16 @@ class _Learner:
     penalties: Mapping[str, float]
     samples: int = 0
     tokens: int = 0
+    flops: float = 0.0
     gradient: State = field(default_factory=dict)
+
+    def see(self, batch: Batch, predicted: int, through: float) -> None:
+        """Count what a batch has, and FLOPs: those of its texts through the LLM, and of its projection."""
+        self.samples += batch.size
+        self.tokens += predicted
+        pictures, patches, _ = batch.features.shape
+        weights = sum(parameter.numel() for parameter in self.model.projector.parameters())
+        self.flops += through + 6.0 * weights * pictures * patches
 
     @property
     def follows(self) -> bool:
@@ -209,6 +219,7 @@ def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) 
         steps=learner.steps,
         tokens=learner.tokens,
         seconds=seconds,
+        flops=learner.flops,
         optimizer=learner.optimizer.state_dict() if options.carry else None,
         gradient=gradient if "gradient" in job.wants else None,
     )
@@ -221,10 +232,9 @@ def _in_parts(learner: _Learner, micro_batch: int, share: Share) -> Tensor:
     """
     batch, model = next(learner.batches), learner.model
     count = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
-    learner.samples += batch.size
-    learner.tokens += count
     weight = 1 / torch.tensor(count, dtype=torch.float32, device=batch.ids.device)
     parts = list(_micro_batches(batch.labels, micro_batch))
+    learner.see(batch, count, _flops(model.language, parts, count))
     parameters = list(learner.trained.values())
 
     def computed(number: int) -> list[Tensor]:
@@ -260,9 +270,10 @@ def _backward(learners: Sequence[_Learner], micro_batch: int, noisy: NoisySteps 
         [pad(batch.labels, (0, width - batch.labels.shape[1]), value=IGNORE_INDEX) for batch in batches]
     )
     counts = [int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches]
+    micro_batches = list(_micro_batches(labels, micro_batch))
+    flops = _flops(learners[0].model.language, micro_batches, sum(counts))
     for learner, batch, count in zip(learners, batches, counts, strict=True):
-        learner.samples += batch.size
-        learner.tokens += count
+        learner.see(batch, count, flops * len(batch.ids) / len(ids))
     client = torch.arange(len(batches)).repeat_interleave(torch.tensor([len(b.ids) for b in batches]))
     client = client.to(ids.device)
     owners, units = _owners(batches), _units(batches)
@@ -274,7 +285,7 @@ def _backward(learners: Sequence[_Learner], micro_batch: int, noisy: NoisySteps 
     # The LLM is one for all, and frozen: its passes leave their gradients at the visual tokens.
     model, visual = learners[0].model, projected.detach().requires_grad_()
     sums = torch.zeros(len(learners), dtype=torch.float64, device=ids.device)
-    for rows, length in _micro_batches(labels, micro_batch):
+    for rows, length in micro_batches:
         losses, row = model.losses(ids[rows, :length], labels[rows, :length], visual[owners[rows]])
         text = rows[row]
         (losses * weights[text]).sum().backward()
@@ -288,6 +299,13 @@ def _backward(learners: Sequence[_Learner], micro_batch: int, noisy: NoisySteps 
     for learner, batch, (part, own) in zip(learners, batches, parts, strict=True):
         learner.take(noisy, batch.features, part, own)
     return sums
+
+
+def _flops(language: FrozenLanguageModel, parts: Sequence[tuple[Tensor, int]], predicted: int) -> float:
+    """Of micro-batches through the LLM and back."""
+    shape, again = language.shape, language.checkpointing
+    texts = sum(len(rows) * shape.training_flops(length, 0, again) for rows, length in parts)
+    return texts + shape.training_flops(0, predicted, again)
 
 
 def _owners(batches: Sequence[Batch]) -> Tensor:

@@ -79,6 +79,7 @@ class _Result(_Strict):
     recalled: bool
     sent: dict[str, dict[str, Tensor]] | None
     releases: _Count
+    flops: Annotated[_Number, Field(ge=0)] | None
 
 
 class _Trained(_Strict):
@@ -130,7 +131,7 @@ def trained(said: Any, job: Job, card: SiloCard, experiment: Experiment) -> Loca
         raise ValueError(f"{result.samples} samples, where it has {card.samples}")
     if result.steps > result.samples:
         raise ValueError(f"{result.steps} steps with {result.samples} samples")
-    for name in ("loss", "tokens", "seconds"):
+    for name in ("loss", "tokens", "seconds", "flops"):
         if (getattr(result, name) is None) != (options.clipped is not None):
             raise ValueError(f"its {name} is {getattr(result, name)}")
     if result.tokens is not None and result.tokens > result.samples * experiment.language.max_length:

@@ -14,6 +14,7 @@ from fedcmp.federate.schedule import Schedule
 from fedcmp.pipeline.cache import open_cache, same_key
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import progress
+from fedcmp.pipeline.models.device import peak, pick_device
 from fedcmp.pipeline.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -63,14 +64,30 @@ class LocalEngine(Engine):
 
             def train(jobs: Sequence[Job]) -> Iterator[LocalResult]:
                 losses, together = [], self._experiment.federate.together
+                flops = seconds = 0.0
                 for first in range(0, len(jobs), together):
                     for result in site(jobs[first : first + together]):
                         losses += [] if result.loss is None else [result.loss]
+                        if not result.recalled:
+                            flops, seconds = flops + (result.flops or 0), seconds + (result.seconds or 0)
                         yield result
                 if losses:
-                    task.note(f"round {jobs[0].round + 1}: loss {fmean(losses):.3f}")
+                    speed = self._speed(flops, seconds)
+                    task.note(f"round {jobs[0].round + 1}: loss {fmean(losses):.3f}{speed}")
 
             yield train
+
+    def _speed(self, flops: float, seconds: float) -> str:
+        """FLOP/s on GPUs, and the part of their peak that is (MFU), where it is known."""
+        device = pick_device(self._experiment.device)
+        if device == "cpu" or not seconds:
+            return ""
+        import torch
+
+        most = peak(torch.cuda.get_device_name(device))
+        whole = 1 if self._ranks is None else self._ranks.count
+        of = "" if most is None else f" ({flops / seconds / most / whole:.0%} of the peak)"
+        return f", {flops / seconds / 1e12:.1f} TFLOP/s{of}"
 
     def counts(self) -> dict[str, Counts]:
         """What was found when the LLM was loaded."""

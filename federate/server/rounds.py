@@ -171,6 +171,7 @@ def _rows(
             "loss": result.loss,
             "samples": result.samples,
             "tokens": result.tokens,
+            "flops": result.flops,
             "seconds": _rounded(result.seconds),
             "recalled": result.recalled,
             **({"update_norm": distance(result.state, of[result.client].start)} if result.state else {}),
@@ -193,11 +194,13 @@ def _totals(results: Sequence[LocalResult]) -> dict[str, Any]:
     losses = [r.loss * r.tokens for r in results if r.loss is not None and r.tokens is not None]
     tokens = [r.tokens for r in results if r.tokens is not None]
     seconds = [r.seconds for r in results if r.seconds is not None]
+    flops = [r.flops for r in results if r.flops is not None]
     everybody = len(losses) == len(tokens) == len(seconds) == len(results)
     return {
         "loss": sum(losses) / sum(tokens) if everybody else None,
         "samples": sum(result.samples for result in results),
         "tokens": sum(tokens) if everybody else None,
+        "flops": sum(flops) if len(flops) == len(results) else None,
         "seconds": _rounded(sum(seconds)) if everybody else None,
     }
 

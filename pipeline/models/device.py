@@ -10,6 +10,23 @@ from pathlib import Path
 
 from fedcmp.pipeline.errors import UserError
 
+# Dense bfloat16 peaks of the makers' data sheets, TFLOP/s.
+PEAKS = {
+    "h200": 989.0,
+    "h100": 989.0,
+    "a100": 312.0,
+    "l40s": 362.0,
+    "a10": 125.0,
+    "4090": 165.0,
+    "3090": 71.0,
+}
+
+
+def peak(name: str) -> float | None:
+    """FLOP/s of a GPU by what CUDA calls it, such as `NVIDIA H100 80GB HBM3`; None where it is not known."""
+    words = name.lower().replace("-", " ").split()
+    return next((1e12 * flops for kind, flops in PEAKS.items() if kind in words), None)
+
 
 def pick_device(name: str) -> str:
     """`cpu`, `cuda`, or `cuda:N` for a process that torchrun started; `auto` is CUDA where torch can use it.

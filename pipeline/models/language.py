@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedcmp.pipeline.models.loading import load_model, load_tokenizer
 from fedcmp.pipeline.models.lora import inject
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens, end_of_turn
 from fedcmp.pipeline.models.proof import Ways, proven
+from fedcmp.pipeline.models.shape import language_shape, shape_of
 
 
 class FrozenLanguageModel:
@@ -39,6 +41,7 @@ class FrozenLanguageModel:
 
     Attributes:
         adapter: The matrices that tune it, by name.
+        shape: How large it is.
         checkpointing: Keep only the layers' inputs for the backward pass and run them again in it.
         compiled: Train through torch.compile.
         ways: How loss and answers are computed.
@@ -80,7 +83,9 @@ class FrozenLanguageModel:
         self.d_llm: int = self.embeddings.embedding_dim
         self.ways = Ways()
         self.ways = proven(self)
+        self.shape = shape_of(model) if quantize == "none" else language_shape(path)
         self.adapter = {} if adapter is None else inject(model, adapter)
+        self.shape = replace(self.shape, adapter=sum(matrix.numel() for matrix in self.adapter.values()))
 
     def at_most(self, length: int) -> int:
         """A number of tokens, or that of the positions which the model was made for where these are fewer."""
