@@ -254,3 +254,12 @@ def extracted(workplace: Path) -> Path:
     result = CliRunner().invoke(main, ["extract", str(workplace / "experiment.toml")])
     assert result.exit_code == 0, result.output
     return workplace / "experiment.toml"
+
+
+def apart(config: Path, name: str) -> Path:
+    """The same experiment with runs of its own, for tests whose runs have names that others use."""
+    folder = config.parent / name
+    folder.mkdir()
+    path = folder / config.name
+    path.write_text(f'extends = "{config}"\nbuild = "{folder}/build"\n')
+    return path

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from conftest import apart
 from safetensors.torch import load_file
 from test_export import features, pixels, reloaded, unpooled  # noqa: F401
 from test_federate import _killed_after_saving, history
@@ -53,12 +54,22 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def tuned(extracted: Path) -> Path:
+def own(extracted: Path) -> Path:
+    return apart(extracted, "lora")
+
+
+@pytest.fixture(scope="module")
+def over_sites(sites_config: Path) -> Path:  # noqa: F811
+    return apart(sites_config, "lora-sites")
+
+
+@pytest.fixture(scope="module")
+def tuned(own: Path) -> Path:
     """The experiment file, a run with an adapter trained and judged."""
     for command in ("federate", "evaluate"):
-        result = done(extracted, "tuned", ADAPTER, command=command)
+        result = done(own, "tuned", ADAPTER, command=command)
         assert result.exit_code == 0, result.output
-    return extracted
+    return own
 
 
 def test_a_fresh_adapter_changes_no_logit_and_freezes_the_llm(llama_dir: Path) -> None:
@@ -94,20 +105,20 @@ def test_training_moves_both_and_leaves_the_llm_as_it_was(tuned: Path, llama_dir
     assert losses[2] < losses[0]
 
 
-def test_a_run_without_one_is_what_it_was(extracted: Path) -> None:
-    assert done(extracted, "without").exit_code == 0
-    manifest = run_of(extracted, "without").manifest
+def test_a_run_without_one_is_what_it_was(own: Path) -> None:
+    assert done(own, "without").exit_code == 0
+    manifest = run_of(own, "without").manifest
     assert "adapters" not in manifest
     assert "adapter" not in manifest["identity"]["federate"]
-    assert not (run_of(extracted, "without").path / "adapter").exists()
+    assert not (run_of(own, "without").path / "adapter").exists()
 
 
-def test_its_learning_rate_is_its_own(extracted: Path) -> None:
+def test_its_learning_rate_is_its_own(own: Path) -> None:
     frozen = "federate.adapter={rank = 2, learning_rate = 1e-12}"
     unclipped = ("federate.rounds=1", "federate.optimizer.max_grad_norm=1e9")
-    assert done(extracted, "hardly", frozen, *unclipped).exit_code == 0
-    assert done(extracted, "none", *unclipped).exit_code == 0
-    hardly, none = run_of(extracted, "hardly"), run_of(extracted, "none")
+    assert done(own, "hardly", frozen, *unclipped).exit_code == 0
+    assert done(own, "none", *unclipped).exit_code == 0
+    hardly, none = run_of(own, "hardly"), run_of(own, "none")
     assert all(m.abs().max() < 1e-9 for name, m in hardly.adapter().items() if "lora_B" in name)
     for name, tensor in none.projector().state_dict().items():
         torch.testing.assert_close(hardly.projector().state_dict()[name], tensor, rtol=0, atol=1e-5)
@@ -116,9 +127,9 @@ def test_its_learning_rate_is_its_own(extracted: Path) -> None:
 @pytest.mark.parametrize(
     "name", [name for name in STRATEGIES.names() if name not in ("centralised", "local_only", "pilot")]
 )
-def test_every_strategy_aggregates_it(extracted: Path, name: str) -> None:
+def test_every_strategy_aggregates_it(own: Path, name: str) -> None:
     result = done(
-        extracted,
+        own,
         f"by_{name}",
         ADAPTER,
         f"federate.strategy.name={name}",
@@ -126,21 +137,18 @@ def test_every_strategy_aggregates_it(extracted: Path, name: str) -> None:
         "federate.optimizer.learning_rate=1e-3",
     )
     assert result.exit_code == 0, result.output
-    after = run_of(extracted, f"by_{name}").adapter()
+    after = run_of(own, f"by_{name}").adapter()
     assert all(bool(torch.isfinite(matrix).all()) for matrix in after.values())
     assert any(matrix.abs().max() > 0 for layer, matrix in after.items() if "lora_B" in layer)
 
 
-def test_silos_alone_keep_their_own(extracted: Path) -> None:
-    result = done(extracted, "alone", ADAPTER, "federate.strategy.name=local_only", command="federate")
+def test_silos_alone_keep_their_own(own: Path) -> None:
+    result = done(own, "alone", ADAPTER, "federate.strategy.name=local_only", command="federate")
     assert result.exit_code == 0, result.output
-    run = run_of(extracted, "alone")
+    run = run_of(own, "alone")
     one, other = (run.adapter(f"silos/{silo}.safetensors") for silo in ("clinic", "lab"))
     assert any(not torch.equal(one[name], other[name]) for name in one)
-    assert (
-        done(extracted, "alone", ADAPTER, "federate.strategy.name=local_only", command="evaluate").exit_code
-        == 0
-    )
+    assert done(own, "alone", ADAPTER, "federate.strategy.name=local_only", command="evaluate").exit_code == 0
 
 
 def test_killed_and_rerun_ends_in_the_same_bytes(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,12 +195,12 @@ def test_answers_are_those_of_both(tuned: Path, tmp_path: Path) -> None:
     assert "not an adapter" in done(tuned, "swapped", ADAPTER, command="evaluate").output
 
 
-def test_sites_end_where_one_process_does(sites_config: Path) -> None:  # noqa: F811
-    local = federate(load(sites_config, ["run=here", ADAPTER]))
+def test_sites_end_where_one_process_does(over_sites: Path) -> None:
+    local = federate(load(over_sites, ["run=here", ADAPTER]))
     services: dict[int, Service] = {}
     for node, silo in enumerate(SILOS, 10):
-        services[node] = Service(load(sites_config, ["run=there", ADAPTER]), silo)
-    remote = federate(load(sites_config, ["run=there", ADAPTER]), over(FakeLink(services)))
+        services[node] = Service(load(over_sites, ["run=there", ADAPTER]), silo)
+    remote = federate(load(over_sites, ["run=there", ADAPTER]), over(FakeLink(services)))
     assert remote.adapters == local.adapters
     assert remote.projectors == local.projectors
 
@@ -205,11 +213,11 @@ def test_sites_end_where_one_process_does(sites_config: Path) -> None:  # noqa: 
         ("federate.communication={payload = 'low_rank', rank = 1}", 0.6),
     ],
 )
-def test_it_travels_as_the_projector_does(sites_config: Path, option: str, far: float) -> None:  # noqa: F811
+def test_it_travels_as_the_projector_does(over_sites: Path, option: str, far: float) -> None:
     runs = {}
     for name, options in (("clear", []), ("sent", [option])):
-        assert done(sites_config, name, ADAPTER, *options).exit_code == 0
-        runs[name] = run_of(sites_config, name).adapter()
+        assert done(over_sites, name, ADAPTER, *options).exit_code == 0
+        runs[name] = run_of(over_sites, name).adapter()
     for name, matrix in runs["clear"].items():
         assert (runs["sent"][name] - matrix).norm() <= far * matrix.norm()
         assert not torch.equal(runs["sent"][name], matrix)
@@ -226,19 +234,19 @@ def test_it_travels_as_the_projector_does(sites_config: Path, option: str, far: 
         (["federate.adapter.rank=0"], "federate.adapter.rank = 0"),
     ],
 )
-def test_what_cannot_be_is_refused(extracted: Path, overrides: list[str], message: str | None) -> None:
-    result = done(extracted, "refused", "federate.rounds=1", ADAPTER, *overrides)
+def test_what_cannot_be_is_refused(own: Path, overrides: list[str], message: str | None) -> None:
+    result = done(own, "refused", "federate.rounds=1", ADAPTER, *overrides)
     assert result.exit_code == (0 if message is None else 2), result.output
     assert message is None or message in " ".join(result.output.split())
     assert "Traceback" not in result.output
 
 
-def test_without_peft_the_extra_is_named(extracted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_peft_the_extra_is_named(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedcmp.pipeline.models.language import _loaded
 
     _loaded.clear()
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    result = done(extracted, "refused", ADAPTER)
+    result = done(own, "refused", ADAPTER)
     assert result.exit_code == 2
     assert "fedcmp[instruct]" in result.output
 

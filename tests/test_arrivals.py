@@ -99,12 +99,22 @@ def test_what_a_strategy_keeps_stays_whole(tmp_path: Path) -> None:
     assert (tmp_path / "memory.pt").stat().st_size < 20_000
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+SLOW = pytest.mark.skipif("not config.getoption('--slow')")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        signal.SIGKILL,
+        *(pytest.param(each, marks=SLOW) for each in (signal.SIGTERM, signal.SIGINT)),
+    ],
+)
 def test_nothing_is_left_of_a_run_that_was_stopped(
     extracted: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
     def command(run: str) -> list[str]:
-        words = [f"build={tmp_path}", f"run={run}", "federate.rounds=6", "federate.strategy.name=fedcmp"]
+        words = [f"build={tmp_path}", f"run={run}", "federate.rounds=60", "federate.passes=20"]
+        words += ["federate.strategy.name=fedcmp"]
         sets = [word for each in words for word in ("--set", each)]
         return [sys.executable, "-m", "fedcmp", "federate", str(extracted), *sets]
 

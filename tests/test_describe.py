@@ -34,7 +34,9 @@ def test_every_benchmark_is_listed_with_its_options() -> None:
     assert "(Li et al., 2023; AoiDragon/POPE). questions, rank = false retrieval" in flat
     assert "path, max_new_tokens = 512, grades" in flat
     assert 'agreement = "leave_one_out"' in flat
-    assert flat.endswith("all max_new_tokens = 32, stop = [], silo, images, prompt_suffix, system_prompt")
+    assert flat.endswith(
+        "all max_new_tokens = 32, stop = [], silos = [], silo, images, prompt_suffix, system_prompt"
+    )
 
 
 @pytest.mark.parametrize("each", ALL, ids=lambda each: each.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import sqrt
 from pathlib import Path
 
@@ -134,7 +134,8 @@ def test_identities_hold_passes_only_where_there_are_several(extracted: Path) ->
     assert run_identity(two)["federate"] == run_identity(plain)["federate"] | {"passes": 2}
     assert terms(two, card)["federate"]["passes"] == 2
     # What was in identities before there were passes, and nothing else.
-    assert set(plain.federate.as_identity()) == set(Federate.model_fields) - {"passes"}
+    newer = {"passes", "adapter", "aggregation", "all_reduce", "shard"}
+    assert set(plain.federate.as_identity()) == set(Federate.model_fields) - newer
 
 
 def sha(experiment: Experiment) -> str:
@@ -233,10 +234,11 @@ def test_a_round_of_two_passes_that_is_done_again_counts_for_both(
     experiment = private(*TEXTS, "federate.passes=2", "federate.rounds=3")
     counted = server.usable
 
-    def dies(jobs: list[object], *rest: object) -> object:
+    def dies(jobs: list[object], results: Iterable[object], *rest: object) -> object:
         if jobs[0].round == 1:  # type: ignore[attr-defined]
+            assert len(list(results)) == 3
             raise KeyboardInterrupt
-        return counted(jobs, *rest)  # type: ignore[arg-type]
+        return counted(jobs, results, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
         patch.setattr(server, "usable", dies)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from conftest import apart
 from hypothesis import given
 from hypothesis import strategies as st
 from test_federate import _killed_after_saving
@@ -274,12 +275,17 @@ def contents(run: Run) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def piloted(sites_config: Path) -> Path:  # noqa: F811
+def own(sites_config: Path) -> Path:  # noqa: F811
+    return apart(sites_config, "pilot")
+
+
+@pytest.fixture(scope="module")
+def piloted(own: Path) -> Path:
     """Three silos of two tasks, a run trained and judged."""
     for command in ("federate", "evaluate"):
-        result = done(sites_config, "piloted", command=command)
+        result = done(own, "piloted", command=command)
         assert result.exit_code == 0, result.output
-    return sites_config
+    return own
 
 
 def test_silos_have_projectors_of_their_own(piloted: Path) -> None:
@@ -296,24 +302,22 @@ def test_silos_have_projectors_of_their_own(piloted: Path) -> None:
     assert all("nearest_same_task" in row for row in rows if row["client"])
 
 
-def test_what_is_frozen_stays_to_the_bit(sites_config: Path) -> None:  # noqa: F811
+def test_what_is_frozen_stays_to_the_bit(own: Path) -> None:
     for rounds in (1, 2):
-        assert done(sites_config, f"r{rounds}", f"federate.rounds={rounds}").exit_code == 0
-    one = run_of(sites_config, "r1").projector("silos/clinic.safetensors").state_dict()
+        assert done(own, f"r{rounds}", f"federate.rounds={rounds}").exit_code == 0
+    one = run_of(own, "r1").projector("silos/clinic.safetensors").state_dict()
     # The first round leaves router and cross adapters as they begin.
     assert not one["router.weight"].any()
     assert not one["cross.scans.linear_2.weight"].any()
     assert one["client.linear_2.weight"].any()
     assert one["mask"].tolist() == [0.0, -1e4]
-    two = run_of(sites_config, "r2").projector("silos/clinic.safetensors").state_dict()
+    two = run_of(own, "r2").projector("silos/clinic.safetensors").state_dict()
     assert two["mask"].tolist() == [0.0, 0.0]
     assert two["router.weight"].any()
 
 
-def test_nothing_local_is_in_a_message(sites_config: Path) -> None:  # noqa: F811
-    services = {
-        node: Service(load(sites_config, ["run=afar", *PILOT]), silo) for node, silo in enumerate(SILOS, 10)
-    }
+def test_nothing_local_is_in_a_message(own: Path) -> None:
+    services = {node: Service(load(own, ["run=afar", *PILOT]), silo) for node, silo in enumerate(SILOS, 10)}
     sent: list[Payload] = []
 
     class Listening(FakeLink):
@@ -322,12 +326,12 @@ def test_nothing_local_is_in_a_message(sites_config: Path) -> None:  # noqa: F81
             sent.append(pack(self.services[node].handle(unpack(payload))) if kind == "train" else payload)
             return super().send(node, kind, payload, seconds)
 
-    remote = federate(load(sites_config, ["run=afar", *PILOT]), over(Listening(services)))
+    remote = federate(load(own, ["run=afar", *PILOT]), over(Listening(services)))
     assert any("task.scans.linear_1.weight" in message.text for message in sent)
     for message in sent:
         assert not any(word in message.text for word in ('"client.', '"cross.', '"router.', '"mask'))
-    assert done(sites_config, "near").exit_code == 0
-    assert contents(remote) == contents(run_of(sites_config, "near"))
+    assert done(own, "near").exit_code == 0
+    assert contents(remote) == contents(run_of(own, "near"))
     shutil.rmtree(remote.path / "local/clinic")
     with pytest.raises(UserError, match="keeps to itself is where it trained"):
         remote.projector("silos/clinic.safetensors")
@@ -403,7 +407,7 @@ def test_it_grows_from_a_plain_projector(piloted: Path) -> None:
         ("federate.privacy={secure = true}", "has to see every client's update"),
     ],
 )
-def test_what_cannot_be_is_refused(sites_config: Path, override: str, message: str) -> None:  # noqa: F811
-    result = done(sites_config, "refused", override)
+def test_what_cannot_be_is_refused(own: Path, override: str, message: str) -> None:
+    result = done(own, "refused", override)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())

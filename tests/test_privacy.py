@@ -257,7 +257,7 @@ def test_all_that_leaves_a_private_site(
 
     experiment = private(*options)
     known = {field.name for field in fields(LocalResult)}
-    assert known == PUBLIC | NOISED | {"loss", "tokens", "seconds", "alignment"}
+    assert known == PUBLIC | NOISED | {"loss", "tokens", "flops", "seconds", "alignment"}
     usual, described = asked(experiment, wants=ALL_WANTED), []
     again = asked(experiment, wants=ALL_WANTED)
     texts = Stream._tokens
@@ -273,7 +273,7 @@ def test_all_that_leaves_a_private_site(
             )
         described.append(asked(experiment, wants=ALL_WANTED))
     for result in (usual, again, *described):
-        assert result.loss is result.tokens is result.seconds is result.alignment is None
+        assert result.loss is result.tokens is result.seconds is result.alignment is result.flops is None
         assert type(result.samples) is type(result.steps) is type(result.releases) is int
         assert result.recalled is False
         assert {name for name in NOISED if getattr(result, name)} == noised

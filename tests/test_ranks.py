@@ -16,7 +16,7 @@ from select import select
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT
+from conftest import ROOT, apart
 from safetensors.torch import load_file
 from test_sites import sites_config  # noqa: F401
 
@@ -135,9 +135,10 @@ def answered(config: Path, run: str) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def single(extracted: Path) -> Path:
     """The experiment, trained and evaluated by one process as run `one`."""
-    alone("federate", str(extracted), *words("run=one", *STEPS))
-    alone("evaluate", str(extracted), *words("run=one", *STEPS))
-    return extracted
+    config = apart(extracted, "ranks")
+    alone("federate", str(config), *words("run=one", *STEPS))
+    alone("evaluate", str(config), *words("run=one", *STEPS))
+    return config
 
 
 def test_two_ranks_end_in_the_bytes_of_one(single: Path) -> None:
@@ -148,6 +149,7 @@ def test_two_ranks_end_in_the_bytes_of_one(single: Path) -> None:
     assert "a step of 3 micro-batches is uneven work for 2 ranks; federate.micro_batch = 3" in output
 
 
+@pytest.mark.usefixtures("slow")
 def test_two_ranks_give_the_answers_of_one(single: Path, ranks: Ranks) -> None:
     alone("federate", str(single), *words("run=judged", *STEPS))
     codes, output = ranks(2, "evaluate", str(single), *words("run=judged", *STEPS))

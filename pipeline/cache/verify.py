@@ -334,6 +334,8 @@ def _texts(cache: FeatureCache) -> Iterator[Problem]:
                 and isinstance(turn.content, str)
                 for place, turn in enumerate(text.turns)
             )
+        except CorruptCacheError:
+            raise
         except (ValueError, TypeError, RecursionError):
             fits = False
         if not fits:
