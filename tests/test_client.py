@@ -331,6 +331,7 @@ def test_a_full_memo_forgets_what_was_not_used_for_longest(tmp_path: Path) -> No
     assert memo.recall(keys[1]) is None
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_processes_may_share_a_full_memo(tmp_path: Path) -> None:
     """Each writes, recalls and makes room while the others do; nobody stumbles or reads half a file."""
     code = (

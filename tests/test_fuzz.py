@@ -18,11 +18,11 @@ MEMORY = 96 << 20
     [
         ("zip", 300),
         ("folder", 200),
-        ("hdf5", 20),
-        ("hdf5 source", 15),
-        ("hdf5 heap", 12),
-        ("parquet", 12),
-        ("arrow", 12),
+        ("hdf5", 12),
+        ("hdf5 source", 8),
+        ("hdf5 heap", 6),
+        ("parquet", 6),
+        ("arrow", 6),
         ("tar", 100),
     ],
 )

@@ -574,7 +574,13 @@ def descendants(process: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-@pytest.mark.parametrize("whole", [False, True], ids=["the parent alone", "the whole tree"])
+@pytest.mark.parametrize(
+    "whole",
+    [
+        pytest.param(False, id="the parent alone"),
+        pytest.param(True, id="the whole tree", marks=pytest.mark.skipif("not config.getoption('--slow')")),
+    ],
+)
 def test_sites_come_back_after_a_server_was_killed(keys: Path, tmp_path: Path, node, whole: bool) -> None:  # type: ignore[no-untyped-def]
     """And of the killed one nothing is left."""
     port, log = free_port(), tmp_path / "lab.log"

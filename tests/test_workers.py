@@ -129,6 +129,7 @@ def test_a_plain_run_finishes_what_workers_left(
     assert digest(tmp_path / "features") == whole
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_two_of_the_same_number_do_no_harm(
     tmp_path: Path, clip_dir: Path, llama_dir: Path, data: Path, whole: str
 ) -> None:
