@@ -21,7 +21,7 @@ from fedcmp.pipeline.identity import run_differences, run_identity
 from fedcmp.pipeline.manifest import provenance, withdraw_manifest, write_manifest
 from fedcmp.pipeline.models.device import pick_device
 from fedcmp.pipeline.ranks import Ranks
-from fedcmp.pipeline.run_folder import PROJECTOR, Run, adapter_folder, local_part, own_projector
+from fedcmp.pipeline.run_folder import PROJECTOR, RESIDUALS, Run, adapter_folder, local_part, own_projector
 
 if TYPE_CHECKING:
     from fedcmp.federate.server.progress import Progress
@@ -124,7 +124,6 @@ def _train(
     server: str,
 ) -> Run:
     from fedcmp.federate.arithmetic.place import computing_on
-    from fedcmp.federate.outgoing.residuals import RESIDUALS
     from fedcmp.federate.privacy.accounting import resolved
     from fedcmp.federate.server.arrivals import ARRIVALS, Arrivals
     from fedcmp.federate.server.fusion import Secure

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PROJECTOR = "projector.safetensors"
 LOCAL = "local"
+RESIDUALS = "residuals"
 
 
 @dataclass(frozen=True)

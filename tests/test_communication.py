@@ -18,13 +18,14 @@ from fedcmp.federate.arithmetic.updates import State
 from fedcmp.federate.engines.service import Service
 from fedcmp.federate.engines.wire import pack, unpack
 from fedcmp.federate.outgoing.compression import compressed, received, restored
-from fedcmp.federate.outgoing.residuals import RESIDUALS, Residuals
+from fedcmp.federate.outgoing.kept import Kept
 from fedcmp.federate.run import run
 from fedcmp.federate.server.progress import Progress
 from fedcmp.pipeline.cache import differences
 from fedcmp.pipeline.config import Communication, Experiment
 from fedcmp.pipeline.errors import DivergedError, UserError
 from fedcmp.pipeline.identity import run_identity
+from fedcmp.pipeline.run_folder import RESIDUALS
 
 PAYLOADS = {"bfloat16": {}, "int8": {}, "low_rank": {"rank": 1}}
 
@@ -103,7 +104,7 @@ def test_what_cannot_be_restored_is_refused_by_name() -> None:
 
 
 def test_residuals_of_the_last_two_answers_are_kept(tmp_path: Path) -> None:
-    residuals = Residuals(tmp_path)
+    residuals = Kept(tmp_path)
     assert residuals.after("a", None) == {}
     residuals.keep("a", 0, draw(0), None)
     residuals.keep("a-1", 0, draw(9), None)
@@ -113,7 +114,7 @@ def test_residuals_of_the_last_two_answers_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["2.safetensors", "5.safetensors"]
     assert all(torch.equal(x, draw(2)[name]) for name, x in residuals.after("a", 2).items())
     assert all(torch.equal(x, draw(9)[name]) for name, x in residuals.after("a-1", 0).items())
-    with pytest.raises(UserError, match="what client 'a' has not sent yet is lost"):
+    with pytest.raises(UserError, match="what client 'a' kept is lost"):
         residuals.after("a", 0)
 
 
@@ -221,7 +222,7 @@ def test_a_site_that_lost_its_residual_says_so(sites_config: Path, tmp_path: Pat
             path.unlink()
 
     link.on_train = losing
-    with pytest.raises(UserError, match="what client 'lab' has not sent yet is lost"):
+    with pytest.raises(UserError, match="what client 'lab' kept is lost"):
         run(experiment, over(link))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedcmp.federate.arithmetic.updates import State
 from fedcmp.federate.messages import Job, LocalResult
-from fedcmp.federate.outgoing.residuals import Residuals
+from fedcmp.federate.outgoing.kept import Kept
 from fedcmp.pipeline.run_folder import LOCAL
 
 
@@ -22,7 +22,7 @@ class Personal:
     """
 
     def __init__(self, run: Path, names: tuple[str, ...], begun: Callable[[State], State]) -> None:
-        self._kept, self._names, self._begun = Residuals(run / LOCAL), names, begun
+        self._kept, self._names, self._begun = Kept(run / LOCAL), names, begun
 
     def whole(self, job: Job) -> Job:
         """The job from the client's whole state, as of its last answer that counted."""

@@ -8,10 +8,11 @@ from functools import partial
 
 from fedcmp.federate.messages import Job, LocalResult
 from fedcmp.federate.outgoing.compression import compressed, restored
+from fedcmp.federate.outgoing.kept import Kept
 from fedcmp.federate.outgoing.poison import poisoned
-from fedcmp.federate.outgoing.residuals import RESIDUALS, Residuals
 from fedcmp.federate.privacy.guard import Guard
 from fedcmp.pipeline.config import Communication, Experiment, Poison
+from fedcmp.pipeline.run_folder import RESIDUALS
 
 Step = Callable[[Job, LocalResult], LocalResult]
 
@@ -24,7 +25,7 @@ def outgoing(experiment: Experiment, guard: Guard) -> list[Step]:
     if options.clipped is not None:
         steps.append(guard.released)
     if options.communication is not None:
-        residuals = Residuals(experiment.run_path / RESIDUALS)
+        residuals = Kept(experiment.run_path / RESIDUALS)
         steps.append(partial(_compress, options.communication, residuals, experiment.seed))
     return steps
 
@@ -37,7 +38,7 @@ def _poison(poison: dict[str, Poison], seed: int, job: Job, result: LocalResult)
 
 
 def _compress(
-    options: Communication, residuals: Residuals, seed: int, job: Job, result: LocalResult
+    options: Communication, residuals: Kept, seed: int, job: Job, result: LocalResult
 ) -> LocalResult:
     left = residuals.after(job.client, job.counted)
     update = {name: result.state[name] - old for name, old in job.start.items()}

@@ -1,4 +1,4 @@
-"""What compression has left out of clients' updates so far, kept where they are made."""
+"""What clients keep from round to round where they train, such as what compression has left out."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from fedcmp.federate.arithmetic.updates import State
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import write_atomic
 
-RESIDUALS = "residuals"
 
-
-class Residuals:
+class Kept:
     """A folder with a file a client and round.
 
     The server says which of a client's answers it has counted last, as a round may be done again after
@@ -30,7 +28,7 @@ class Residuals:
         return self._folder / client / f"{round_}.safetensors"
 
     def after(self, client: str, round_: int | None) -> State:
-        """What a client's answer of a round left out; nothing where it has answered none.
+        """What was kept with a client's answer of a round; nothing where it has answered none.
 
         Raises:
             UserError: It was lost.
@@ -40,13 +38,13 @@ class Residuals:
         path = self._path(client, round_)
         if not path.is_file():
             raise UserError(
-                f"{path}: missing, so what client '{client}' has not sent yet is lost; put the file back, or "
-                "start the run over"
+                f"{path}: missing, so what client '{client}' kept is lost; put the file back, or start the "
+                "run over"
             )
         return load_file(path)
 
     def keep(self, client: str, round_: int, left: State, counted: int | None) -> None:
-        """Keep what a round's answer leaves out, besides what the last counted one did."""
+        """Keep something with a round's answer, besides what was kept with the last counted one."""
         path = self._path(client, round_)
         write_atomic(path, save(left))
         for old in path.parent.iterdir():
