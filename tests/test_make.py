@@ -118,7 +118,10 @@ def test_a_new_variant_builds_itself_and_the_report(house: House) -> None:
 @pytest.mark.parametrize(
     "lost",
     [
-        "features/demo/pixel.zarr/manifest.json",
+        pytest.param(
+            "features/demo/pixel.zarr/manifest.json",
+            marks=pytest.mark.skipif("not config.getoption('--slow')"),
+        ),
         "runs/demo/fedavg/manifest.json",
         "scores/demo/fedavg/pope.json",
         "report/demo/report.html",
@@ -153,6 +156,7 @@ def test_an_experiment_may_extend_another(house: House) -> None:
     mine.unlink()
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_a_file_that_is_extended_counts_as_changed(house: House) -> None:
     (house.root / "configs/mine.mk").write_text("INPUTS := $(INPUTS)\n")
     mine, below = house.root / "configs/mine.toml", house.root / "configs/below.toml"
@@ -274,6 +278,7 @@ def test_constraints_pin_what_is_needed_for_every_system() -> None:
         assert name[0].lower().replace("_", "-") in pins or name[0] == "fedcmp"
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_an_ablation_writes_its_data_and_its_tables(house: House) -> None:
     configs = house.root / "configs"
     (configs / "scenarios").mkdir()

@@ -59,6 +59,7 @@ def comparable(folder: Path) -> str:
     return re.sub(r"[0-9.,]+ (CPU )?s\b.*", "", text)
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_two_workers_make_the_bytes_of_one(alone: Path, extracted: Path, tmp_path: Path) -> None:
     """After one was killed, and while another process holds a run, which both wait for.
 

@@ -71,6 +71,7 @@ def start(path: Path, worker: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_three_at_once_make_the_very_bytes(
     tmp_path: Path, clip_dir: Path, llama_dir: Path, data: Path, whole: str
 ) -> None:
