@@ -162,6 +162,7 @@ def test_running_again_does_nothing(done: tuple[Path, Result]) -> None:
     assert (folder / "report.md").read_text() == report
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_a_killed_sweep_goes_on_and_gives_the_same_bytes(
     done: tuple[Path, Result], extracted: Path, tmp_path: Path
 ) -> None:

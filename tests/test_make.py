@@ -90,6 +90,7 @@ def test_a_second_run_does_nothing(house: House) -> None:
     assert house.products() == before
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_touching_a_config_costs_a_check_and_changes_nothing(house: House) -> None:
     before = house.products()
     (house.root / "configs/demo.toml").touch()
