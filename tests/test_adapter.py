@@ -23,6 +23,7 @@ from fedcmp.federate.run import run as federate
 from fedcmp.federate.server import rounds as server
 from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.pipeline.config import Lora
+from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.export.subject import read_subject
 from fedcmp.pipeline.models import lora
 from fedcmp.pipeline.models.language import FrozenLanguageModel
@@ -203,6 +204,21 @@ def test_sites_end_where_one_process_does(over_sites: Path) -> None:
     remote = federate(load(over_sites, ["run=there", ADAPTER]), over(FakeLink(services)))
     assert remote.adapters == local.adapters
     assert remote.projectors == local.projectors
+
+
+@pytest.mark.parametrize(
+    "options", [[], [ADAPTER.replace("rank = 2", "rank = 3")]], ids=["none", "other rank"]
+)
+def test_a_site_with_shapes_of_its_own_is_refused(over_sites: Path, options: list[str]) -> None:
+    """Its terms may say what they like: the server takes memory for these shapes."""
+    quick = ["sites.round_timeout=3", "sites.join_timeout=1"]
+    services = {
+        node: Service(load(over_sites, ["run=forged", *options, *quick]), silo)
+        for node, silo in enumerate(SILOS, 10)
+    }
+    services[10]._site.adapter = {"lora.x.lora_A.weight": (32768, 32768)}
+    with pytest.raises(UserError, match="site 'clinic' has an adapter of another form"):
+        federate(load(over_sites, ["run=forged", *options, *quick]), over(FakeLink(services)))
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,8 @@ class Sites(Engine):
         """Why a site cannot take part, or None."""
         if silo not in self._experiment.federate.silos:
             return f"site '{silo[:40]}' is none of federate.silos; stop it"
+        if not self._fits(offer.adapter):
+            return f"site '{silo}' has an adapter of another form than federate.adapter has; stop it"
         before = self._cards.get(silo) or self._begun_with.get(silo)
         if before is not None and before.content != offer.card.content:
             return (
@@ -331,6 +333,14 @@ class Sites(Engine):
                 f"remove {self._experiment.run_path} to begin anew"
             )
         return self._disagreement(silo, "the server", terms(self._experiment, offer.card), offer.terms)
+
+    def _fits(self, adapter: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether shapes can be those of the experiment's adapter, as memory is taken for them."""
+        options = self._experiment.federate.adapter
+        if options is None:
+            return not adapter
+        ranks = [shape[0] if ".lora_A." in name else shape[1] for name, shape in adapter.items()]
+        return bool(ranks) and set(ranks) == {options.rank}
 
     def _choose(self) -> None:
         """Admit the sites that agree with most others on what only sites know: one alone may be wrong."""
