@@ -108,11 +108,13 @@ class Federate(Options):
 
     Every pass has an order of its own. `clients_per_round` silos take part in a round, all by default.
     Samples of `together` clients go through the LLM at once, in micro-batches of `micro_batch` samples of
-    similar length (`batch_size` by default): faster for small models, equal up to rounding. `initial` is
-    what the projector starts from instead of random weights: a LLaVA `mm_projector.bin`, a directory of
-    Hugging Face's LLaVA, or a run or projector of ours. `checkpointing` keeps only the inputs of the LLM's
-    layers for the backward pass and runs them again in it: a third of the memory, a third slower.
-    `compile` trains through torch.compile: a third faster on GPUs, equal up to rounding.
+    similar length (`batch_size` by default): faster for small models, equal up to rounding. `micro_tokens` is
+    how many tokens a micro-batch may have, visual ones and padding included: where texts differ in length,
+    many short ones or a few long ones fill a GPU alike. `initial` is what the projector starts from instead
+    of random weights: a LLaVA `mm_projector.bin`, a directory of Hugging Face's LLaVA, or a run or projector
+    of ours. `checkpointing` keeps only the inputs of the LLM's layers for the backward pass and runs them
+    again in it: a third of the memory, a third slower. `compile` trains through torch.compile: a third faster
+    on GPUs, equal up to rounding.
     `all_reduce` says how many processes torchrun starts, where their gradients are to be added as is fastest;
     by default they are added in one order, and a run ends in the same bytes for any number of them. `shard`
     spreads the LLM's layers over these processes, for LLMs that no GPU has room for: equal up to rounding.
@@ -127,6 +129,7 @@ class Federate(Options):
     batch_size: int = Field(32, ge=1)
     together: int = Field(1, ge=1)
     micro_batch: int | None = Field(None, ge=1)
+    micro_tokens: int | None = Field(None, ge=1)
     checkpointing: bool = False
     compile: bool = False
     aggregation: Literal["cpu", "cuda"] = "cpu"
@@ -147,7 +150,14 @@ class Federate(Options):
         Args:
             without: Options to leave out.
         """
-        newer = {"passes": 1, "aggregation": "cpu", "all_reduce": None, "shard": False, "adapter": None}
+        newer = {
+            "passes": 1,
+            "aggregation": "cpu",
+            "all_reduce": None,
+            "shard": False,
+            "adapter": None,
+            "micro_tokens": None,
+        }
         unused = {name for name, without_it in newer.items() if getattr(self, name) == without_it}
         return self.model_dump(mode="json", exclude={*without, *unused})
 

@@ -10,7 +10,9 @@ configuration, weights in bfloat16, 576 visual tokens and a caption of about 25.
   dense bfloat16 peak, from the FLOPs that `fedcmp plan` counts for a step with a frozen LLM; what is computed
   again under checkpointing does not count.
 - `generation`: batched answers from cached features, beside `generate` on them, one question at a time.
-- `aggregation`: FedAvg and Fed-CMP at LLaVA-1.5-7B size, eight clients.
+- `workers`: extraction by several processes (`--worker i/n`) on the one GPU.
+- `federate`: the whole command on the cache, with the smaller LLM.
+- `aggregation`: FedAvg, Fed-CMP and Muon at LLaVA-1.5-7B size, eight clients, on the CPU and on the GPU.
 
 Without CUDA it says so and ends well. `--small` is a smoke run of tiny shapes on any machine.
 """
@@ -19,32 +21,40 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from bench_aggregation import make_round
+from bench_aggregation import State, make_round
 from bench_training import CAPTION, stream, trained
 from conftest import picture
 
 from fedcmp.components import load
 from fedcmp.extract.encoders.base import ENCODERS
 from fedcmp.extract.run import run as extract
+from fedcmp.extract.workers import Worker
+from fedcmp.federate.arithmetic.place import computing_on
 from fedcmp.federate.messages import LocalResult
+from fedcmp.federate.ranks.sums import Sums
 from fedcmp.federate.strategies.fedavg import FedAvg
 from fedcmp.federate.strategies.fedcmp import FedCmp
+from fedcmp.federate.strategies.muon import Muon
 from fedcmp.pipeline.cache import open_cache
 from fedcmp.pipeline.cache.loader import float_batches
 from fedcmp.pipeline.config import Experiment
@@ -53,9 +63,10 @@ from fedcmp.pipeline.models.device import PEAKS
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import question, tokenise_all
 from fedcmp.pipeline.models.shape import language_shape
+from fedcmp.pipeline.run_folder import read_history
 
 CONFIGS = Path(__file__).parent.parent / "configs/models"
-PARTS = ("correct", "extraction", "training", "generation", "aggregation")
+PARTS = ("correct", "extraction", "workers", "training", "federate", "generation", "aggregation")
 LANGUAGES = {"7B": "vicuna-7b-v1.5", "0.5B": "Qwen2.5-0.5B-Instruct"}
 _PEAK = {name: peak * 1e12 for name, peak in PEAKS.items()}
 
@@ -138,6 +149,18 @@ def prepare(setting: Setting) -> None:
         list(pool.map(_write_picture, [root / "pictures" / name for name in names], range(len(names))))
     rows = "".join(json.dumps({"image": name, "caption": CAPTION}) + "\n" for name in names)
     (root / "captions.jsonl").write_text(rows)
+    lengths = [20 * 2 ** (n % 5) for n in range(len(names) // 2)]
+    mixed = [
+        {
+            "image": name,
+            "conversations": [
+                {"from": "human", "value": "<image>"},
+                {"from": "gpt", "value": " ".join(CAPTION.split()[n % 20] for n in range(length))},
+            ],
+        }
+        for name, length in zip(names, lengths, strict=False)
+    ]
+    (root / "mixed.json").write_text(json.dumps(mixed))
     (root / "bench.toml").write_text(
         f"""
 experiment = "bench"
@@ -152,6 +175,10 @@ encoder = {{ name = "transformers", path = "{root}/clip" }}
 name = "image_folder"
 path = "{root}/pictures"
 captions = "{root}/captions.jsonl"
+[extract.silos.mixed]
+name = "llava_json"
+path = "{root}/mixed.json"
+images = "{root}/pictures"
 [language]
 path = "{root}/llm"
 [federate]
@@ -215,7 +242,7 @@ def extraction(setting: Setting) -> None:
 
     setting.seconds(bare)
     rate = steps * len(ready) / setting.seconds(bare, 3)
-    (outcome,) = extract(experiment, only=(), overwrite=True)
+    (outcome,) = extract(experiment, only=("pictures",), overwrite=True)
     ours = len(files) / outcome.seconds
     say(
         f"extraction: {ours:,.0f} images/s from JPEG to cache, {ours / rate:.2f} of the bare encoder's "
@@ -223,27 +250,66 @@ def extraction(setting: Setting) -> None:
     )
 
 
-def steps_from_cache(setting: Setting, language: FrozenLanguageModel, size: int, micro: int) -> float:
-    """Samples a second of local training, the median step after the first."""
-    experiment = experiment_of(setting, f"federate.batch_size={size}", f"federate.micro_batch={micro}")
-    marks = []
+def _worker(path: Path, options: list[str], index: int, count: int, ready: Any) -> float:
+    """Seconds of one of several processes, from when all have read the program."""
+    experiment = load(path, options)
+    torch.zeros(1, device=experiment.device)
+    ready.wait()
+    began = time.perf_counter()
+    extract(experiment, only=("pictures",), overwrite=False, worker=Worker(index, count))
+    return time.perf_counter() - began
 
-    def mark() -> None:
-        setting.wait()
-        marks.append(time.perf_counter())
 
-    own, number = stream(experiment, language), 3 if setting.small or size > 32 else 5
+def workers(setting: Setting) -> None:
+    """Images a second of several processes, each with an encoder of its own, loading included."""
+    number = len(list((setting.root / "pictures").glob("*.jpg")))
+    for count in (1, 2) if setting.small else (1, 4, 8):
+        over = [
+            f"features={setting.root}/by-{count}",
+            f"extract.workers={max(16 // count, 2)}",
+            f"extract.shard_images={max(number // 16, 1)}",
+        ]
+        context = get_context("spawn")
+        with context.Manager() as manager, ProcessPoolExecutor(count, context) as pool:
+            ready = manager.Barrier(count)
+            jobs = [
+                pool.submit(_worker, setting.root / "bench.toml", over, index, count, ready)
+                for index in range(count)
+            ]
+            spent = max(job.result() for job in jobs)
+        say(f"extraction by {count} processes: {number / spent:,.0f} images/s, loading included")
+
+
+def steps_from_cache(setting: Setting, language: FrozenLanguageModel, *options: str, silo: str) -> float:
+    """Samples a second of local training after the first two steps, without a wait between the others."""
+    experiment = experiment_of(setting, *(f"federate.{option}" for option in options))
+    size, own = experiment.federate.batch_size, stream(experiment, language, silo)
+    number = min(4 if setting.small or size > 32 else 8, own.steps(0))
+    began = 0.0
 
     def batches() -> Any:
-        for batch in own.batches(0):
-            mark()
+        nonlocal began
+        for step, batch in enumerate(own.batches(0)):
+            if step == 2:
+                setting.wait()
+                began = time.perf_counter()
             yield batch
 
-    trained(experiment, language, batches(), min(number, own.steps(0)))
-    # One more than there are steps has been asked for by then.
-    mark()
-    spent = [after - before for before, after in pairwise(marks)]
-    return size / median(spent[1:])
+    trained(experiment, language, batches(), number)
+    setting.wait()
+    return size * (number - 2) / (time.perf_counter() - began)
+
+
+def rate_of(
+    setting: Setting, language: FrozenLanguageModel, way: str, *options: str, silo: str
+) -> float | None:
+    """`steps_from_cache`, or None where memory does not suffice."""
+    setting.forget()
+    try:
+        return steps_from_cache(setting, language, *options, silo=silo)
+    except torch.OutOfMemoryError:
+        say(f"  {way}: out of memory")
+        return None
 
 
 def usual_step(setting: Setting, language: FrozenLanguageModel, frozen: bool, size: int) -> float:
@@ -271,12 +337,13 @@ def usual_step(setting: Setting, language: FrozenLanguageModel, frozen: bool, si
     optimizer = torch.optim.AdamW(connector.requires_grad_(True).parameters(), 1e-3, weight_decay=0)
     own = stream(experiment, language)
     batch = next(iter(own.batches(0)))
-    ids = batch.ids[:size].where(batch.ids[:size] >= 0, image)
+    ids = batch.ids[:size].where(batch.ids[:size] >= 0, image).to(setting.device)
+    labels = batch.labels[:size].to(setting.device)
     side = tower.config.image_size
     pixels = torch.randn(size, 3, side, side, device=setting.device, dtype=torch.bfloat16)
 
     def step() -> None:
-        loss = model(input_ids=ids, pixel_values=pixels, labels=batch.labels[:size], use_cache=False).loss
+        loss = model(input_ids=ids, pixel_values=pixels, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(connector.parameters(), 1.0)
         optimizer.step()
@@ -300,27 +367,33 @@ def training(setting: Setting) -> None:
         flops = shape.training_flops(cache.patches, text, checkpointing=False)
         say(f"{name}: {flops / 1e12:.2f} TFLOP a sample, {cache.patches} visual tokens and {text} others")
         sizes = (4, 8) if setting.small else (32, 128)
+        micro = 4 if setting.small else 8
         # Batch, micro-batch, checkpointing, torch.compile.
         ways = {
-            f"cache, micro-batch {micro}": (sizes[0], micro, False, False)
-            for micro in ((2, 4) if setting.small else (4, 8, 16) if name == "7B" else (8, 32))
+            f"cache, micro-batch {some}": (sizes[0], some, False, False)
+            for some in ((2, 4) if setting.small else (4, 8, 16) if name == "7B" else (8, 32))
         }
-        micro = 4 if setting.small else 8
         ways[f"cache, micro-batch {micro}, batch {sizes[1]}"] = (sizes[1], micro, False, False)
         ways[f"cache, micro-batch {micro}, checkpointing"] = (sizes[0], micro, True, False)
         ways[f"cache, micro-batch {micro}, compiled"] = (sizes[0], micro, False, True)
         rows: dict[str, tuple[float, float]] = {}
         for way, (size, small_batch, checkpointing, compiled) in ways.items():
             language.checkpointing, language.compiled = checkpointing, compiled
-            setting.forget()
-            try:
-                rate = steps_from_cache(setting, language, size, small_batch)
-            except torch.OutOfMemoryError:
-                say(f"  {way}: out of memory")
-                continue
-            rows[way] = rate, setting.memory()
-            report(setting, way, rows, flops)
+            options = (f"batch_size={size}", f"micro_batch={small_batch}")
+            rate = rate_of(setting, language, way, *options, silo="pictures")
+            if rate is not None:
+                rows[way] = rate, setting.memory()
+                report(setting, way, rows, flops)
         language.checkpointing = language.compiled = False
+        most = micro * (cache.patches + 320)
+        for way, options in {
+            "unsorted": (f"micro_batch={sizes[0]}",),
+            f"micro-batch {micro}": (f"micro_batch={micro}",),
+            f"{most} tokens": (f"micro_batch={sizes[0]}", f"micro_tokens={most}"),
+        }.items():
+            rate = rate_of(setting, language, way, f"batch_size={sizes[0]}", *options, silo="mixed")
+            if rate is not None:
+                say(f"  texts of 20 to 320 words, {way}: {rate:.1f} samples/s, {setting.memory():.1f} GB")
         for frozen in (True, False):
             way = "Hugging Face on pixels" + (", frozen" if frozen else ", as loaded")
             setting.forget()
@@ -347,6 +420,30 @@ def own_tokens(own: Any) -> list[int]:
     """Token ids of one sample of a stream."""
     batch = next(iter(own.batches(0)))
     return batch.ids[0].tolist()
+
+
+def federate(setting: Setting) -> None:
+    """`fedcmp federate` in a process of its own, from its start to its end."""
+    path = write_language(setting, "0.5B")
+    micro = 4 if setting.small else 32
+    for run, more in {"as it is": [], "compiled": ["federate.compile=true"]}.items():
+        command = [sys.executable, "-m", "fedcmp", "federate", str(setting.root / "bench.toml")]
+        over = [f"run={run.split()[0]}", f"language.path={path}", f"federate.micro_batch={micro}", *more]
+        began = time.perf_counter()
+        shown = subprocess.run(
+            [*command, *(word for each in over for word in ("--set", each))],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        spent = time.perf_counter() - began
+        check(f"fedcmp federate {run}: {shown.stdout[-600:]}{shown.stderr[-600:]}", shown.returncode == 0)
+        rows = read_history(setting.root / "build/runs/bench" / run.split()[0])
+        own = next(row for row in rows if row["client"] is not None)
+        say(
+            f"fedcmp federate, 0.5B, {run}: {own['samples'] / own['seconds']:.1f} samples/s in training, "
+            f"{own['flops'] / own['seconds'] / 1e12:.0f} TFLOP/s; {spent:.1f} s in all, loading included"
+        )
 
 
 def generation(setting: Setting) -> None:
@@ -408,22 +505,33 @@ def generation(setting: Setting) -> None:
 def aggregation(setting: Setting) -> None:
     """Seconds of the server's step, and of the card's own eigenpairs."""
     state, updates = make_round(setting.small)
-    for name, strategy in {
+    strategies = {
         "FedAvg": FedAvg(),
         "Fed-CMP": FedCmp(),
         "Fed-CMP, randomised": FedCmp(basis="randomised"),
-    }.items():
-        began = time.perf_counter()
-        strategy.aggregate(state, updates, {})
-        say(f"aggregation, {name}: {time.perf_counter() - began:.2f} s on {torch.get_num_threads()} threads")
-    width = state["linear_2.weight"].shape[0]
-    gram = torch.randn(width, width, dtype=torch.float64)
-    gram = gram @ gram.T
+        "Muon": Muon(),
+    }
+    ends: dict[str, State] = {}
     for device in dict.fromkeys(("cpu", setting.device)):
-        there = gram.to(device)
-        torch.linalg.eigh(there[:64, :64])
-        spent = setting.seconds(lambda there=there: torch.linalg.eigh(there))
-        say(f"aggregation: float64 eigenpairs of width {width} on {device}: {spent:.2f} s")
+        for name, strategy in strategies.items():
+            with computing_on(device):
+                # A library's first call is not the work's.
+                strategy.aggregate(state, updates, {}) if device != "cpu" else None
+                setting.forget()
+                began = time.perf_counter()
+                state_then = strategy.aggregate(state, updates, {}).state
+                setting.wait()
+            spent = time.perf_counter() - began
+            where = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+            say(f"aggregation, {name}: {spent:.2f} s on {where}, {setting.memory():.1f} GB of the GPU's")
+            if device == "cpu":
+                ends[name] = state_then
+                continue
+            off = max(
+                float((each - ends[name][key]).norm() / (each - state[key]).norm())
+                for key, each in state_then.items()
+            )
+            check(f"what {name} moves by on {device}: off by {off:.1e} of the CPU's", off <= 1e-4)
 
 
 def correct(setting: Setting) -> None:
@@ -471,6 +579,8 @@ def correct(setting: Setting) -> None:
             torch.use_deterministic_algorithms(False)
             how = " under deterministic algorithms" if strict else ""
             say(f"two runs in {dtype}{how} end in {'equal' if first == second else 'different'} bytes")
+    if setting.device == "cuda":
+        over_nccl(setting, FrozenLanguageModel(path, dtype="float32", device=setting.device))
     wanted = losses["cpu", "float32", "none"]
     limits = {
         "none": {"float32": 1e-5, "bfloat16": 1e-2},
@@ -481,6 +591,33 @@ def correct(setting: Setting) -> None:
         off = abs(loss - wanted) / wanted
         what = dtype if bits == "none" else bits
         check(f"loss of two steps on {device} in {what}: off by {off:.1e}", off <= limits[bits][dtype])
+
+
+def over_nccl(setting: Setting, language: FrozenLanguageModel) -> None:
+    """A step's sums and a sharded LLM over a process group of NCCL; on one GPU it is of one process."""
+    from fedcmp.federate.ranks.sharding import shard
+
+    experiment = experiment_of(setting)
+
+    def ended(share: Any = None) -> str:
+        own = stream(experiment, language).batches(0)
+        return projectors.content_hash(trained(experiment, language, own, 2, share).state)
+
+    alone = ended()
+    at_end: list[Callable[[], None]] = []
+    ranks: Any = SimpleNamespace(rank=0, count=1, store=torch.distributed.HashStore(), at_end=at_end)
+    shares = {"gathered": Sums(ranks, setting.device, in_order=True)}
+    reduced = Sums.__new__(Sums)
+    reduced.__dict__ |= shares["gathered"].__dict__ | {"_in_order": False}
+    shares["reduced"] = reduced
+    for name, sums in shares.items():
+        own = ended(SimpleNamespace(alone=False, summed=sums.summed))
+        check(f"sums {name} over NCCL end in the same bytes", own == alone)
+    shard(language, setting.device, 1)
+    own = ended(SimpleNamespace(alone=False, summed=shares["gathered"].summed))
+    check("a sharded LLM over NCCL ends in the same bytes", own == alone)
+    for end in at_end:
+        end()
 
 
 _missed: list[str] = []
@@ -512,7 +649,10 @@ def main(parts: list[str], small: bool) -> int:
         # The others read the cache that it writes.
         for part in sorted(chosen, key=lambda part: part != "extraction"):
             began = time.perf_counter()
-            globals()[part](setting)
+            try:
+                globals()[part](setting)
+            except Exception:
+                check(f"{part}: {traceback.format_exc()}", False)
             say(f"({part}: {time.perf_counter() - began:.0f} s)")
             setting.forget()
     return 1 if _missed else 0

@@ -39,6 +39,7 @@ from PIL import Image
 from fedcmp.components import load
 from fedcmp.extract.encoders.base import ENCODERS
 from fedcmp.extract.run import run as extract
+from fedcmp.federate.client.share import Share
 from fedcmp.federate.client.step import train_together
 from fedcmp.federate.client.stream import Batch, Stream
 from fedcmp.federate.messages import Job, LocalResult
@@ -150,11 +151,10 @@ def own_projector(experiment: Experiment, d_vision: int, d_llm: int) -> projecto
     return made
 
 
-def stream(experiment: Experiment, language: FrozenLanguageModel) -> Stream:
-    """The silo's texts and cached features, as in any run."""
-    cache = open_cache(experiment, "pictures")
+def stream(experiment: Experiment, language: FrozenLanguageModel, silo: str = "pictures") -> Stream:
+    """A silo's texts and cached features, as in any run."""
     return Stream(
-        {"pictures": cache},
+        {silo: open_cache(experiment, silo)},
         language,
         template="plain",
         max_length=2048,
@@ -169,18 +169,21 @@ def trained(
     language: FrozenLanguageModel,
     batches: Iterator[Batch],
     steps: int,
+    share: Share | None = None,
 ) -> LocalResult:
     """Local steps of the federated client."""
     cache = open_cache(experiment, "pictures")
     scratch = own_projector(experiment, cache.d_vision, language.d_llm).to(language.device)
     job = Job("pictures", projectors.state_of(scratch), turn=0, round=0, rounds=1)
-    micro = experiment.federate.micro_batch or experiment.federate.batch_size
+    options = experiment.federate
     (result,) = train_together(
         [job],
         [(steps, batches)],
         VisionLanguage(scratch, language),
         Optimizer(),
-        micro_batch=micro,
+        micro_batch=options.micro_batch or options.batch_size,
+        micro_tokens=options.micro_tokens,
+        share=share,
         advance=lambda _: None,
     )
     return result

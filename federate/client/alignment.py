@@ -92,7 +92,7 @@ def _ckas(model: VisionLanguage, variants: Mapping[str, State], batches: Iterabl
     texts = []
     for batch in batches:
         answered = (batch.labels != IGNORE_INDEX).any(1)
-        texts.append(_mean_embeddings(batch.labels[answered], model.language))
+        texts.append(_mean_embeddings(batch.labels[answered].to(model.language.device), model.language))
         for name, state in variants.items():
             model.load(state)
             visual[name].append(model.visual(batch.features[answered]).double().mean(1))

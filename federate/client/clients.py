@@ -105,6 +105,7 @@ class Clients:
             batch_size=options.batch_size,
             together=options.together,
             micro_batch=options.micro_batch or options.batch_size,
+            micro_tokens=options.micro_tokens,
             memo=memo,
             advance=advance,
             noisy=noisy,

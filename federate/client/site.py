@@ -152,7 +152,7 @@ def _memo(experiment: Experiment, device: str) -> Memo | None:
         return None
     options = federate_options(experiment)
     shared = ["batch_size", "micro_batch", "projector", "optimizer"]
-    shared += [name for name in ("all_reduce", "shard", "adapter") if name in options]
+    shared += [name for name in ("all_reduce", "shard", "adapter", "micro_tokens") if name in options]
     texts = {"template": experiment.language.template, "max_length": experiment.language.max_length}
     context = {
         "options": {name: options[name] for name in shared},

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn.functional import pad
 
 from fedcmp.federate.arithmetic.paths import path_projector
 from fedcmp.federate.arithmetic.updates import State
+from fedcmp.federate.client.division import Division, Parts, micro_batches
 from fedcmp.federate.client.share import Share, Whole
 from fedcmp.federate.client.stream import Batch
 from fedcmp.federate.messages import Job, LocalResult
@@ -21,6 +23,7 @@ from fedcmp.federate.strategies.base import Role
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.errors import DivergedError
 from fedcmp.pipeline.models import lora
+from fedcmp.pipeline.models.device import moved
 from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX
 from fedcmp.pipeline.models.vision_language import VisionLanguage
@@ -122,6 +125,7 @@ def train_together(
     options: Optimizer,
     *,
     micro_batch: int,
+    micro_tokens: int | None = None,
     advance: Callable[[int], None],
     noisy: NoisySteps | None = None,
     adapter_rate: float | None = None,
@@ -139,7 +143,8 @@ def train_together(
         batches: Each client's number of steps, at least one, and its batches.
         model: The frozen LLM behind a projector of the right architecture, which every client gets a copy of.
         options: Local optimisation.
-        micro_batch: Samples a forward pass of the LLM.
+        micro_batch: Samples a forward pass of the LLM has at most.
+        micro_tokens: Tokens that it has at most, padding and visual tokens included.
         advance: Called with the number of clients after each of their steps.
         noisy: How steps keep samples private, if they do; every sample then counts alike, however many
             texts and tokens it has.
@@ -157,15 +162,16 @@ def train_together(
         for job, (steps, own) in zip(jobs, batches, strict=True)
     ]
     share = share or Whole()
+    divided = partial(micro_batches, samples=micro_batch, tokens=micro_tokens)
     alone = len(learners) == 1 and noisy is None
     losses: list[Tensor] = []
     for step in range(max(learner.steps for learner in learners)):
         active = [place for place, learner in enumerate(learners) if step < learner.steps]
         if alone:
-            losses.append(_in_parts(learners[0], micro_batch, share))
+            losses.append(_in_parts(learners[0], divided, share))
         else:
             sums = torch.zeros(len(learners), dtype=torch.float64, device=model.language.device)
-            sums[active] = _backward([learners[place] for place in active], micro_batch, noisy)
+            sums[active] = _backward([learners[place] for place in active], divided, noisy)
             losses.append(sums)
         for place in active:
             learners[place].step(step, options)
@@ -225,15 +231,15 @@ def _result(learner: _Learner, loss: float, options: Optimizer, seconds: float) 
     )
 
 
-def _in_parts(learner: _Learner, micro_batch: int, share: Share) -> Tensor:
+def _in_parts(learner: _Learner, divided: Division, share: Share) -> Tensor:
     """The gradient of one client's mean loss; returns the `(1,)` float64 sum of losses.
 
     The graph of a micro-batch is gone before the next one is begun.
     """
     batch, model = next(learner.batches), learner.model
     count = int((batch.labels[:, 1:] != IGNORE_INDEX).sum())
-    weight = 1 / torch.tensor(count, dtype=torch.float32, device=batch.ids.device)
-    parts = list(_micro_batches(batch.labels, micro_batch))
+    device = model.language.device
+    parts = divided(batch.labels)
     learner.see(batch, count, _flops(model.language, parts, count))
     parameters = list(learner.trained.values())
 
@@ -242,26 +248,28 @@ def _in_parts(learner: _Learner, micro_batch: int, share: Share) -> Tensor:
         rows, length = parts[number]
         # Pictures as they come in the batch: sums over all of them do not depend on how long their texts are.
         ordered, places = rows.sort()
-        visual, own = model.visual_parts(batch.features[ordered])
-        losses, row = model.losses(
-            batch.ids[rows, :length], batch.labels[rows, :length], visual[places.argsort()]
+        visual, own = model.visual_parts(batch.features[moved(ordered, device)])
+        losses, _ = model.losses(
+            batch.ids[rows, :length],
+            batch.labels[rows, :length],
+            visual[moved(places.argsort(), device)],
         )
         learner.optimizer.zero_grad(set_to_none=True)
-        loss = (losses * weight).sum()
+        loss = (losses * (1 / count)).sum()
         for name, factor in learner.penalties.items():
             loss = loss + factor * len(rows) / batch.size * own[name]
         loss.backward()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        return [*gradients, zero.index_add(0, torch.zeros_like(row), losses.detach().double())]
+        return [*gradients, losses.detach().sum(dtype=torch.float64).view(1)]
 
-    zero = torch.zeros(1, dtype=torch.float64, device=batch.ids.device)
-    *gradients, total = share.summed(len(parts), computed, [*parameters, zero])
+    total = torch.empty(1, dtype=torch.float64, device=device)
+    *gradients, total = share.summed(len(parts), computed, [*parameters, total])
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     return total
 
 
-def _backward(learners: Sequence[_Learner], micro_batch: int, noisy: NoisySteps | None) -> Tensor:
+def _backward(learners: Sequence[_Learner], divided: Division, noisy: NoisySteps | None) -> Tensor:
     """Gradients of every client's mean loss; returns `(clients,)` float64 sums of losses."""
     batches = [next(learner.batches) for learner in learners]
     width = max(batch.ids.shape[1] for batch in batches)
@@ -270,38 +278,38 @@ def _backward(learners: Sequence[_Learner], micro_batch: int, noisy: NoisySteps 
         [pad(batch.labels, (0, width - batch.labels.shape[1]), value=IGNORE_INDEX) for batch in batches]
     )
     counts = [int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches]
-    micro_batches = list(_micro_batches(labels, micro_batch))
-    flops = _flops(learners[0].model.language, micro_batches, sum(counts))
+    # The LLM is one for all, and frozen: its passes leave their gradients at the visual tokens.
+    model, parts = learners[0].model, divided(labels)
+    device = model.language.device
+    flops = _flops(model.language, parts, sum(counts))
     for learner, batch, count in zip(learners, batches, counts, strict=True):
         learner.see(batch, count, flops * len(batch.ids) / len(ids))
     client = torch.arange(len(batches)).repeat_interleave(torch.tensor([len(b.ids) for b in batches]))
-    client = client.to(ids.device)
     owners, units = _owners(batches), _units(batches)
     if noisy is None:
-        weights = 1 / torch.tensor(counts, dtype=torch.float32, device=ids.device)[client]
+        weights = 1 / torch.tensor(counts, dtype=torch.float32)[client]
     else:
         weights = 1 / (_tokens(labels) * units[owners].bincount()[units[owners]])
     projected = torch.cat([each.model.visual(b.features) for each, b in zip(learners, batches, strict=True)])
-    # The LLM is one for all, and frozen: its passes leave their gradients at the visual tokens.
-    model, visual = learners[0].model, projected.detach().requires_grad_()
-    sums = torch.zeros(len(learners), dtype=torch.float64, device=ids.device)
-    for rows, length in micro_batches:
-        losses, row = model.losses(ids[rows, :length], labels[rows, :length], visual[owners[rows]])
-        text = rows[row]
-        (losses * weights[text]).sum().backward()
-        sums.index_add_(0, client[text], losses.detach().double())
+    visual = projected.detach().requires_grad_()
+    sums = torch.zeros(len(learners), dtype=torch.float64, device=device)
+    for rows, length in parts:
+        shown = visual[moved(owners[rows], device)]
+        losses, row = model.losses(ids[rows, :length], labels[rows, :length], shown)
+        (losses * moved(weights[rows], device)[row]).sum().backward()
+        sums.index_add_(0, moved(client[rows], device)[row], losses.detach().double())
     assert visual.grad is not None
     if noisy is None:
         projected.backward(visual.grad)
         return sums
     sizes = [len(batch.features) for batch in batches]
-    parts = zip(visual.grad.split(sizes), units.split(sizes), strict=True)
-    for learner, batch, (part, own) in zip(learners, batches, parts, strict=True):
-        learner.take(noisy, batch.features, part, own)
+    each_own = zip(visual.grad.split(sizes), units.split(sizes), strict=True)
+    for learner, batch, (own, of) in zip(learners, batches, each_own, strict=True):
+        learner.take(noisy, batch.features, own, of)
     return sums
 
 
-def _flops(language: FrozenLanguageModel, parts: Sequence[tuple[Tensor, int]], predicted: int) -> float:
+def _flops(language: FrozenLanguageModel, parts: Parts, predicted: int) -> float:
     """Of micro-batches through the LLM and back."""
     shape, again = language.shape, language.checkpointing
     texts = sum(len(rows) * shape.training_flops(length, 0, again) for rows, length in parts)
@@ -312,7 +320,7 @@ def _owners(batches: Sequence[Batch]) -> Tensor:
     """`(texts,)` int64: which of all rows of features each text is about."""
     owners, before = [], 0
     for batch in batches:
-        own = torch.arange(len(batch.ids), device=batch.ids.device) if batch.owners is None else batch.owners
+        own = torch.arange(len(batch.ids)) if batch.owners is None else batch.owners
         owners.append(before + own)
         before += len(batch.features)
     return torch.cat(owners)
@@ -322,7 +330,7 @@ def _units(batches: Sequence[Batch]) -> Tensor:
     """`(pictures,)` int64: which of all samples each row of features is of."""
     units, before = [], 0
     for batch in batches:
-        own = torch.arange(batch.size, device=batch.ids.device) if batch.units is None else batch.units
+        own = torch.arange(batch.size) if batch.units is None else batch.units
         units.append(before + own)
         before += batch.size
     return torch.cat(units)
@@ -331,11 +339,3 @@ def _units(batches: Sequence[Batch]) -> Tensor:
 def _tokens(labels: Tensor) -> Tensor:
     """`(texts,)` supervised tokens, at least one so that it can be divided by."""
     return (labels[:, 1:] != IGNORE_INDEX).sum(1).clamp(min=1)
-
-
-def _micro_batches(labels: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows of about equal length, with the length up to their last supervised token."""
-    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    lengths = ((labels != IGNORE_INDEX) * places).amax(1)
-    for rows in lengths.argsort(stable=True).split(size):
-        yield rows, int(lengths[rows[-1]])

@@ -24,7 +24,7 @@ _TOKENISED_AHEAD = 256
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one local step.
+    """Samples of one local step: features on the LLM's device, all else on the CPU.
 
     Attributes:
         features: `(pictures, patches, d_vision)` float32.

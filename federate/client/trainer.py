@@ -34,7 +34,8 @@ class Trainer:
         options: Local optimisation.
         batch_size: Samples a client's step.
         together: Clients whose samples go through the LLM together.
-        micro_batch: Samples a forward pass of the LLM.
+        micro_batch: Samples a forward pass of the LLM has at most.
+        micro_tokens: Tokens that it has at most.
         memo: Local updates that were computed before.
         advance: Called with the number of steps done.
         noisy: How local steps keep samples private, if they do.
@@ -51,6 +52,7 @@ class Trainer:
     micro_batch: int
     memo: Memo | None
     advance: Callable[[int], None]
+    micro_tokens: int | None = None
     noisy: NoisySteps | None = None
     adapter_rate: float | None = None
     share: Share = field(default_factory=Whole)
@@ -109,6 +111,7 @@ class Trainer:
             self.model,
             self.options,
             micro_batch=self.micro_batch,
+            micro_tokens=self.micro_tokens,
             advance=self.advance,
             noisy=self.noisy,
             adapter_rate=self.adapter_rate,

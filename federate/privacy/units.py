@@ -176,7 +176,6 @@ class UnitStream(Stream):
         """A row of features a picture, a row of tokens a text, both unit by unit."""
         part = [self._units[place] for place in taken]
         rows = [[silo, self._caches[silo].text_image[text]] for unit in part for (silo, text), *_ in unit]
-        device = torch.device(self._language.device)
         features = self._features(np.array(rows))
         with closing(features):
             single = (row for some in features for row in some.split(1))
@@ -193,8 +192,8 @@ class UnitStream(Stream):
                 yield Batch(
                     torch.cat(list(islice(single, len(pictures)))),
                     *self._language.collate(tokens),
-                    owners=_owners(pictures).to(device),
-                    units=_owners(some).to(device),
+                    owners=_owners(pictures),
+                    units=_owners(some),
                 )
 
 

@@ -74,7 +74,7 @@ def follow(load: Callable[[], Experiment], silo: str | None, ranks: Ranks) -> No
 
 def _say_idle(options: Federate, count: int) -> None:
     parts = -(-options.batch_size // (options.micro_batch or options.batch_size))
-    if parts % count:
+    if options.micro_tokens is None and parts % count:
         say(
             f"a step of {parts} micro-batches is uneven work for {count} ranks; federate.micro_batch = "
             f"{max(options.batch_size // count, 1)} gives each one"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedcmp.pipeline.cache.reader import FeatureCache
+from fedcmp.pipeline.models.device import moved
 
 _BUFFERS = 2
 _WARM = 1e9
@@ -100,17 +101,34 @@ def float_batches(
 ) -> Generator[Tensor, None, None]:
     """The same as float32 on a device, each batch in memory of its own."""
     batches = stored_batches(caches, samples, batch_size, pin=device.type == "cuda")
+    there = _copies(device)
     for number, stored in enumerate(batches):
-        moved = stored.to(device)
+        copied = there(stored)
         if caches[0].quantiser is None:
-            features = caches[0].decoded(moved)
+            features = caches[0].decoded(copied)
             # What is float32 already would share the buffer.
             yield features.clone() if features is stored else features.float()
             continue
         silos = torch.from_numpy(samples[number * batch_size :][: len(stored), 0].copy())
-        decoded = torch.empty(moved.shape, dtype=torch.float32, device=device)
+        decoded = torch.empty(copied.shape, dtype=torch.float32, device=device)
         for silo in silos.unique().tolist():
             # Every silo has steps of its own.
-            mine = (silos == silo).to(device)
-            decoded[mine] = caches[silo].decoded(moved[mine])
+            mine = moved((silos == silo).nonzero().flatten(), device)
+            decoded[mine] = caches[silo].decoded(copied[mine])
         yield decoded
+
+
+def _copies(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Copies buffers that are used again to a device, and waits for nothing else that it has to do."""
+    if device.type != "cuda":
+        return lambda buffer: buffer.to(device)
+    stream = torch.cuda.Stream(device)
+
+    def copied(buffer: Tensor) -> Tensor:
+        with torch.cuda.stream(stream):
+            there = buffer.to(device, non_blocking=True)
+        stream.synchronize()
+        there.record_stream(torch.cuda.current_stream(device))
+        return there
+
+    return copied

@@ -7,8 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedcmp.pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 # Dense bfloat16 peaks of the makers' data sheets, TFLOP/s.
 PEAKS = {
@@ -65,6 +70,13 @@ def in_one_order(device: str, *, strict: bool = True) -> Iterator[None]:
 def device_type(device: str) -> str:
     """`cpu` or `cuda`: what a device is, whichever of several it is."""
     return device.partition(":")[0]
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what that has to do yet."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def pick_dtype(name: str, device: str) -> str:

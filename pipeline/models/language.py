@@ -18,6 +18,7 @@ from fedcmp.pipeline.config import Lora
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.models.decoding import arguments, greedy
+from fedcmp.pipeline.models.device import moved
 from fedcmp.pipeline.models.loading import load_model, load_tokenizer
 from fedcmp.pipeline.models.lora import inject
 from fedcmp.pipeline.models.prompts import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Tokens, end_of_turn
@@ -108,8 +109,12 @@ class FrozenLanguageModel:
         visual = ids == IMAGE_TOKEN_INDEX
         if bool((visual.sum(1) != projected.shape[1]).any()):
             raise ValueError(f"every row needs exactly {projected.shape[1]} visual tokens")
-        embeds = self.words(ids.clamp(min=0))
-        return embeds.masked_scatter(visual.unsqueeze(-1), projected.to(embeds.dtype))
+        embeds = self.words(self._here(ids.clamp(min=0)))
+        return embeds.masked_scatter(self._here(visual).unsqueeze(-1), projected.to(embeds.dtype))
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """On the device."""
+        return moved(tensor, self.device)
 
     def words(self, ids: Tensor) -> Tensor:
         """Embeddings of words `(*ids.shape, d_llm)` as visual tokens stand among them."""
@@ -120,7 +125,7 @@ class FrozenLanguageModel:
         """Negative log-likelihood of every supervised token; logits are computed only there.
 
         Rows are padded on the right, so causal attention needs no mask: what is supervised comes
-        before the padding.
+        before the padding. With ids and labels on the CPU nothing here waits for a GPU.
 
         Args:
             ids: `(batch, length)` int64.
@@ -128,12 +133,14 @@ class FrozenLanguageModel:
             projected: `(batch, patches, d_llm)`.
 
         Returns:
-            Losses `(supervised,)` float32 and the row of each `(supervised,)` int64.
+            Losses `(supervised,)` float32 and the row of each `(supervised,)` int64, on the device.
         """
         targets = labels[:, 1:]
         rows, places = (targets != IGNORE_INDEX).nonzero(as_tuple=True)
+        wanted = self._here(targets[rows, places])
+        rows, places = self._here(rows), self._here(places)
         logits = self.logits(self.embed(ids, projected), rows, places).float()
-        return cross_entropy(logits.to(ids.device), targets[rows, places], reduction="none"), rows
+        return cross_entropy(logits.to(self.device), wanted, reduction="none"), rows
 
     def logits(self, embeds: Tensor, rows: Tensor, places: Tensor) -> Tensor:
         """Logits of the tokens that follow some places.
@@ -236,7 +243,7 @@ class FrozenLanguageModel:
         return 0
 
     def collate(self, samples: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
-        """Ids and labels `(batch, length)` int64 on the device, padded on the right.
+        """Ids and labels `(batch, length)` int64 on the CPU, padded on the right.
 
         Raises:
             UserError: A token id has no row in the word embeddings.
@@ -248,7 +255,7 @@ class FrozenLanguageModel:
             ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
             labels[row, : len(sample.labels)] = torch.tensor(sample.labels)
         self.check(ids)
-        return ids.to(self.device), labels.to(self.device)
+        return ids, labels
 
     def collate_left(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Ids and attention mask `(batch, length)` int64 on the device, padded on the left.

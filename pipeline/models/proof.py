@@ -131,20 +131,20 @@ class _Case:
     def __init__(self, language: FrozenLanguageModel) -> None:
         self._language, self._error = language, ""
         words = _words(language)
-        image = torch.tensor([list(islice(words, _PATCHES)) for _ in _QUESTIONS], device=language.device)
+        image = torch.tensor([list(islice(words, _PATCHES)) for _ in _QUESTIONS])
         self._owners = [1, 0]
-        self._image = image
+        self._image = image.to(language.device)
         start = next(words)
         self._samples = [
             Tokens([start, *[IMAGE_TOKEN_INDEX] * _PATCHES, *islice(words, length + _ANSWER)], [])
             for length in _QUESTIONS
         ]
         ids, _ = language.collate(self._samples)
-        self._ids = ids.clone()
-        self._ids[ids == IMAGE_TOKEN_INDEX] = image[self._owners].flatten()
+        ids[ids == IMAGE_TOKEN_INDEX] = image[self._owners].flatten()
         for row, sample in enumerate(self._samples):
             after = range(len(sample.ids), ids.shape[1])
-            self._ids[row, after.start :] = torch.tensor([next(words) for _ in after], dtype=ids.dtype)
+            ids[row, after.start :] = torch.tensor([next(words) for _ in after], dtype=ids.dtype)
+        self._ids = ids.to(language.device)
         try:
             self.changed, self._wanted = self._whole()
         except torch.OutOfMemoryError:
