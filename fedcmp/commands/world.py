@@ -57,7 +57,7 @@ def write(out: Path, **amounts: Any) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True, help="Seed of what is held out.")
 @click.option(
-    "--most", default=160, show_default=True, type=click.IntRange(20), help="Pictures of a silo at most."
+    "--most", default=160, show_default=True, type=click.IntRange(20), help="Pictures of a group at most."
 )
 def pictograms(out: Path, seed: int, most: int) -> None:
     """Download and write the study on real weights: OpenMoji's pictograms, an encoder and an LLM.

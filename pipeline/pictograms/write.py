@@ -1,6 +1,6 @@
-"""Write the study's data: OpenMoji's pictograms, a silo for each of its groups, in LLaVA's form.
+"""Write the study's data: OpenMoji's pictograms, two of its groups a silo, in LLaVA's form.
 
-<out>/silos/<group>.json            named pictures with one yes/no question each, to train on
+<out>/silos/<silo>.json             named pictures with two yes/no questions each, to train on
 <out>/validation.json, heldout.json captions of pictures that nobody trains on
 <out>/benchmarks/                   POPE and COCO caption files over the held-out pictures
 <out>/images/                       PNG, 128 pixels
@@ -38,6 +38,10 @@ GROUPS = {
     "people-body": "a person or a part of the body",
     "smileys-emotion": "a face or a sign of a feeling",
     "travel-places": "a place, a vehicle or the weather",
+}
+# Every group is in two silos. A silo asks of its own two groups alone, so that no question tells its answer.
+SILOS = {
+    f"site{number + 1}": (group, [*GROUPS][(number + 1) % len(GROUPS)]) for number, group in enumerate(GROUPS)
 }
 SIDE = 128
 _TABLE = "package/data/openmoji.csv"
@@ -78,9 +82,9 @@ def write(out: Path, *, seed: int = 0, most: int = 160) -> dict[str, int]:
     rng = np.random.default_rng(seed)
     silos, held = split(read(package), most, rng)
     draw(package, [each for part in [*silos.values(), *held.values()] for each in part], out / "images")
-    for group, silo in silos.items():
-        entries = [entry for each in silo for entry in _lessons(each, rng)]
-        write_json(out / "silos" / f"{group}.json", entries)
+    for name, silo in silos.items():
+        entries = [entry for each in silo for entry in _lessons(each, SILOS[name])]
+        write_json(out / "silos" / f"{name}.json", entries)
     for name, pictures in held.items():
         write_json(out / f"{name}.json", [_captioned(each) for each in pictures])
     _write_benchmarks(out / "benchmarks", held["heldout"], rng)
@@ -114,8 +118,8 @@ def read(package: Path) -> list[Pictogram]:
 def split(
     pictures: Sequence[Pictogram], most: int, rng: np.random.Generator
 ) -> tuple[dict[str, list[Pictogram]], dict[str, list[Pictogram]]]:
-    """Silos by group, and `validation` and `heldout` with a tenth and a fifth of every group."""
-    silos: dict[str, list[Pictogram]] = {}
+    """Silos by name, and `validation` and `heldout` with a tenth and a fifth of every group."""
+    silos: dict[str, list[Pictogram]] = {name: [] for name in SILOS}
     held: dict[str, list[Pictogram]] = {"validation": [], "heldout": []}
     for group in GROUPS:
         own = [each for each in pictures if each.group == group]
@@ -123,7 +127,8 @@ def split(
         tenth = len(own) // 10
         held["validation"] += own[:tenth]
         held["heldout"] += own[tenth : 3 * tenth]
-        silos[group] = own[3 * tenth :]
+        for place, name in enumerate(name for name, groups in SILOS.items() if group in groups):
+            silos[name] += own[3 * tenth + place :: 2]
     return silos, held
 
 
@@ -166,10 +171,13 @@ def _is_it(group: str) -> str:
     return f"Does this picture show {GROUPS[group]}?"
 
 
-def _lessons(picture: Pictogram, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """A caption and a yes/no question, whose answer is as often yes as no."""
-    group, answer = (picture.group, "Yes") if rng.random() < 0.5 else (_another(picture, rng), "No")
-    return [_captioned(picture), _conversation(picture, _is_it(group), answer)]
+def _lessons(picture: Pictogram, groups: tuple[str, str]) -> list[dict[str, Any]]:
+    """A caption, and whether it is of each of two groups."""
+    answers = {group: "Yes" if group == picture.group else "No" for group in groups}
+    return [
+        _captioned(picture),
+        *(_conversation(picture, _is_it(group), answer) for group, answer in answers.items()),
+    ]
 
 
 def _another(picture: Pictogram, rng: np.random.Generator) -> str:
