@@ -110,8 +110,10 @@ study:
 
 # Ablations share caches and local training; finished runs are found done.
 ablate: $(WORLDS) | $(READY)
+	$(PRETRAIN)
 	$(FEDCMP) ablate configs/ablations/$(ABLATION).toml
 results: $(WORLDS) | $(READY)
+	$(PRETRAIN)
 	$(FEDCMP) ablate $(wildcard configs/ablations/*.toml) --out docs/results.md
 
 bench: $(BENCHES:%=bench-%)

@@ -35,7 +35,8 @@ def write(folder: Path, experiment: Path, extra: str = "") -> Path:
 name = "study"
 title = "A study"
 seeds = [0, 1]
-measures = ["loss: loss", "pope: accuracy"]
+measures = ["loss: loss", "pope: accuracy", "both"]
+means.both = ["pope: accuracy", "pope: f1"]
 set = ["build={folder}/build", "memo.path={folder}/memo", "evaluate.benchmarks.loss.split=test"]
 
 [scenarios]
@@ -151,6 +152,52 @@ def test_the_means_are_those_of_the_scores(done: tuple[Path, Result], extracted:
     ablation = read_ablation(folder / "study.toml")
     values = [trial(ablation, "skewed", "fedcmp", seed, ()).score("loss: loss") for seed in (0, 1)]
     assert rows(folder)["fedcmp"][1:3] == [f"{np.mean(values):.3f}", f"{np.std(values, ddof=1):.3f}"]
+    found = [
+        trial(ablation, "skewed", "fedcmp", seed, ()).score(f"pope: {metric}")
+        for seed in (0, 1)
+        for metric in ("accuracy", "f1")
+    ]
+    assert rows(folder)["fedcmp"][-1] == f"{np.mean(found):.3f}"
+    assert "both is the mean of pope: accuracy, pope: f1." in (folder / "report.md").read_text()
+
+
+def test_a_strategy_may_have_a_projector_of_its_own_and_tables_as_options(
+    tmp_path: Path, extracted: Path
+) -> None:
+    path = write(tmp_path, extracted)
+    own = (
+        'fedcmp = { name = "pilot", tasks = { clinic = "a", lab = "b" }, "projector.name" = "pilot", '
+        '"projector.tasks" = [["a", "b"]], "adapter.rank" = [2, 4], "adapter.alpha" = 8 }'
+    )
+    path.write_text(path.read_text().replace("fedcmp = {}", own))
+    ablation = read_ablation(path)
+    trials = [trial(ablation, "skewed", "fedcmp", 0, options) for options in grid(ablation, "fedcmp")]
+    first, second = (each.experiment.federate for each in trials)
+    assert first.strategy.as_built()["tasks"] == {"clinic": "a", "lab": "b"}
+    assert first.projector.as_built()["tasks"] == ["a", "b"]
+    assert first.adapter is not None
+    assert second.adapter is not None
+    assert (first.adapter.rank, second.adapter.rank) == (2, 4)
+    assert trial(ablation, "skewed", "fedavg", 0, ()).experiment.federate.adapter is None
+
+
+def test_what_options_are_chosen_by_may_be_better_the_other_way(tmp_path: Path, extracted: Path) -> None:
+    path = write(tmp_path, extracted)
+    changes = {
+        'measures = ["loss: loss", ': 'better = "higher"\nmeasures = [',
+        'edges = "report"': 'edges = "report"\nbetter = "lower"',
+        '[contest]\nrivals = ["fedavg"]': "",
+    }
+    text = path.read_text()
+    for before, after in changes.items():
+        assert before in text
+        text = text.replace(before, after)
+    path.write_text(text)
+    ablation = read_ablation(path)
+    assert (ablation.sign, ablation.tuning_sign) == (-1, 1)
+    path.write_text(text.replace('\nbetter = "lower"', ""))
+    with pytest.raises(UserError, match=r"tuning\.measure: 'loss: loss': of losses the lower is better"):
+        read_ablation(path)
 
 
 def test_running_again_does_nothing(done: tuple[Path, Result]) -> None:
@@ -220,6 +267,7 @@ def test_memoisation_changes_no_byte(done: tuple[Path, Result], extracted: Path,
         ),
         (('rivals = ["fedavg"]', "rivals = []"), r"contest\.rivals"),
         (('title = "A study"', 'better = "higher"'), "contest: compares ratios of losses"),
+        (('"both"]', '"bot"]'), "measures: 'bot': expected 'benchmark: metric', or a name of"),
         (("name", "= ="), "not valid TOML"),
     ],
 )

@@ -10,21 +10,23 @@ seeds = [100]
 [strategies.fedavgm]
 momentum = [0.3, 0.9]     # a list is a grid to choose from on the tuning seeds
 "optimizer.learning_rate" = [1e-3, 3e-3]    # of the clients' optimiser
+"projector.name" = "linear"                  # and what else of [federate] is not the strategy's
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedcmp.components import load
+from fedcmp.components import built
 from fedcmp.pipeline import plugins, toml
 from fedcmp.pipeline.config import Experiment, Name
 from fedcmp.pipeline.errors import UserError, did_you_mean
@@ -37,11 +39,13 @@ from fedcmp.pipeline.toml import read_toml
 # Where things lie and how fast they are made changes no result, so such runs may share a directory.
 _WITHOUT_EFFECT = ("memo.", "build=", "features=", "device=", "evaluate.", "plugins=", "tracker=")
 
-# Options of the clients' optimiser may stand among a strategy's.
-_OPTIMIZER = "optimizer."
+# Options of these tables of [federate] may stand among a strategy's.
+_TABLES = ("optimizer.", "adapter.", "projector.")
 
 Chosen = tuple[tuple[str, Any], ...]
-Measure = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+: .+$")]
+MEASURE = r"^[A-Za-z0-9._-]+: .+$"
+Measure = Annotated[str, Field(pattern=MEASURE)]
+Better = Literal["lower", "higher"]
 
 
 class Tuning(Options):
@@ -52,11 +56,13 @@ class Tuning(Options):
 
     Where the best value is at the edge of its grid, a better one may lie beyond: such a strategy was not
     tuned, which is an error unless `edges` are only to be reported. With `edges = "extend"` the next number
-    beyond is tried on all seeds, again and again until it is no better, up to eight times.
+    beyond is tried on all seeds, again and again until it is no better, up to eight times. `better` is that
+    of the results by default.
     """
 
     seeds: tuple[int, ...] = Field(min_length=1)
-    measure: Measure = "validation: loss"
+    measure: str = "validation: loss"
+    better: Better | None = None
     screened: int | None = Field(None, ge=1)
     edges: Literal["error", "extend", "report"] = "error"
 
@@ -74,7 +80,8 @@ class Contest(Options):
 class Ablation(Options):
     """An ablation file.
 
-    Measures are written `benchmark: metric`; the first one is tested, the others are shown. Differences
+    Measures are written `benchmark: metric`, or named in `means`, as the mean of several; the first one is
+    tested, the others are shown. Differences
     are taken to `baseline`, and from `subject` to every other strategy; `bounds` are shown, but are
     nobody's rivals. `set` holds overrides of every run, as `--set` takes them, and `plugins` the files of
     strategies that are not ours.
@@ -83,8 +90,9 @@ class Ablation(Options):
     name: Name
     title: str = ""
     seeds: tuple[int, ...] = Field(min_length=2)
-    measures: tuple[Measure, ...] = Field(("loss: loss",), min_length=1)
-    better: Literal["lower", "higher"] = "lower"
+    measures: tuple[str, ...] = Field(("loss: loss",), min_length=1)
+    means: dict[str, tuple[Measure, ...]] = Field(default_factory=dict)
+    better: Better = "lower"
     baseline: Name = "fedavg"
     subject: Name = "fedcmp"
     bounds: tuple[Name, ...] = ()
@@ -100,6 +108,21 @@ class Ablation(Options):
         """1 where lower is better, -1 where higher is."""
         return 1 if self.better == "lower" else -1
 
+    @property
+    def tuning_sign(self) -> int:
+        """The same of what options are chosen by."""
+        better = self.better if self.tuning is None else self.tuning.better or self.better
+        return 1 if better == "lower" else -1
+
+    def parts(self, measure: str) -> tuple[str, ...]:
+        """The measures, as `benchmark: metric`, that one is the mean of."""
+        return self.means.get(measure, (measure,))
+
+    def benchmarks(self, measures: Sequence[str]) -> tuple[str, ...]:
+        """The benchmarks that some measures are of."""
+        parts = (part for measure in measures for part in self.parts(measure))
+        return tuple(dict.fromkeys(part.split(": ", 1)[0] for part in parts))
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -111,18 +134,21 @@ class Trial:
     options: Chosen
     experiment: Experiment
 
-    def score(self, measure: str) -> float:
-        """A score of the finished run.
+    def score(self, *measures: str) -> float:
+        """The mean of some scores of the finished run, as `benchmark: metric`.
 
         Raises:
             UserError: The benchmark has no such metric.
         """
-        benchmark, metric = measure.split(": ", 1)
-        metrics = read_json(self.experiment.scores_path / f"{benchmark}.json")["metrics"]
-        if metric not in metrics:
-            hint = did_you_mean(metric, metrics)
-            raise UserError(f"measure '{measure}': benchmark '{benchmark}' has no such metric{hint}")
-        return float(metrics[metric]["value"])
+        values = []
+        for measure in measures:
+            benchmark, metric = measure.split(": ", 1)
+            metrics = read_json(self.experiment.scores_path / f"{benchmark}.json")["metrics"]
+            if metric not in metrics:
+                hint = did_you_mean(metric, metrics)
+                raise UserError(f"measure '{measure}': benchmark '{benchmark}' has no such metric{hint}")
+            values.append(float(metrics[metric]["value"]))
+        return fmean(values)
 
 
 def read_ablation(path: Path) -> Ablation:
@@ -139,7 +165,7 @@ def read_ablation(path: Path) -> Ablation:
 
 def _problems(ablation: Ablation) -> Iterator[str]:
     """What is wrong with an ablation although every value by itself is right."""
-    known = ablation.strategies
+    known, tuning = ablation.strategies, ablation.tuning
     for role, name in (
         ("baseline", ablation.baseline),
         ("subject", ablation.subject),
@@ -164,6 +190,14 @@ def _problems(ablation: Ablation) -> Iterator[str]:
     for override in ablation.set:
         if re.match(r"(seed|run|experiment|federate\.strategy)\b", override):
             yield f"set = '{override}': the ablation itself decides this; remove it"
+    measured = [("measures", measure, ablation.sign) for measure in ablation.measures]
+    measured += [] if tuning is None else [("tuning.measure", tuning.measure, ablation.tuning_sign)]
+    for key, measure, sign in measured:
+        for part in ablation.parts(measure):
+            if not re.match(MEASURE, part):
+                yield f"{key}: '{part}': expected 'benchmark: metric', or a name of [means]"
+            elif part.endswith(": loss") and sign < 0:
+                yield f"{key}: '{part}': of losses the lower is better; say better = 'lower'"
     same = [*ablation.set, "seed=0", "run=one"]
     runs = {toml.load(path, same).run_path for path in ablation.scenarios.values()}
     if len(runs) < len(ablation.scenarios):
@@ -202,7 +236,7 @@ def grid(ablation: Ablation, strategy: str) -> Iterator[Chosen]:
 
 def component(strategy: str, options: Chosen) -> dict[str, Any]:
     """A strategy with those of its options that are its own."""
-    return {"name": strategy} | {name: value for name, value in options if not name.startswith(_OPTIMIZER)}
+    return {"name": strategy} | {name: value for name, value in options if not name.startswith(_TABLES)}
 
 
 def trial(ablation: Ablation, scenario: str, strategy: str, seed: int, options: Chosen) -> Trial:
@@ -214,8 +248,7 @@ def trial(ablation: Ablation, scenario: str, strategy: str, seed: int, options: 
     parts = [strategy, *decides]
     run = "-".join([*parts, f"seed{seed}"])
     overrides = [f"seed={seed}", *_common(ablation), f"run={run}"]
-    overrides += [f"federate.strategy.{name}={json.dumps(value)}" for name, value in own.items()]
-    overrides += [
-        f"federate.{name}={json.dumps(value)}" for name, value in options if name.startswith(_OPTIMIZER)
-    ]
-    return Trial(scenario, strategy, seed, options, load(ablation.scenarios[scenario], overrides))
+    tables = [toml.nested(f"federate.strategy.{name}", value) for name, value in own.items()]
+    tables += [toml.nested(f"federate.{name}", value) for name, value in options if name.startswith(_TABLES)]
+    experiment = built(toml.load(ablation.scenarios[scenario], overrides, changes=tables))
+    return Trial(scenario, strategy, seed, options, experiment)

@@ -39,7 +39,7 @@ def section(finished: Finished) -> Section:
     against_subject: dict[str, dict[str, Difference]] = {}
     tested_values: dict[str, Values] = {}
     for scenario in ablation.scenarios:
-        scores = _scores(ablation.measures, [t for t in trials if t.scenario == scenario], failures)
+        scores = _scores(ablation, [t for t in trials if t.scenario == scenario], failures)
         values = tested_values[scenario] = scores[tested]
         if not values:
             lines += [f"### {scenario}", "", "Every run diverged.", ""]
@@ -84,13 +84,18 @@ def _contest(ablation: Ablation, values: Mapping[str, Values]) -> list[str]:
 def _setting(ablation: Ablation, tried: Mapping[tuple[str, str], Tried]) -> list[str]:
     """What was run, and which options were there to choose from."""
     lines = [f"Seeds {_listed(ablation.seeds)}; {', '.join(ablation.measures)} on test data."]
+    lines += [f"{name} is the mean of {', '.join(parts)}." for name, parts in ablation.means.items()]
     lines += [f"Every run has `{override}`." for override in ablation.set if not override.startswith("memo")]
     tuning = ablation.tuning
     if tuning is None:
         return lines
     lines[0] += f" Options were chosen by {tuning.measure} on seeds {_listed(tuning.seeds)} from:"
     for name, options in ablation.strategies.items():
-        choices = [f"{key} {_listed(value)}" for key, value in options.items() if isinstance(value, list)]
+        choices = [
+            f"{key} {_listed(value)}"
+            for key, value in options.items()
+            if isinstance(value, list) and len(value) > 1
+        ]
         if choices:
             lines.append(f"- {name}: {'; '.join(choices)}")
     further = [f"{place}: {what}" for place, what in _beyond(ablation, tried)]
@@ -138,16 +143,14 @@ def write(out: Path, sections: Sequence[Section], configs: Sequence[Path]) -> No
     write_atomic(out, "\n".join([*header, *(each.markdown for each in sections)]).encode())
 
 
-def _scores(
-    measures: Sequence[str], trials: Sequence[Trial], failures: Mapping[Path, str]
-) -> dict[str, Values]:
+def _scores(ablation: Ablation, trials: Sequence[Trial], failures: Mapping[Path, str]) -> dict[str, Values]:
     """Values by measure and strategy, in the order of seeds, of the strategies without a failure."""
     failed = {trial.strategy for trial in trials if trial.experiment.run_path in failures}
-    scores: dict[str, Values] = {measure: defaultdict(list) for measure in measures}
+    scores: dict[str, Values] = {measure: defaultdict(list) for measure in ablation.measures}
     for trial in sorted(trials, key=lambda trial: trial.seed):
         if trial.strategy not in failed:
-            for measure in measures:
-                scores[measure][trial.strategy].append(trial.score(measure))
+            for measure in ablation.measures:
+                scores[measure][trial.strategy].append(trial.score(*ablation.parts(measure)))
     return scores
 
 
@@ -167,7 +170,11 @@ def _table(
     body = [
         [
             name,
-            ", ".join(f"{key} {value}" for key, value in options[name] if key != "name"),
+            ", ".join(
+                f"{key} {value}"
+                for key, value in options[name]
+                if key != "name" and not isinstance(value, (dict, list))
+            ),
             f"{fmean(values[name]):.3f}",
             f"{stdev(values[name]):.3f}",
             _interval(differences[name]) if name in differences else "",

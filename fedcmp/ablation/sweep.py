@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from fedcmp.ablation.edges import Tried, at_edges, beyond, edges, numbers
 from fedcmp.ablation.file import Ablation, Chosen, Trial, component, grid, plugins_of, trial
 from fedcmp.ablation.processes import Crew, crew, machine
 from fedcmp.extract.workers import Worker, parse
+from fedcmp.pipeline.hashes import fingerprint
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -91,7 +93,7 @@ def sweep(
             tuned = _tuned(pool, ablation, log)
             _require_tuned(ablation, tuned)
             trials = list(_trials(ablation, tuned.chosen))
-            failures = _run_all(pool, ablation, trials, log, _benchmarks(ablation.measures))
+            failures = _run_all(pool, ablation, trials, log, ablation.benchmarks(ablation.measures))
             yield Finished(ablation, trials, tuned.failures | failures, tuned.chosen, tuned.tried)
 
 
@@ -134,7 +136,7 @@ def _check(ablation: Ablation) -> None:
                 STRATEGIES.build(own.with_plugins(plugins[scenario]), f"strategies.{strategy}")
                 experiment = trial(ablation, scenario, strategy, ablation.seeds[0], options).experiment
                 measures = [*ablation.measures, *([ablation.tuning.measure] if ablation.tuning else [])]
-                benchmarks_of(experiment, _benchmarks(measures))
+                benchmarks_of(experiment, ablation.benchmarks(measures))
 
 
 @dataclass
@@ -164,10 +166,10 @@ def _tuned(pool: Crew, ablation: Ablation, log: Path) -> _Tuned:
     for some in (seeds[:first], seeds[first:]):
         costs.add({place: choices for place, choices in left.items() if len(choices) > 1}, some)
         left = {
-            place: sorted(choices, key=costs.of[place].__getitem__)[: -(-len(choices) // 4)]
+            place: sorted(choices, key=partial(costs.of, place))[: -(-len(choices) // 4)]
             for place, choices in left.items()
         }
-    chosen = {place: min(choices, key=costs.of[place].__getitem__) for place, choices in left.items()}
+    chosen = {place: min(choices, key=partial(costs.of, place)) for place, choices in left.items()}
     found = _Tuned(chosen, tried, costs.failures)
     if ablation.tuning.edges == "extend":
         _extend(ablation, found, costs)
@@ -179,8 +181,12 @@ class _Costs:
 
     def __init__(self, pool: Crew, ablation: Ablation, log: Path) -> None:
         self._pool, self._ablation, self._log = pool, ablation, log
-        self.of: dict[tuple[str, str], dict[Chosen, float]] = defaultdict(lambda: defaultdict(float))
+        self._sums: dict[str, float] = defaultdict(float)
         self.failures: dict[Path, str] = {}
+
+    def of(self, place: tuple[str, str], options: Chosen) -> float:
+        """The sum over the seeds that some options of a (scenario, strategy) were tried with."""
+        return self._sums[fingerprint([*place, options])]
 
     def add(self, choices: Mapping[tuple[str, str], Sequence[Chosen]], seeds: Sequence[int]) -> None:
         """Those of some choices with some seeds."""
@@ -192,10 +198,11 @@ class _Costs:
             for options in some
             for seed in seeds
         ]
-        measured = _benchmarks([ablation.tuning.measure])
+        measured = ablation.benchmarks([ablation.tuning.measure])
         self.failures |= _run_all(self._pool, ablation, trials, self._log, measured)
         for each in trials:
-            self.of[each.scenario, each.strategy][each.options] += _cost(ablation, each, self.failures)
+            key = fingerprint([each.scenario, each.strategy, each.options])
+            self._sums[key] += _cost(ablation, each, self.failures)
 
 
 def _extend(ablation: Ablation, found: _Tuned, costs: _Costs) -> None:
@@ -213,7 +220,7 @@ def _extend(ablation: Ablation, found: _Tuned, costs: _Costs) -> None:
             return
         costs.add({place: list(each.values()) for place, each in further.items()}, ablation.tuning.seeds)
         for place, each in further.items():
-            cost, before = costs.of[place].__getitem__, found.chosen[place]
+            cost, before = partial(costs.of, place), found.chosen[place]
             best = found.chosen[place] = min([before, *each.values()], key=cost)
             for name, options in each.items():
                 # What would have been better, too, is tried again beside the one that was best.
@@ -243,11 +250,7 @@ def _cost(ablation: Ablation, tried: Trial, failures: Mapping[Path, str]) -> flo
     assert ablation.tuning is not None
     if tried.experiment.run_path in failures:
         return float("inf")
-    return ablation.sign * tried.score(ablation.tuning.measure)
-
-
-def _benchmarks(measures: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(measure.split(": ", 1)[0] for measure in measures))
+    return ablation.tuning_sign * tried.score(*ablation.parts(ablation.tuning.measure))
 
 
 def _run_all(
