@@ -29,6 +29,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -531,7 +532,9 @@ def aggregation(setting: Setting) -> None:
                 float((each - ends[name][key]).norm() / (each - state[key]).norm())
                 for key, each in state_then.items()
             )
-            check(f"what {name} moves by on {device}: off by {off:.1e} of the CPU's", off <= 1e-4)
+            # Which directions of a flat spectrum a sketch finds depends on rounding.
+            limit = 2e-2 if "randomised" in name else 1e-4
+            check(f"what {name} moves by on {device}: off by {off:.1e} of the CPU's", off <= limit)
 
 
 def correct(setting: Setting) -> None:
@@ -564,7 +567,7 @@ def correct(setting: Setting) -> None:
         (setting.device, "float32", "none"),
         (setting.device, "bfloat16", "none"),
     ]
-    if setting.device == "cuda":
+    if setting.device == "cuda" and find_spec("bitsandbytes"):
         ways += [(setting.device, "bfloat16", "8bit"), (setting.device, "bfloat16", "4bit")]
 
     def steps(language: FrozenLanguageModel) -> LocalResult:
@@ -644,7 +647,9 @@ def main(parts: list[str], small: bool) -> int:
         say(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}")
         prepare(setting)
         chosen = [part for part in PARTS if part in parts or not parts]
-        if "extraction" not in chosen:
+        if "extraction" in chosen:
+            extract(experiment_of(setting), only=("mixed",), overwrite=False)
+        else:
             extract(experiment_of(setting), only=(), overwrite=False)
         # The others read the cache that it writes.
         for part in sorted(chosen, key=lambda part: part != "extraction"):
