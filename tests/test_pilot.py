@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -381,6 +382,18 @@ def test_a_benchmark_asks_its_own_silos(piloted: Path) -> None:
     scores = load(piloted).build / "scores/study/piloted"
     assert json.loads((scores / "pope.json").read_text())["counts"]["projectors"] == 1
     assert json.loads((scores / "loss.json").read_text())["counts"]["projectors"] == 3
+    own = ("evaluate.benchmarks.pope.silos=['lab']", "evaluate.benchmarks.captions.silos=['clinic']")
+    assert done(piloted, "piloted", *own, command="evaluate").exit_code == 0
+    result = done(piloted, "piloted", *own, command="report")
+    assert result.exit_code == 0, result.output
+    out = load(piloted).build / "report/study"
+    with (out / "scores.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["grouped by"] == "task"]
+    assert {(row["benchmark"], row["metric"]) for row in rows} == {("own tasks", "score")}
+    shown = {row["group"]: float(row["value"]) for row in rows}
+    assert shown.keys() == {"pope: f1", "captions: CIDEr-D"}
+    assert shown["pope: f1"] == json.loads((scores / "pope.json").read_text())["metrics"]["f1"]["value"]
+    assert "task of lab" in (out / "report.md").read_text()
     refused = done(piloted, "piloted", "evaluate.benchmarks.pope.silos=['nobody']", command="evaluate")
     assert refused.exit_code == 2
     assert "nobody have no projectors" in " ".join(refused.output.split())

@@ -2,7 +2,8 @@
 
 Four things can say where a question is from: the projector that answered it (`local_only`), the silo that a
 benchmark names for its images, the folder of its image (`fedcmp cache merge --prefix` puts silos there), and
-the benchmark's own parts, whose figures are called `<headline> <part>`.
+the benchmark's own parts, whose figures are called `<headline> <part>`. Benchmarks that are for some silos
+alone are these silos' tasks; their chief figures stand together, apart from losses.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ def grouped(runs: Sequence[Judged]) -> list[Grouped]:
             add("own projector", _own_projectors(run, *column), column)
             add("folder of the images", _folders(run, *column), column)
             add(PART, _parts(run, *column), column)
+            chief = next(each for name, each in run.result.headlines if name == benchmark)
+            if run.benchmarks[benchmark].silos and metric == chief:
+                score = run.result.scores[benchmark][metric]
+                figure = "loss" if better == "lower" else "score"
+                add("task", {f"{benchmark}: {metric}": score}, ("own tasks", figure))
             silo = run.benchmarks[benchmark].silo
             if silo is not None:
                 kind = run.experiment.evaluate.benchmarks[benchmark].name

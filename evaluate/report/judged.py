@@ -76,7 +76,7 @@ def _judged(experiment: Experiment) -> Judged:
             result.limits[name] = work.limit
         result.warnings[name] = content["warnings"]
         result.scores[name] = content["metrics"]
-        result.notes[name] = _note(content)
+        result.notes[name] = "; ".join(filter(None, [_judges(benchmark), _note(content)]))
         # In the benchmark's own order, the chief one first.
         for metric in (each for each in benchmark.headlines if each in content["headlines"]):
             result.headlines.append((name, metric))
@@ -84,6 +84,11 @@ def _judged(experiment: Experiment) -> Judged:
             if better is not None:
                 result.better[name, metric] = better
     return run
+
+
+def _judges(benchmark: Benchmark) -> str:
+    """Whose task a benchmark is, where it is not everybody's."""
+    return f"task of {', '.join(benchmark.silos)}" if benchmark.silos else ""
 
 
 def _note(content: dict[str, Any]) -> str:

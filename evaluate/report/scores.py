@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from statistics import pstdev
+from statistics import fmean, pstdev
 
 from fedcmp.evaluate.report.charts import Span, forest
 from fedcmp.evaluate.report.results import PART, Column, Grouped, Report, RunResult, Score, Versus
@@ -272,14 +272,15 @@ def _of_one_run(run: str, what: str, groups: Sequence[Grouped]) -> str:
 
 
 def _spread(groups: Sequence[Grouped], runs: Sequence[str]) -> list[tuple[str, list[Cell]]]:
-    """The worst group and the standard deviation between groups, a column a metric and run."""
-    worst, spread = [], []
+    """Mean, worst group and standard deviation between groups, a column a metric and run."""
+    mean, worst, spread = [], [], []
     for group, run in zip(groups, runs, strict=True):
         values = [scores[run]["value"] for scores in group.scores.values() if run in scores]
         chosen = {"higher": min, "lower": max}.get(group.better or "")
+        mean.append(Cell(number(fmean(values))))
         worst.append(Cell(number(chosen(values))) if chosen else NOTHING)
         spread.append(Cell(number(pstdev(values))))
-    return [("worst", worst), ("standard deviation", spread)]
+    return [("mean", mean), ("worst", worst), ("standard deviation", spread)]
 
 
 def _training(runs: Sequence[RunResult]) -> str:
