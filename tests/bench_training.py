@@ -11,6 +11,9 @@ memory goes back at once.
 Extraction is `fedcmp extract` from JPEG files to the cache, beside the encoder alone on ready tensors, in
 turns. Epochs are the same training with every batch decoded and encoded anew, against extraction once and
 the cache.
+
+The rows `mixed` are batches of 16 texts of 20 to 160 words, at once and in micro-batches of similar length;
+they are compared with the first of them.
 `--small` is a smoke run without gates. Linux only (/proc).
 """
 
@@ -63,6 +66,8 @@ class Way:
     dtype: str = "float32"
     checkpointing: bool = False
     compiled: bool = False
+    silo: str = "pictures"
+    options: tuple[str, ...] = ()
 
 
 OURS = {
@@ -70,6 +75,14 @@ OURS = {
     "cache, checkpointing": Way(checkpointing=True),
     "cache, torch.compile": Way(compiled=True),
     "cache, bfloat16 LLM": Way(dtype="bfloat16"),
+}
+_LONGEST = 160
+MIXED = {
+    "mixed, all at once": Way(silo="mixed", options=("batch_size=16",)),
+    "mixed, micro_batch 4": Way(silo="mixed", options=("batch_size=16", "micro_batch=4")),
+    "mixed, micro_tokens": Way(
+        silo="mixed", options=("batch_size=16", f"micro_tokens={4 * (576 + _LONGEST)}")
+    ),
 }
 EPOCHS = 3
 
@@ -121,6 +134,18 @@ def prepare(root: Path, small: bool) -> None:
         (root / f"pictures/{n:03d}.jpg").write_bytes(picture(n, (640, 480), "jpeg"))
         rows.append(json.dumps({"image": f"{n:03d}.jpg", "caption": CAPTION}) + "\n")
     (root / "captions.jsonl").write_text("".join(rows))
+    words = CAPTION.split()
+    mixed = [
+        {
+            "image": f"{n:03d}.jpg",
+            "conversations": [
+                {"from": "human", "value": "<image>"},
+                {"from": "gpt", "value": " ".join(words[k % len(words)] for k in range(length))},
+            ],
+        }
+        for n, length in enumerate(_LONGEST // 2 ** (n % 4) for n in range(number))
+    ]
+    (root / "mixed.json").write_text(json.dumps(mixed))
     (root / "bench.toml").write_text(
         f"""
 experiment = "bench"
@@ -134,6 +159,10 @@ encoder = {{ name = "transformers", path = "{root}/clip" }}
 name = "image_folder"
 path = "{root}/pictures"
 captions = "{root}/captions.jsonl"
+[extract.silos.mixed]
+name = "llava_json"
+path = "{root}/mixed.json"
+images = "{root}/pictures"
 [language]
 path = "{root}/llama"
 [federate]
@@ -248,7 +277,9 @@ def status(field: str) -> int:
 
 def measure(method: str, root: Path, small: bool) -> None:
     """One method in this process; prints CPU seconds and memory of its steps, and the first loss."""
-    experiment, steps = load(root / "bench.toml"), 2 if small else 5
+    way = (OURS | MIXED).get(method, Way())
+    experiment = load(root / "bench.toml", [f"federate.{option}" for option in way.options])
+    steps = 1 if small and way.options else 2 if small else 3 if way.options else 5
     seconds, memory, losses = [], [], []
 
     def done() -> None:
@@ -260,12 +291,11 @@ def measure(method: str, root: Path, small: bool) -> None:
             done()
             losses.append(loss)
     else:
-        options = OURS[method]
-        language = FrozenLanguageModel(root / "llama", dtype=options.dtype, device="cpu")
-        language.checkpointing, language.compiled = options.checkpointing, options.compiled
+        language = FrozenLanguageModel(root / "llama", dtype=way.dtype, device="cpu")
+        language.checkpointing, language.compiled = way.checkpointing, way.compiled
 
         def marked() -> Iterator[Batch]:
-            for batch in stream(experiment, language).batches(0):
+            for batch in stream(experiment, language, way.silo).batches(0):
                 if _marks:
                     done()
                 ready()
@@ -275,7 +305,8 @@ def measure(method: str, root: Path, small: bool) -> None:
         _marks.clear()
         trained(experiment, language, marked(), steps)
         done()
-    print(json.dumps({"seconds": min(seconds[1:]), "memory": max(memory[1:]), "loss": losses[0]}))
+    later = slice(1, None) if len(seconds) > 1 else slice(None)
+    print(json.dumps({"seconds": min(seconds[later]), "memory": max(memory[later]), "loss": losses[0]}))
 
 
 def in_processes(method: str, root: Path, small: bool) -> dict[str, float]:
@@ -304,7 +335,7 @@ def extraction(root: Path, small: bool) -> tuple[float, float, float]:
         for batch in pixels.split(experiment.extract.batch_size):
             encoder.encode(batch)
         spent["bare"].append(time.perf_counter() - start)
-        (outcome,) = extract(experiment, only=(), overwrite=True)
+        (outcome,) = extract(experiment, only=("pictures",), overwrite=True)
         spent["ours"].append(outcome.seconds)
     ours, bare = median(spent["ours"]), median(spent["bare"])
     return len(files) / ours, len(files) / bare, ours
@@ -339,14 +370,16 @@ def main(small: bool) -> int:
         root = Path(folder)
         prepare(root, small)
         extract(load(root / "bench.toml"), only=(), overwrite=False)
-        results: dict[str, Any] = {name: in_processes(name, root, small) for name in (*PIXELS, *OURS)}
+        methods = (*PIXELS, *OURS, *MIXED)
+        results: dict[str, Any] = {name: in_processes(name, root, small) for name in methods}
         rate, bare, seconds = extraction(root, small)
         cached, encoding = epochs(root, seconds)
     usual = results[PIXELS[0]]
     print(f"\n{torch.get_num_threads()} threads, batches of 8")
     print(f"{'':24}{'CPU s a step':>14}{'faster':>9}{'memory, MB':>12}{'of it':>8}{'first loss':>12}")
     for name, result in results.items():
-        faster, share = usual["seconds"] / result["seconds"], result["memory"] / usual["memory"]
+        beside = results[next(iter(MIXED))] if name in MIXED else usual
+        faster, share = beside["seconds"] / result["seconds"], result["memory"] / beside["memory"]
         print(f"{name:24}{result['seconds']:14.2f}{faster:8.1f}x{result['memory'] / 1e6:12,.0f}", end="")
         print(f"{share:8.2f}{result['loss']:12.5f}")
     print(f"extraction: {rate:.1f} images/s, {rate / bare:.2f} of the bare encoder's {bare:.1f} images/s")
