@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from test_plan import counted
 from fedcmp.components import load
 from fedcmp.federate.arithmetic.paths import path_projector
 from fedcmp.federate.arithmetic.updates import Objective, State
+from fedcmp.federate.client.division import micro_batches
 from fedcmp.federate.client.memo import Memo, job_key
 from fedcmp.federate.client.step import learning_rate, train_together
 from fedcmp.federate.client.stream import Batch, Stream
@@ -31,6 +33,7 @@ from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Optimizer
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.prompts import IGNORE_INDEX
 from fedcmp.pipeline.models.vision_language import VisionLanguage
 from fedcmp.pipeline.options import Component
 
@@ -80,6 +83,7 @@ def train(
     language: FrozenLanguageModel,
     options: Optimizer = PLAIN_SGD,
     micro_batch: int = 6,
+    micro_tokens: int | None = None,
 ) -> list[LocalResult]:
     parts = [(streams[each.client].steps(0), streams[each.client].batches(0)) for each in jobs]
     return train_together(
@@ -88,6 +92,7 @@ def train(
         VisionLanguage(module(), language),
         options,
         micro_batch=micro_batch,
+        micro_tokens=micro_tokens,
         advance=lambda number: None,
     )
 
@@ -95,6 +100,39 @@ def train(
 def assert_close(ours: State, theirs: State, tolerance: float = 1e-5) -> None:
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance)
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 12), st.none() | st.integers(1, 200)
+)
+def test_micro_batches_have_every_text_once_and_no_more_than_they_may(
+    lengths: list[int], samples: int, tokens: int | None
+) -> None:
+    labels = torch.full((len(lengths), 50), IGNORE_INDEX)
+    for row, length in enumerate(lengths):
+        labels[row, length - 1] = 7
+    parts = micro_batches(labels, samples, tokens)
+    assert sorted(torch.cat([rows for rows, _ in parts]).tolist()) == list(range(len(lengths)))
+    for rows, length in parts:
+        assert length == max(lengths[row] for row in rows)
+        assert len(rows) <= samples
+        assert tokens is None or len(rows) == 1 or len(rows) * length <= tokens
+    cuts = [length for _, length in parts]
+    assert cuts == sorted(cuts)
+    # None of them would have had room for the next one's shortest text.
+    for (rows, _), (following, _) in pairwise(parts):
+        shortest = min(lengths[row] for row in following)
+        assert len(rows) == samples or (tokens is not None and (len(rows) + 1) * shortest > tokens)
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 60, 10_000])
+def test_a_bound_on_tokens_changes_no_gradient(streams, language, micro_tokens: int) -> None:  # type: ignore[no-untyped-def]
+    whole, parts = (
+        train([job()], streams, language, micro_batch=99, micro_tokens=most)[0]
+        for most in (None, micro_tokens)
+    )
+    assert_close(parts.state, whole.state)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero() -> None:
