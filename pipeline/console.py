@@ -61,6 +61,8 @@ class Task:
     def advance(self, number: int = 1) -> None:
         """Count `number` more units as done."""
         self._done += number
+        if not self._done:
+            return
         now = time.monotonic()
         elapsed = max(now - self._start, 1e-9)
         if self._bar and self._id is not None:
