@@ -83,8 +83,9 @@ def _contest(ablation: Ablation, values: Mapping[str, Values]) -> list[str]:
 
 def _setting(ablation: Ablation, tried: Mapping[tuple[str, str], Tried]) -> list[str]:
     """What was run, and which options were there to choose from."""
-    lines = [f"Seeds {_listed(ablation.seeds)}; {', '.join(ablation.measures)} on test data."]
-    lines += [f"{name} is the mean of {', '.join(parts)}." for name, parts in ablation.means.items()]
+    means = [f"{name} is the mean of {', '.join(parts)}." for name, parts in ablation.means.items()]
+    what = f"Seeds {_listed(ablation.seeds)}; {', '.join(ablation.measures)} on test data."
+    lines = [" ".join([what, *means])]
     lines += [f"Every run has `{override}`." for override in ablation.set if not override.startswith("memo")]
     tuning = ablation.tuning
     if tuning is None:
