@@ -177,3 +177,12 @@ def test_a_log_tells_speed_time_left_and_the_last_loss(
         "fedcmp: 4/40 steps, 10.0 s each, 0:06:00 left",
         "fedcmp: 8/40 steps, 12.5 s each, round 1: loss 2.500, 0:06:40 left",
     ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_may_begin_with_nothing_done(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedcmp.pipeline.console._LOG_EVERY_SECONDS", -1.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    with progress("answers", 4, "answers") as task:
+        for number in (0, 0, 2, 2):
+            task.advance(number)
