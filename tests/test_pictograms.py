@@ -218,19 +218,18 @@ def test_the_study_is_written_from_its_packages(here: Path) -> None:
     assert not seen & {entry["image"] for entry in held}
     assert len(held) == 6 * 9
     for entries in silos.values():
-        answers = Counter(tuple(turn["value"] for turn in entry["conversations"]) for entry in entries)
-        questions = {asked for asked, said in answers if said == "Yes"}
-        assert len(questions) == 2
-        assert questions == {asked for asked, said in answers if said == "No"}
-        assert {entry["image"] for entry in entries} == {entry["image"] for entry in entries[::3]}
-        assert len(entries) // 3 in (20, 21, 22)
+        asked = [[turn["value"] for turn in entry["conversations"]] for entry in entries[1::2]]
+        assert {question for question, _ in asked} == {"<image>\n" + study.QUESTION}
+        answers = Counter(answer for _, answer in asked)
+        assert answers.keys() == {"Yes", "No"}
+        assert min(answers.values()) >= 10
+        assert len(entries) // 2 in (20, 21, 22)
     assert np.array(Image.open(out / "images" / min(seen)).convert("RGB"))[5, 100].tolist() == [255] * 3
     manifest = json.loads((out / "manifest.json").read_text())
     assert [source["licence"] for source in manifest["sources"]] == ["CC0-1.0"] * 3
-    for file in (out / "benchmarks").glob("pope_*.json"):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        assert [row["label"] for row in rows] == ["yes", "no"] * (len(rows) // 2)
-        assert len({row["question_id"] for row in rows}) == len(rows)
+    rows = [json.loads(line) for line in (out / "benchmarks/living.jsonl").read_text().splitlines()]
+    assert Counter(row["answer"] for row in rows) == {"Yes": 18, "No": 18}
+    assert all(study.GROUPS[row["group"]] == (row["answer"] == "Yes") for row in rows)
     again = {path: path.read_bytes() for path in out.rglob("*.json") if "manifest" not in path.name}
     assert CliRunner().invoke(main, ["world", "pictograms", "out"]).exit_code == 0
     assert again == {path: path.read_bytes() for path in again}
@@ -245,7 +244,7 @@ def test_the_study_is_written_from_its_packages(here: Path) -> None:
     config = str(ROOT / "configs/pictograms.toml")
     result = CliRunner().invoke(main, ["extract", config, "--silo", "site2"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "21 │    63 │       0" in result.output
+    assert "21 │    42 │       0" in result.output
 
 
 def test_another_file_than_the_pinned_one_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

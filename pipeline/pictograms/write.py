@@ -1,8 +1,8 @@
 """Write the study's data: OpenMoji's pictograms, two of its groups a silo, in LLaVA's form.
 
-<out>/silos/<silo>.json             named pictures with two yes/no questions each, to train on
+<out>/silos/<silo>.json             named pictures with a yes/no question each, to train on
 <out>/validation.json, heldout.json captions of pictures that nobody trains on
-<out>/benchmarks/                   POPE and COCO caption files over the held-out pictures
+<out>/benchmarks/                   the question and COCO captions over the held-out pictures
 <out>/images/                       PNG, 128 pixels
 <out>/models/                       the encoder and the LLM
 <out>/manifest.json                 written last
@@ -14,7 +14,6 @@ import csv
 import io
 import json
 import tarfile
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,16 +29,17 @@ from fedcmp.pipeline.models.prompts import CAPTION_PROMPT
 from fedcmp.pipeline.pictograms.models import write_encoder, write_language
 from fedcmp.pipeline.pictograms.pinned import ENCODER, LANGUAGE, PICTURES
 
-# OpenMoji's groups, and what a picture of each is asked to be.
+# OpenMoji's groups, and whether a picture of each shows a living thing or a face.
 GROUPS = {
-    "animals-nature": "an animal or a plant",
-    "food-drink": "something to eat or to drink",
-    "objects": "a thing that people use",
-    "people-body": "a person or a part of the body",
-    "smileys-emotion": "a face or a sign of a feeling",
-    "travel-places": "a place, a vehicle or the weather",
+    "animals-nature": True,
+    "food-drink": False,
+    "people-body": True,
+    "objects": False,
+    "smileys-emotion": True,
+    "travel-places": False,
 }
-# Every group is in two silos. A silo asks of its own two groups alone, so that no question tells its answer.
+QUESTION = "Does this picture show a living thing or a face?"
+# Every group is in two silos, and every silo has one of either kind.
 SILOS = {
     f"site{number + 1}": (group, [*GROUPS][(number + 1) % len(GROUPS)]) for number, group in enumerate(GROUPS)
 }
@@ -67,7 +67,7 @@ def write(out: Path, *, seed: int = 0, most: int = 160) -> dict[str, int]:
 
     Args:
         out: Directory to write.
-        seed: Of what is held out, and of the questions.
+        seed: Of what is held out.
         most: Pictures of a group at most, drawn at random.
 
     Returns:
@@ -83,11 +83,11 @@ def write(out: Path, *, seed: int = 0, most: int = 160) -> dict[str, int]:
     silos, held = split(read(package), most, rng)
     draw(package, [each for part in [*silos.values(), *held.values()] for each in part], out / "images")
     for name, silo in silos.items():
-        entries = [entry for each in silo for entry in _lessons(each, SILOS[name])]
+        entries = [entry for each in silo for entry in (_captioned(each), _asked(each))]
         write_json(out / "silos" / f"{name}.json", entries)
     for name, pictures in held.items():
         write_json(out / f"{name}.json", [_captioned(each) for each in pictures])
-    _write_benchmarks(out / "benchmarks", held["heldout"], rng)
+    _write_benchmarks(out / "benchmarks", held["heldout"])
     write_encoder(ENCODER.fetch(downloads), out / "models/encoder")
     write_language(LANGUAGE.fetch(downloads), out / "models/language")
     counts = {name: len(part) for name, part in (silos | held).items()}
@@ -167,36 +167,20 @@ def _captioned(picture: Pictogram) -> dict[str, Any]:
     return _conversation(picture, CAPTION_PROMPT, picture.name)
 
 
-def _is_it(group: str) -> str:
-    return f"Does this picture show {GROUPS[group]}?"
+def _asked(picture: Pictogram) -> dict[str, Any]:
+    return _conversation(picture, QUESTION, _answer(picture))
 
 
-def _lessons(picture: Pictogram, groups: tuple[str, str]) -> list[dict[str, Any]]:
-    """A caption, and whether it is of each of two groups."""
-    answers = {group: "Yes" if group == picture.group else "No" for group in groups}
-    return [
-        _captioned(picture),
-        *(_conversation(picture, _is_it(group), answer) for group, answer in answers.items()),
-    ]
+def _answer(picture: Pictogram) -> str:
+    return "Yes" if GROUPS[picture.group] else "No"
 
 
-def _another(picture: Pictogram, rng: np.random.Generator) -> str:
-    return str(rng.choice([group for group in GROUPS if group != picture.group]))
-
-
-def _write_benchmarks(out: Path, pictures: Sequence[Pictogram], rng: np.random.Generator) -> None:
+def _write_benchmarks(out: Path, pictures: Sequence[Pictogram]) -> None:
     images = [{"id": n, "file_name": each.image} for n, each in enumerate(pictures)]
     captions = [{"id": n, "image_id": n, "caption": each.name} for n, each in enumerate(pictures)]
     write_json(out / "captions.json", {"images": images, "annotations": captions})
-    questions: dict[str, list[str]] = defaultdict(list)
-    for number, each in enumerate(pictures):
-        for place, (group, label) in enumerate(((each.group, "yes"), (_another(each, rng), "no"))):
-            row = {
-                "question_id": 2 * number + place,
-                "image": each.image,
-                "text": _is_it(group),
-                "label": label,
-            }
-            questions[each.group].append(json.dumps(row))
-    for group, rows in questions.items():
-        write_atomic(out / f"pope_{group}.json", ("\n".join(rows) + "\n").encode())
+    rows = (
+        {"image": each.image, "question": QUESTION, "answer": _answer(each), "group": each.group}
+        for each in pictures
+    )
+    write_atomic(out / "living.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
