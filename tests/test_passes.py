@@ -134,7 +134,7 @@ def test_identities_hold_passes_only_where_there_are_several(extracted: Path) ->
     assert run_identity(two)["federate"] == run_identity(plain)["federate"] | {"passes": 2}
     assert terms(two, card)["federate"]["passes"] == 2
     # What was in identities before there were passes, and nothing else.
-    newer = {"passes", "adapter", "aggregation", "all_reduce", "shard"}
+    newer = {"passes", "adapter", "aggregation", "all_reduce", "shard", "micro_tokens"}
     assert set(plain.federate.as_identity()) == set(Federate.model_fields) - newer
 
 
