@@ -19,6 +19,7 @@ Without CUDA it says so and ends well. `--small` is a smoke run of tiny shapes o
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import subprocess
@@ -610,9 +611,8 @@ def over_nccl(setting: Setting, language: FrozenLanguageModel) -> None:
     at_end: list[Callable[[], None]] = []
     ranks: Any = SimpleNamespace(rank=0, count=1, store=torch.distributed.HashStore(), at_end=at_end)
     shares = {"gathered": Sums(ranks, setting.device, in_order=True)}
-    reduced = Sums.__new__(Sums)
-    reduced.__dict__ |= shares["gathered"].__dict__ | {"_in_order": False}
-    shares["reduced"] = reduced
+    shares["reduced"] = reduced = copy.copy(shares["gathered"])
+    reduced._in_order = False
     for name, sums in shares.items():
         own = ended(SimpleNamespace(alone=False, summed=sums.summed))
         check(f"sums {name} over NCCL end in the same bytes", own == alone)
