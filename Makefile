@@ -27,7 +27,7 @@ BENCHES := cache aggregation training generation sites sweep gpu
 
 export TOKENIZERS_PARALLELISM := false
 
-OTHERS := help study ablate results bench $(BENCHES:%=bench-%) world cli-reference test test-newest test-oldest check lint constraints clean
+OTHERS := help align study ablate results bench $(BENCHES:%=bench-%) world cli-reference test test-newest test-oldest check lint constraints clean
 .PHONY: extract federate evaluate $(OTHERS) FORCE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -38,6 +38,7 @@ help:
 	@echo "make extract      encode every silo's images once into build/features"
 	@echo "make federate     train one projector for every run of the experiment into build/runs"
 	@echo "make evaluate     answer and score the benchmarks, write build/report"
+	@echo "make align        align the embedded default with what its silos prefer (docs/mor.md)"
 	@echo "make study        the three stages on real weights and pictograms, downloaded once"
 	@echo "make ablate       compare strategies over scenarios and seeds: ABLATION=$(ABLATION)"
 	@echo "make results      every ablation of configs/ablations into docs/results.md"
@@ -91,7 +92,7 @@ $(MANIFESTS): $(FEATURES)/.checked ;
 federate: $(RUNS:%=$(RUN_DIR)/%/.checked)
 $(RUNS:%=$(RUN_DIR)/%/.checked): $(RUN_DIR)/%/.checked: $$(files_$$*) $(INPUTS) $(MANIFESTS) \
 		$$(call lost,$(RUN_DIR)/$$*/manifest.json) | $(READY)
-	$(FEDCMP) federate $(config_$*) $(NAMED)
+	$(FEDCMP) $(or $(command_$*),federate) $(config_$*) $(NAMED)
 	@touch $@
 $(RUNS:%=$(RUN_DIR)/%/manifest.json): %/manifest.json: %/.checked ;
 
@@ -105,6 +106,8 @@ $(RUNS:%=$(SCORE_DIR)/%/.checked): $(SCORE_DIR)/%/.checked: $(RUN_DIR)/%/manifes
 $(REPORT_DIR)/report.json: $(RUNS:%=$(SCORE_DIR)/%/.checked) $(FACTS) $(call lost,$(REPORT_DIR)/report.html) | $(READY)
 	$(FEDCMP) report $(foreach run,$(RUNS),$(config_$(run))) $(NAMED)
 
+align:
+	$(MAKE) extract federate evaluate EXPERIMENT=align
 study:
 	$(MAKE) extract federate evaluate EXPERIMENT=pictograms
 

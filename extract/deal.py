@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from fedcmp.pipeline.config import Name
+from fedcmp.pipeline.options import Name
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.options import Options
 

@@ -149,7 +149,11 @@ def _as_llava(text: Text) -> dict[str, Any]:
     if text.kind == "caption":
         return {"caption": text.turns[0].content}
     speakers = {"user": "human", "assistant": "gpt"}
-    return {"conversations": [{"from": speakers[turn.role], "value": turn.content} for turn in text.turns]}
+    turns = [{"from": speakers[turn.role], "value": turn.content} for turn in text.turns]
+    if text.rejected is None:
+        return {"conversations": turns}
+    answers = {"chosen": text.turns[-1].content, "rejected": text.rejected}
+    return {"conversations": turns[:-1], **answers} if turns[:-1] else answers
 
 
 def _labeller(options: Partition, reader: Source) -> Any:

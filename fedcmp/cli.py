@@ -22,6 +22,7 @@ COMMANDS = {
     "extract": "Encode every silo's images once and cache their patch features.",
     "partition": "Split one data set into silos.",
     "federate": "Train the projector federatedly from the caches.",
+    "align": "Align a trained projector with what the silos prefer.",
     "site": "Hold a silo ready to train for a server elsewhere.",
     "merge": "Merge trained projectors into one, without training.",
     "benchmarks": "List the benchmarks and their options.",

@@ -70,6 +70,11 @@ def components(experiment: Experiment) -> Iterator[tuple[str, Component]]:
         yield f"evaluate.benchmarks.{name}", benchmark
     yield "federate.projector", experiment.federate.projector
     yield "federate.strategy", experiment.federate.strategy
+    if experiment.align is not None:
+        yield "align.reward", experiment.align.reward
+        for name, reward in experiment.align.rewards.items():
+            yield f"align.rewards.{name}", reward
+        yield "align.router", experiment.align.router
 
 
 def _registry(where: str) -> Any:
@@ -96,4 +101,12 @@ def _registry(where: str) -> Any:
             from fedcmp.federate.strategies.base import STRATEGIES
 
             return STRATEGIES
+        case "align", "reward" | "rewards":
+            from fedcmp.federate.preference.rewards import REWARDS
+
+            return REWARDS
+        case "align", "router":
+            from fedcmp.federate.preference.routers import ROUTERS
+
+            return ROUTERS
     raise KeyError(where)

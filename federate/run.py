@@ -18,10 +18,10 @@ from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import locked
 from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.identity import run_differences, run_identity
-from fedcmp.pipeline.manifest import provenance, withdraw_manifest, write_manifest
+from fedcmp.pipeline.manifest import withdraw_manifest
 from fedcmp.pipeline.models.device import pick_device
 from fedcmp.pipeline.ranks import Ranks
-from fedcmp.pipeline.run_folder import PROJECTOR, RESIDUALS, Run, adapter_folder, local_part, own_projector
+from fedcmp.pipeline.run_folder import PROJECTOR, RESIDUALS, Run, local_part, own_projector
 
 if TYPE_CHECKING:
     from fedcmp.federate.server.progress import Progress
@@ -43,6 +43,7 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine]
         UserError: A cache is missing or of another encoder, or an option is wrong.
     """
     from fedcmp.federate.engines.local import LocalEngine
+    from fedcmp.federate.finish import damaged
     from fedcmp.federate.strategies.base import STRATEGIES
 
     strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
@@ -60,7 +61,7 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine]
         }
         made = Run.find(out, experiment.federate.projector.plugins)
         if made is not None:
-            changed = run_differences(wanted, made.identity) or _damaged(made)
+            changed = run_differences(wanted, made.identity) or damaged(made)
             if not changed:
                 say(f"{out}: nothing to do, this run is what the configuration asks for")
                 return made
@@ -103,17 +104,6 @@ def run_over(load: Callable[[], Experiment], ranks: Ranks | None) -> None:
     follow(load, None, ranks)
 
 
-def _damaged(run: Run) -> list[str]:
-    """Why the projectors of a finished run are not those that it ended with."""
-    for name in run.projectors:
-        try:
-            run.projector(name)
-            run.adapter(name)
-        except UserError:
-            return [f"{name} is missing or not the one of its manifest"]
-    return []
-
-
 def _train(
     experiment: Experiment,
     strategy: Strategy,
@@ -124,6 +114,7 @@ def _train(
     server: str,
 ) -> Run:
     from fedcmp.federate.arithmetic.place import computing_on
+    from fedcmp.federate.finish import finish
     from fedcmp.federate.privacy.accounting import resolved
     from fedcmp.federate.server.arrivals import ARRIVALS, Arrivals
     from fedcmp.federate.server.fusion import Secure
@@ -131,7 +122,6 @@ def _train(
     from fedcmp.federate.server.rounds import run_rounds
     from fedcmp.federate.server.tracker import Tracked, tracked
     from fedcmp.pipeline.models import projector as projectors
-    from fedcmp.pipeline.models.lora import divided, save_adapter
 
     options, out = experiment.federate, experiment.run_path
     checkpoint_path, print_of_run = out / "checkpoint.pt", fingerprint(wanted)
@@ -175,32 +165,19 @@ def _train(
             )
     names = {PROJECTOR: done.state}
     names |= {own_projector(client): done.state | state for client, state in done.personal.items()}
-    contents, adapters = {}, {}
-    for name, state in names.items():
-        weights, adapter = divided(state)
-        projectors.save_projector(out / name, weights, projector.architecture)
-        contents[name] = projectors.content_hash(weights)
-        if options.adapter is not None:
-            save_adapter(adapter_folder(out, name), adapter, options.adapter, str(experiment.language.path))
-            adapters[name] = projectors.content_hash(adapter)
-    manifest = {
-        "experiment": experiment.experiment,
-        "run": experiment.run,
-        "strategy": options.strategy.name if options.rounds else "none",
-        "identity": wanted,
-        "fingerprint": print_of_run,
-        "cache_key": fingerprint(first.key),
-        "texts": {silo: counts[silo]._asdict() for silo in options.silos},
-        "features": {"patches": first.patches, "key": first.key},
-        "projectors": contents,
-        **({"local": _kept(out, done.counted)} if strategy.local else {}),
-        **({"adapters": adapters} if adapters else {}),
-        "made_by": provenance(pick_device(experiment.device)),
-    }
-    write_manifest(out, manifest)
+    made = finish(
+        experiment,
+        options.strategy.name if options.rounds else "none",
+        wanted,
+        names,
+        projector.architecture,
+        first,
+        {silo: counts[silo]._asdict() for silo in options.silos},
+        {"local": _kept(out, done.counted)} if strategy.local else {},
+    )
     checkpoint_path.unlink(missing_ok=True)
     rmtree(out / RESIDUALS, ignore_errors=True)
-    return Run(out, manifest, options.projector.plugins)
+    return made
 
 
 def _kept(run: Path, counted: Mapping[str, int]) -> dict[str, dict[str, Any]]:

@@ -9,15 +9,14 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fedcmp.pipeline.options import Component, Options
+from fedcmp.pipeline.align import Align
+from fedcmp.pipeline.options import Component, Name, Options
 from fedcmp.pipeline.privacy import Ledger, Privacy
 from fedcmp.pipeline.remote import is_url
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Extract(Options):
@@ -256,6 +255,7 @@ class Experiment(Options):
     extract: Extract
     language: Language
     federate: Federate
+    align: Align | None = None
     trust: dict[Name, Path] = Field(default_factory=dict)
     sites: Sites = Sites()
     evaluate: Evaluate = Evaluate()
@@ -278,6 +278,7 @@ class Experiment(Options):
     @model_validator(mode="after")
     def _trusted_are_silos(self) -> Experiment:
         known = {*self.extract.silos, *self.federate.silos, *self.evaluate.benchmarks, self.evaluate.silo}
+        known |= set(self.align.prompts if self.align else ())
         known |= {(each.model_extra or {}).get("silo") for each in self.evaluate.benchmarks.values()}
         strangers = sorted(self.trust.keys() - known)
         if strangers:

@@ -71,10 +71,14 @@ def run_identity(experiment: Experiment, language: dict[str, Any] | None = None)
         federate["initial"] = _initial_content(
             experiment.federate.initial, experiment.federate.projector.plugins
         )
+    aligned = (
+        {} if experiment.align is None else {"align": experiment.align.as_built(experiment.federate.silos)}
+    )
     return {
         "format": FORMAT,
         "seed": experiment.seed,
         "federate": federate,
+        **aligned,
         "language": (language or language_identity(experiment))
         | {"template": experiment.language.template, "max_length": experiment.language.max_length},
     }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 IMAGE_PLACEHOLDER = "<image>"
 SPLITS = ("train", "validation", "test")
-KINDS = ("caption", "conversation")
+KINDS = ("caption", "conversation", "preference")
 
 
 # Control characters and separators of lines could forge what a terminal shows.
@@ -40,29 +41,44 @@ class Turn:
 class Text:
     """A conversation about an image; a bare caption is a single assistant turn.
 
-    What is asked, but not what is trained on, may begin with a system turn.
+    What is asked, but not what is trained on, may begin with a system turn. Where somebody preferred the last
+    answer to another one, that one is `rejected`.
     """
 
     turns: tuple[Turn, ...]
     split: str = "train"
+    rejected: str | None = None
 
     @property
     def kind(self) -> str:
-        """`caption` or `conversation`."""
+        """`caption`, `conversation`, or `preference` between two answers."""
+        if self.rejected is not None:
+            return "preference"
         return "caption" if len(self.turns) == 1 else "conversation"
 
     def encode(self) -> bytes:
-        """UTF-8 bytes as stored in a cache: the caption itself, or a JSON list of turns."""
+        """UTF-8 bytes as stored in a cache: the caption itself, or JSON of the turns."""
         if self.kind == "caption":
             return self.turns[0].content.encode()
-        return json.dumps([[turn.role, turn.content] for turn in self.turns], ensure_ascii=False).encode()
+        turns = [[turn.role, turn.content] for turn in self.turns]
+        value = turns if self.rejected is None else [turns, self.rejected]
+        return json.dumps(value, ensure_ascii=False).encode()
 
     @classmethod
     def decode(cls, data: bytes, kind: str, split: str) -> Text:
-        """Inverse of `encode`."""
+        """Inverse of `encode`.
+
+        Raises:
+            ValueError, TypeError, RecursionError: It is no text of this kind.
+        """
         if kind == "caption":
             return cls((Turn("assistant", data.decode()),), split)
-        return cls(tuple(Turn(role, content) for role, content in json.loads(data)), split)
+        turns, rejected = json.loads(data), None
+        if kind == "preference":
+            turns, rejected = turns
+            if not isinstance(rejected, str):
+                raise TypeError("the rejected answer is no text")
+        return cls(tuple(Turn(role, content) for role, content in turns), split, rejected)
 
 
 def caption(text: str, split: str = "train") -> Text:
@@ -88,6 +104,48 @@ def from_chat(messages: Any, split: str = "train") -> Text:
         ValueError: Not such a list, roles do not alternate from `user`, or it lacks an answer.
     """
     return Text(_turns(messages, "messages", "role", ("user", "assistant"), "content"), split)
+
+
+def from_preference(entry: Mapping[str, Any], split: str = "train") -> Text:
+    """Read two answers to one question, of which `chosen` was preferred to `rejected`.
+
+    What is asked is in `conversations`, `messages`, `prompt` or `question`, or repeated before both answers;
+    where nothing is, they are captions. All of them may be strings, or turns as LLaVA or chats have them.
+
+    Raises:
+        ValueError: One is missing or no answer, they answer different questions, or are the same.
+    """
+    chosen, rejected = (_messages(entry.get(name), name, "assistant") for name in ("chosen", "rejected"))
+    asked = next((_messages(entry[name], name, "user") for name in ASKED if entry.get(name)), [])
+    if len(chosen) > 1:
+        asked = chosen[:-1]
+        if rejected[:-1] != asked:
+            raise ValueError("'chosen' and 'rejected' answer different questions")
+    better, worse = (
+        (from_chat([*asked, answer]) if asked else from_chat([_NOTHING, answer])).turns
+        for answer in (chosen[-1], rejected[-1])
+    )
+    if better[-1].content.strip() == worse[-1].content.strip():
+        raise ValueError("'chosen' and 'rejected' are the same")
+    return Text(better if asked else better[1:], split, worse[-1].content)
+
+
+ASKED = ("conversations", "messages", "prompt", "question")
+_NOTHING = {"role": "user", "content": ""}
+_LLAVA = {"human": "user", "gpt": "assistant"}
+
+
+def _messages(value: Any, what: str, role: str) -> list[dict[str, Any]]:
+    """A string, a turn, or a list of turns as a chat's messages."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    turns = value if isinstance(value, list) else [value]
+    if not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"'{what}' is neither a text nor turns")
+    return [
+        {"role": _LLAVA.get(turn["from"]), "content": turn.get("value")} if "from" in turn else turn
+        for turn in turns
+    ]
 
 
 def _turns(entries: Any, what: str, speaker: str, speakers: tuple[str, str], said: str) -> tuple[Turn, ...]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.hashes import fingerprint, sha256_file
 from fedcmp.pipeline.options import Options
-from fedcmp.pipeline.records import Record, Text, caption, from_chat, from_llava
+from fedcmp.pipeline.records import Record, Text, caption, from_chat, from_llava, from_preference
 from fedcmp.pipeline.registry import Registry
 from fedcmp.pipeline.remote import Location, Remote
 
@@ -210,11 +210,15 @@ def texts_of(entries: Any, split: str) -> tuple[Text, ...]:
 def text_of(entry: Any, split: str) -> Text:
     """Read one text: a string, `{"caption": ...}`, `{"conversations": [...]}` or `{"messages": [...]}`.
 
+    With `chosen` and `rejected` it is a preference between two answers.
+
     Raises:
         ValueError: It is none of these, empty, or not valid Unicode.
     """
     if isinstance(entry, str):
         text = caption(entry.strip(), split)
+    elif isinstance(entry, dict) and entry.get("rejected") is not None:
+        text = from_preference(entry, split)
     elif isinstance(entry, dict) and "conversations" in entry:
         text = from_llava(entry["conversations"], split)
     elif isinstance(entry, dict) and isinstance(entry.get("caption"), str):
@@ -223,10 +227,14 @@ def text_of(entry: Any, split: str) -> Text:
         text = from_chat(entry["messages"], split)
     else:
         raise ValueError("neither 'conversations', 'messages' nor 'caption' is in it")
-    if not all(turn.content.strip() for turn in text.turns):
+    if not all(content.strip() for content in _said(text)):
         raise ValueError("a text in it is empty")
     text.encode()
     return text
+
+
+def _said(text: Text) -> list[str]:
+    return [turn.content for turn in text.turns] + ([] if text.rejected is None else [text.rejected])
 
 
 SOURCES: Registry[Source] = Registry("source", "fedcmp.extract.sources")

@@ -13,7 +13,7 @@ from fedcmp.pipeline.records import improper
 _LARGEST = 1 << 29
 # How turns begin that were written as a string.
 _WRITTEN = re.compile(
-    r'\s*(\[\s*)?\{\s*"(from|value|role|content|conversations|messages|user|assistant)"\s*:'
+    r'\s*(\[\s*)?\{\s*"(from|value|role|content|conversations|messages|user|assistant|prompt|question|chosen|rejected)"\s*:'
 )
 
 
@@ -74,6 +74,8 @@ def texts_in(cell: Any, split: str) -> tuple[tuple[Text, ...], bool]:
     """
     if isinstance(cell, str) and _WRITTEN.match(cell):
         cell = json.loads(cell)
+    if isinstance(cell, dict) and cell.get("rejected") is not None:
+        return texts_of(cell, split), False
     several = cell if isinstance(cell, list) else [cell]
     if all(text is None or (isinstance(text, str) and not text.strip()) for text in several):
         raise ValueError("its text is empty")

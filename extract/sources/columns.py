@@ -10,6 +10,9 @@ from fedcmp.pipeline.errors import UserError, did_you_mean
 
 IMAGES = ("image", "images", "img", "picture", "jpg", "jpeg", "png", "webp", "image_path", "file_name")
 TEXTS = ("conversations", "conversation", "messages", "texts", "text", "captions", "caption")
+# What is asked, where two other columns hold the answers.
+_PROMPTS = ("prompt", "question")
+ANSWERS = ("chosen", "rejected")
 # The two fields of a turn, or of a question with its answer, by which a list of structs is one of texts.
 _TURNS = ({"from", "value"}, {"role", "content"}, {"user", "assistant"})
 
@@ -25,6 +28,7 @@ class Columns:
         text: Texts, None where there are none.
         id: Names of pictures, None where the pictures' own are taken.
         label: What a partition goes by, None where none does.
+        answers: A chosen answer and a rejected one, none where texts are no preferences.
         named: How a picture names itself: its column holds `paths`, or structs with such `fields`.
     """
 
@@ -33,10 +37,12 @@ class Columns:
     id: str | None
     label: str | None
     named: Names
+    answers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         what = {"paths": "paths of pictures", "fields": "pictures with paths", "none": "pictures"}[self.named]
-        texts = f"texts in {listed([self.text])}" if self.text is not None else "no texts"
+        columns = [*filter(None, [self.text]), *self.answers]
+        texts = f"texts in {listed(columns)}" if columns else "no texts"
         return f"{what} in {listed([self.image])} and {texts}"
 
     def wanted(self, only: Literal["names", "paths"] | None) -> tuple[list[str], str | None]:
@@ -46,7 +52,9 @@ class Columns:
             only: What they are read for, None for everything.
         """
         if only is None:
-            return list(dict.fromkeys(filter(None, (self.image, self.text, self.id, self.label)))), None
+            return list(
+                dict.fromkeys(filter(None, (self.image, self.text, *self.answers, self.id, self.label)))
+            ), None
         if only == "names" and self.id is not None:
             return [self.id], None
         return [self.image] if self.named != "none" else [], self.image if self.named == "fields" else None
@@ -95,14 +103,15 @@ def recognise(
         given("image", image, _is_picture, what)
     else:
         image = _image(types, place)
+    answers = ANSWERS if all(column in types and _is_said(types[column]) for column in ANSWERS) else ()
     if text is not None:
         given("text", text, _is_text, "captions, lists of captions, or turns of a conversation")
     else:
-        text = _text(types, place)
+        text = _text(types, place, _PROMPTS if answers else ())
     for option, column in (("id", id), ("--field", label)):
         if column is not None:
             given(option, column, lambda kind: _is_string(kind) or _is_integer(kind), "strings or integers")
-    return Columns(image, text, id, label, _named(types[image]))
+    return Columns(image, text, id, label, _named(types[image]), answers)
 
 
 def _image(types: dict[str, Any], place: str) -> str:
@@ -122,8 +131,8 @@ def _image(types: dict[str, Any], place: str) -> str:
     return found[0]
 
 
-def _text(types: dict[str, Any], place: str) -> str | None:
-    found = [column for column in TEXTS if column in types and _is_text(types[column])]
+def _text(types: dict[str, Any], place: str, others: tuple[str, ...]) -> str | None:
+    found = [column for column in (*TEXTS, *others) if column in types and _is_text(types[column])]
     if len(found) > 1:
         raise UserError(f"{place}: texts are in {listed(found)}; set 'text' to one of them")
     return found[0] if found else None
@@ -158,6 +167,11 @@ def _is_text(kind: Any) -> bool:
         and _is_struct(kind.value_type)
         and any(turn <= set(_fields(kind.value_type)) for turn in _TURNS)
     )
+
+
+def _is_said(kind: Any) -> bool:
+    """Whether a column holds answers: texts, or turns."""
+    return _is_text(kind) or (_is_struct(kind) and any(turn <= set(_fields(kind)) for turn in _TURNS))
 
 
 def _holds(kind: Any, what: Callable[[Any], bool]) -> bool:

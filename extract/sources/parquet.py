@@ -23,6 +23,7 @@ from fedcmp.extract.sources import (
     UserError,
     stat_files,
     stat_images,
+    texts_of,
 )
 from fedcmp.extract.sources.arrow import damaged, opened
 from fedcmp.extract.sources.cells import bytes_in, name_in, path_in, texts_in
@@ -230,7 +231,9 @@ class Parquet(Source):
             texts: tuple[Text, ...] = ()
             system = False
             label = None if row.columns.label is None else row.cell(row.columns.label)
-            if row.columns.text is not None:
+            if row.columns.answers:
+                texts = texts_of(self._preference(row), self.split)
+            elif row.columns.text is not None:
                 texts, system = texts_in(row.cell(row.columns.text), self.split)
         except MemoryError:
             raise
@@ -238,6 +241,11 @@ class Parquet(Source):
             return Skipped(place, f"cannot be read: {one_line(error)}")
         unused.update({row.shard: 1} if system else {})
         return _Picture(row.shard, row.number, name, content, image, dict.fromkeys(texts, label))
+
+    def _preference(self, row: _Row) -> dict[str, Any]:
+        """What is asked, and the answers."""
+        asked = {} if row.columns.text is None else {"prompt": row.cell(row.columns.text)}
+        return asked | {column: row.cell(column) for column in row.columns.answers}
 
     def _name(self, row: _Row) -> str | None:
         if row.columns.id is not None:
@@ -268,7 +276,7 @@ class Parquet(Source):
             try:
                 with opened(shard) as table:
                     columns = self._columns(table.schema, str(shard))
-                    if known is None and columns.text is None:
+                    if known is None and columns.text is None and not columns.answers:
                         there = listed(table.schema.names)
                         yield Skipped(str(shard), f"no column of texts among {there}; set 'text' to its name")
                     if known not in (None, columns):

@@ -28,11 +28,11 @@ from pydantic import Field
 
 from fedcmp.components import built
 from fedcmp.pipeline import plugins, toml
-from fedcmp.pipeline.config import Experiment, Name
+from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError, did_you_mean
 from fedcmp.pipeline.files import read_json
 from fedcmp.pipeline.hashes import fingerprint
-from fedcmp.pipeline.options import Options, validate
+from fedcmp.pipeline.options import Name, Options, validate
 from fedcmp.pipeline.plugins import Plugin
 from fedcmp.pipeline.toml import read_toml
 

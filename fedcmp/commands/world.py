@@ -80,6 +80,33 @@ def pictograms(out: Path, seed: int, most: int) -> None:
 
 
 @world.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Seed of scenes and answers.")
+@click.option("--silo-preferences", default=700, show_default=True, help="Preferences of a silo.")
+@click.option("--prompts", default=600, show_default=True, help="Public prompts of a kind.")
+@click.option("--public-preferences", default=200, show_default=True, help="Public preferences of a kind.")
+def prefer(run: Path, out: Path, **amounts: int) -> None:
+    """Write what silos prefer: a run's own answers about new scenes, ranked by what is to be seen.
+
+    RUN is its experiment file.
+
+    \b
+    Example:
+      fedcmp world prefer configs/demo/fedavg.toml build/world/align
+    """
+    from fedcmp.components import load
+    from fedcmp.pipeline.console import progress, say
+    from fedcmp.prefer import ANNOTATES, KINDS, Amounts
+    from fedcmp.prefer import prefer as write_preferences
+
+    total = len(ANNOTATES) * amounts["silo_preferences"] + len(KINDS) * amounts["public_preferences"]
+    with progress("preferences", total, "pairs") as task:
+        counts = write_preferences(load(run), out, Amounts(**amounts), task.advance)
+    say(f"Wrote preferences of {', '.join(f'{name} {number}' for name, number in counts.items())} to {out}")
+
+
+@world.command()
 @click.argument("out", type=click.Path(path_type=Path), default=WEIGHTS)
 @click.option("--seed", default=0, show_default=True, help="Seed of data and weights.")
 @click.option("--language-steps", default=None, type=int, help="LLM's steps; by default the recipe's.")

@@ -231,10 +231,15 @@ class FeatureCache:
         except (ValueError, TypeError, RecursionError):
             raise self._wrong("texts/bytes", f"text {index} is no {KINDS[kinds[index]]}") from None
 
-    def usable_texts(self, split: str) -> np.ndarray:
-        """Indices of the texts of a split whose image has features, ascending int64."""
-        *_, splits = self.text_arrays
-        wanted = splits == SPLITS.index(split)
+    def usable_texts(self, split: str, *, preferences: bool = False) -> np.ndarray:
+        """Indices of the texts of a split whose image has features, ascending int64.
+
+        Args:
+            split: What they are for.
+            preferences: Those between two answers alone, which nobody else gets.
+        """
+        *_, kinds, splits = self.text_arrays
+        wanted = (splits == SPLITS.index(split)) & ((kinds == KINDS.index("preference")) == preferences)
         return np.flatnonzero(wanted & (self.status[self.text_image] == 0))
 
     @cached_property

@@ -1,10 +1,10 @@
-"""Greedy answers of the frozen LLM, in the fastest of the ways that are proven for it."""
+"""Answers of the frozen LLM, the likeliest or drawn, in the fastest of the ways that are proven for it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _STATES = ("cache", "past_key_values", "cache_params", "state")
 
 Steps = Generator[Tensor, Tensor | None, None]
+T = TypeVar("T")
 
 
 def greedy(
@@ -39,28 +40,94 @@ def greedy(
         length: Tokens an answer may have.
         ends: Tokens that end an answer.
     """
-    answers: list[list[int]] = [[] for _ in samples]
+    return _answers(language, samples, projected, owners, 1, length, ends, lambda logits: logits.argmax(-1))
+
+
+def drawn(
+    language: FrozenLanguageModel,
+    samples: Sequence[Tokens],
+    projected: Tensor,
+    owners: Sequence[int],
+    *,
+    copies: int,
+    length: int,
+    ends: set[int],
+    temperature: float,
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """As `greedy`, but drawn from softmax(logits / temperature), several for each prompt side by side.
+
+    Drawn by the Gumbel-max trick, so that answers go to the likeliest ones as the temperature goes to zero.
+
+    Args:
+        language: The frozen LLM.
+        samples: Prompts.
+        projected: `(images, patches, d_llm)`.
+        owners: The image of each prompt.
+        copies: Answers to each prompt, which is computed once for them.
+        length: Tokens an answer may have.
+        ends: Tokens that end an answer.
+        temperature: Above zero.
+        generator: On the CPU.
+    """
+
+    def choose(logits: Tensor) -> Tensor:
+        uniform = torch.rand(logits.shape, generator=generator).clamp(min=torch.finfo(torch.float32).tiny)
+        noise = -torch.log(-torch.log(uniform))
+        return (logits.float() / temperature + noise.to(logits.device)).argmax(-1)
+
+    return _answers(language, samples, projected, owners, copies, length, ends, choose)
+
+
+def _answers(
+    language: FrozenLanguageModel,
+    samples: Sequence[Tokens],
+    projected: Tensor,
+    owners: Sequence[int],
+    copies: int,
+    length: int,
+    ends: set[int],
+    choose: Callable[[Tensor], Tensor],
+) -> list[list[int]]:
+    """`copies` answers to each prompt side by side, whose next tokens are chosen of `(answers, vocabulary)`."""
+    answers: list[list[int]] = [[] for _ in range(copies * len(samples))]
     ending = torch.tensor(sorted(ends), dtype=torch.int64, device=language.device)
     for group in groups(language, samples):
         said: list[Tensor] = []
-        finished = torch.zeros(len(group), dtype=torch.bool, device=language.device)
-        steps = decode(language, [samples[row] for row in group], projected, [owners[row] for row in group])
+        finished = torch.zeros(copies * len(group), dtype=torch.bool, device=language.device)
+        asked, shown = [samples[row] for row in group], [owners[row] for row in group]
+        steps = decode(language, asked, projected, shown, copies)
         for _ in range(length):
-            said.append(steps.send(said[-1] if said else None).argmax(-1).to(language.device))
+            said.append(choose(steps.send(said[-1] if said else None)).to(language.device))
             finished |= torch.isin(said[-1], ending)
             if bool(finished.all()):
                 break
-        for row, tokens in zip(group, torch.stack(said, 1).tolist(), strict=True):
+        rows = [copies * row + copy for row in group for copy in range(copies)]
+        for row, tokens in zip(rows, torch.stack(said, 1).tolist(), strict=True):
             answers[row] = _until(tokens, ends)
     return answers
 
 
 def decode(
-    language: FrozenLanguageModel, samples: Sequence[Tokens], projected: Tensor, owners: Sequence[int]
+    language: FrozenLanguageModel,
+    samples: Sequence[Tokens],
+    projected: Tensor,
+    owners: Sequence[int],
+    copies: int = 1,
 ) -> Steps:
-    """Logits `(prompts, vocabulary)` of the next token, and after every token sent `(prompts,)` again."""
-    steps = _with_state if language.ways.cached else _without_state
-    return steps(language, samples, projected, owners)
+    """Logits `(answers, vocabulary)` of the next token, and after every token sent `(answers,)` again.
+
+    Every prompt has `copies` answers, one after the other.
+    """
+    if not language.ways.shared:
+        samples, owners = _repeated(samples, copies), _repeated(owners, copies)
+    if not language.ways.cached:
+        return _without_state(language, samples, projected, owners)
+    return _with_state(language, samples, projected, owners, copies if language.ways.shared else 1)
+
+
+def _repeated(each: Sequence[T], copies: int) -> list[T]:
+    return [item for item in each for _ in range(copies)]
 
 
 def arguments(module: Any) -> dict[str, inspect.Parameter]:
@@ -69,7 +136,11 @@ def arguments(module: Any) -> dict[str, inspect.Parameter]:
 
 
 def _with_state(
-    language: FrozenLanguageModel, samples: Sequence[Tokens], projected: Tensor, owners: Sequence[int]
+    language: FrozenLanguageModel,
+    samples: Sequence[Tokens],
+    projected: Tensor,
+    owners: Sequence[int],
+    copies: int,
 ) -> Steps:
     """With a KV cache or another state; prompts of unequal length are padded on the left."""
     taken = arguments(language.body)
@@ -98,11 +169,16 @@ def _with_state(
     while True:
         masks = {"attention_mask": attention} if state is None or language.ways.masked else {}
         output = run(inputs_embeds=embeds, position_ids=positions, **masks, **{name: state})
-        whole = language.ways.whole
-        tokens = yield output.logits[:, -1] if whole else language.head(output.last_hidden_state[:, -1])
+        state, whole = output[name], language.ways.whole
+        logits = output.logits[:, -1] if whole else language.head(output.last_hidden_state[:, -1])
+        if copies > 1 and len(logits) == len(samples):
+            each = torch.arange(len(samples), device=language.device).repeat_interleave(copies)
+            state.batch_select_indices(each)
+            logits, attention, positions = logits[each.to(logits.device)], attention[each], positions[each]
+        tokens = yield logits
         assert tokens is not None
-        state, embeds = output[name], language.words(tokens[:, None])
-        attention = torch.cat([attention, attention.new_ones(len(samples), 1)], 1)
+        embeds = language.words(tokens[:, None])
+        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], 1)
         positions = positions[:, -1:] + 1
 
 

@@ -164,6 +164,21 @@ class FrozenLanguageModel:
             logits = logits if keep else logits[:, columns.to(logits.device)]
             return logits[rows.to(logits.device), places.to(logits.device)]
 
+    def hidden(self, embeds: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """Last hidden states at some places, as what predicts tokens takes them.
+
+        Args:
+            embeds: `(batch, length, d_llm)`, padded on the right.
+            rows: `(n,)` int64.
+            places: `(n,)` int64.
+
+        Returns:
+            `(n, d_llm)` float32.
+        """
+        with self._training() as body:
+            states = body(inputs_embeds=embeds, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        return states[rows.to(states.device), places.to(states.device)].float()
+
     @property
     def body(self) -> Any:
         """What takes embeddings: the decoder, or the whole model where it changes what its head says."""
@@ -223,8 +238,16 @@ class FrozenLanguageModel:
         Returns:
             The answers, stripped.
         """
-        ends = self._ends | (self._newlines if stop == "\n" else set())
+        ends = self.ends(stop)
         answers = greedy(self, samples, projected, owners, length=max_new_tokens, ends=ends)
+        return self.said(answers, stop)
+
+    def ends(self, stop: str | None) -> set[int]:
+        """Tokens that end an answer, those of a string that also does among them."""
+        return self._ends | (self._newlines if stop == "\n" else set())
+
+    def said(self, answers: Sequence[Sequence[int]], stop: str | None) -> list[str]:
+        """Answers as texts, stripped, up to a string that ends them."""
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [(text.split(stop)[0] if stop else text).strip() for text in texts]
 
