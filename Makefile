@@ -92,7 +92,7 @@ $(MANIFESTS): $(FEATURES)/.checked ;
 federate: $(RUNS:%=$(RUN_DIR)/%/.checked)
 $(RUNS:%=$(RUN_DIR)/%/.checked): $(RUN_DIR)/%/.checked: $$(files_$$*) $(INPUTS) $(MANIFESTS) \
 		$$(call lost,$(RUN_DIR)/$$*/manifest.json) | $(READY)
-	$(FEDCMP) $(or $(command_$*),federate) $(config_$*) $(NAMED)
+	$(FEDCMP) federate $(config_$*) $(NAMED)
 	@touch $@
 $(RUNS:%=$(RUN_DIR)/%/manifest.json): %/manifest.json: %/.checked ;
 

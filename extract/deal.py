@@ -11,9 +11,8 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from fedcmp.pipeline.options import Name
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.options import Options
+from fedcmp.pipeline.options import Name, Options
 
 _DRAWS = 1000
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def prefer(
 
 
 def agreement(kind: str, said: str, wanted: str) -> float:
-    """How right an answer is, from 0 to 1: F1 of things described with their places, or whether it is the one."""
+    """How right an answer is, 0 to 1: F1 of things described with their places, or equality."""
     if kind != "caption":
         return float(said.strip().rstrip(".").lower() == wanted)
     one, other = (Counter(_THING.findall(text)) for text in (said, wanted))
@@ -127,7 +127,12 @@ class _Responding:
     length: int
 
     def preferred(
-        self, kind: str, content: Content, number: int, rng: np.random.Generator, advance: Callable[[int], None]
+        self,
+        kind: str,
+        content: Content,
+        number: int,
+        rng: np.random.Generator,
+        advance: Callable[[int], None],
     ) -> list[tuple[_Asked, str, str]]:
         """So many questions with a better and a worse answer."""
         found: list[tuple[_Asked, str, str]] = []
@@ -141,13 +146,15 @@ class _Responding:
             if len(found) >= number:
                 return found
         raise UserError(
-            f"the run's answers of kind '{kind}' are nearly always right: {len(found)} preferences of {number}; ask "
-            "for fewer, or take a run of fewer rounds"
+            f"the run's answers of kind '{kind}' are nearly always right: {len(found)} preferences, not {number}; "
+            "ask for fewer, or take a run of fewer rounds"
         )
 
     @torch.inference_mode()
     def _answers(self, asked: list[_Asked], rng: np.random.Generator) -> list[tuple[str, str]]:
-        pixels = [self.encoder.preprocess(Image.open(io.BytesIO(each.picture)).convert("RGB")) for each in asked]
+        pixels = [
+            self.encoder.preprocess(Image.open(io.BytesIO(each.picture)).convert("RGB")) for each in asked
+        ]
         features = self.encoder.encode(torch.from_numpy(np.stack(pixels))).float()
         texts = [each.text for each in asked]
         answers = drawn(
@@ -194,7 +201,8 @@ def _write(
     folder: Path, name: str, preferred: list[tuple[_Asked, str, str]], asked: list[_Asked] | None = None
 ) -> int:
     entries = [
-        {"chosen": better, "rejected": worse, **_as_entry(each, answered=False)} for each, better, worse in preferred
+        {"chosen": better, "rejected": worse, **_as_entry(each, answered=False)}
+        for each, better, worse in preferred
     ]
     entries += [_as_entry(each, answered=True) for each in asked or []]
     pictures = [each.picture for each, _, _ in preferred] + [each.picture for each in asked or []]

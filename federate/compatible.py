@@ -92,6 +92,8 @@ def refuse_over_ranks(experiment: Experiment, count: int) -> None:
         UserError: Naming the option.
     """
     options, start = experiment.federate, f"torchrun has started {count} processes"
+    if experiment.align is not None and count > 1:
+        raise UserError(f"[align]: {start}, and an alignment is of one; start it without torchrun")
     if options.all_reduce not in (None, count):
         raise UserError(
             f"federate.all_reduce = {options.all_reduce}: the run's bytes depend on so many processes, and "

@@ -42,6 +42,10 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine]
     Raises:
         UserError: A cache is missing or of another encoder, or an option is wrong.
     """
+    if experiment.align is not None:
+        from fedcmp.federate.preference.run import align
+
+        return align(experiment, engine)
     from fedcmp.federate.engines.local import LocalEngine
     from fedcmp.federate.finish import damaged
     from fedcmp.federate.strategies.base import STRATEGIES
@@ -96,7 +100,10 @@ def run_over(load: Callable[[], Experiment], ranks: Ranks | None) -> None:
     """
     from fedcmp.federate.engines.local import LocalEngine
 
-    if ranks is None or ranks.leads:
+    if ranks is None:
+        run(load())
+        return
+    if ranks.leads:
         run(load(), lambda own, schedule: LocalEngine(own, schedule, ranks))
         return
     from fedcmp.federate.ranks.follow import follow

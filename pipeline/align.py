@@ -12,14 +12,15 @@ from fedcmp.pipeline.options import Component, Name, Options
 class Align(Options):
     """The second half of stage two: `federate.initial` is the reference, and what is trained starts from it.
 
-    `prompts` are silos whose questions everybody may see; each is a kind of prompt, and their answers are not
-    used. `federate.silos` judge: each trains a reward model on its own preferences, `reward` or its own of
-    `rewards`, and is tested on those about every `hold_out`th picture. `router` says how much each counts for
-    a prompt. GRPO takes `steps` of `learning_rate`, each on `prompts_per_step` prompts with `num_generations`
-    sampled answers of at most `max_new_tokens`, which are sampled for `steps_per_generation` steps at once.
-    `beta` weights the distance from the reference (KL), and training ends where that exceeds `kl_limit` nats
-    a token. `calibration` prompts of each kind set the rewards' common scale. A kind of prompt of whose public
-    preferences the mixture ranks no more than `least` right is left out.
+    `prompts` are silos whose questions everybody may see; each is a kind of prompt, and their answers are
+    not used. `federate.silos` judge: each trains a reward model on its own preferences, `reward` or its own
+    of `rewards`, and is tested on those about every `hold_out`th picture. `router` says how much each
+    counts for a prompt. GRPO takes `steps` of `learning_rate`, each on `prompts_per_step` prompts with
+    `num_generations` sampled answers of at most `max_new_tokens`, which are sampled for
+    `steps_per_generation` steps at once. `beta` weights the distance from the reference (KL), and training
+    ends where that exceeds `kl_limit` nats a token. `calibration` prompts of each kind set the rewards'
+    common scale. A kind of prompt of whose public preferences the mixture ranks no more than `least` right
+    is left out.
 
     `method` in place of `grpo`: `dpo` and `sft` (on what was chosen) train the projector at the silos and
     average it over `federate.rounds`. `average` rounds make one reward model of all by averaging them. These
@@ -51,9 +52,13 @@ class Align(Options):
 
     def as_built(self, silos: tuple[str, ...]) -> dict[str, Any]:
         """JSON value as identities hold it: every silo's reward model written out."""
-        plain = self.model_dump(mode="json", exclude={"reward", "rewards", "router"})
-        rewards = {silo: self.reward_of(silo).as_built() for silo in silos}
-        return plain | {"rewards": rewards, "router": self.router.as_built()}
+        return self.agreed() | {"rewards": {silo: self.reward_of(silo).as_built() for silo in silos}}
+
+    def agreed(self) -> dict[str, Any]:
+        """The same without what every silo decides for itself."""
+        return self.model_dump(mode="json", exclude={"reward", "rewards", "router"}) | {
+            "router": self.router.as_built()
+        }
 
     @field_validator("prompts")
     @classmethod

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedcmp.pipeline.plugins import Plugin
 
 PROJECTOR = "projector.safetensors"
+SAMPLED = "sampled.jsonl"
 LOCAL = "local"
 RESIDUALS = "residuals"
 

@@ -40,7 +40,8 @@ from fedcmp.pipeline.toml import read_toml
 _WITHOUT_EFFECT = ("memo.", "build=", "features=", "device=", "evaluate.", "plugins=", "tracker=")
 
 # Options of these tables of [federate] may stand among a strategy's.
-_TABLES = ("optimizer.", "adapter.", "projector.")
+_OF_FEDERATE = ("optimizer.", "adapter.", "projector.")
+_TABLES = (*_OF_FEDERATE, "align.")
 
 Chosen = tuple[tuple[str, Any], ...]
 MEASURE = r"^[A-Za-z0-9._-]+: .+$"
@@ -249,6 +250,9 @@ def trial(ablation: Ablation, scenario: str, strategy: str, seed: int, options: 
     run = "-".join([*parts, f"seed{seed}"])
     overrides = [f"seed={seed}", *_common(ablation), f"run={run}"]
     tables = [toml.nested(f"federate.strategy.{name}", value) for name, value in own.items()]
-    tables += [toml.nested(f"federate.{name}", value) for name, value in options if name.startswith(_TABLES)]
+    for name, value in options:
+        if name.startswith(_TABLES):
+            place = f"federate.{name}" if name.startswith(_OF_FEDERATE) else name
+            tables.append(toml.nested(place, value))
     experiment = built(toml.load(ablation.scenarios[scenario], overrides, changes=tables))
     return Trial(scenario, strategy, seed, options, experiment)

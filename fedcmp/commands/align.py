@@ -21,7 +21,10 @@ def align(config: Path, overrides: tuple[str, ...]) -> None:
     """
     from fedcmp.components import load
     from fedcmp.federate.preference.run import align as run
+    from fedcmp.federate.preference.run import refuse
     from fedcmp.pipeline.ranks import refuse_ranks
 
     refuse_ranks("fedcmp align")
-    run(load(config, overrides))
+    experiment = load(config, overrides)
+    refuse(experiment)
+    run(experiment)

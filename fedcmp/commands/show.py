@@ -91,8 +91,6 @@ def _variables(config: Path, overrides: tuple[str, ...]) -> Iterator[tuple[str, 
     yield "RUNS", _words(config, runs)
     for name, (path, run) in runs.items():
         yield f"config_{name}", _words(path, [path])
-        if run.align is not None:
-            yield f"command_{name}", "align"
         yield f"files_{name}", _words(path, [*files(path), *_plugins(run)])
         yield f"benchmarks_{name}", _words(path, run.evaluate.benchmarks)
 

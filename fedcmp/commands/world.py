@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from fedcmp.commands.options import experiment_options
+
 WEIGHTS = Path(__file__).parent.parent / "pipeline/world/weights"
 
 
@@ -80,16 +82,14 @@ def pictograms(out: Path, seed: int, most: int) -> None:
 
 
 @world.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@experiment_options
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True, help="Seed of scenes and answers.")
 @click.option("--silo-preferences", default=700, show_default=True, help="Preferences of a silo.")
 @click.option("--prompts", default=600, show_default=True, help="Public prompts of a kind.")
 @click.option("--public-preferences", default=200, show_default=True, help="Public preferences of a kind.")
-def prefer(run: Path, out: Path, **amounts: int) -> None:
-    """Write what silos prefer: a run's own answers about new scenes, ranked by what is to be seen.
-
-    RUN is its experiment file.
+def prefer(config: Path, overrides: tuple[str, ...], out: Path, **amounts: int) -> None:
+    """Write what silos prefer: a finished run's answers about new scenes, ranked by what is to be seen.
 
     \b
     Example:
@@ -102,7 +102,7 @@ def prefer(run: Path, out: Path, **amounts: int) -> None:
 
     total = len(ANNOTATES) * amounts["silo_preferences"] + len(KINDS) * amounts["public_preferences"]
     with progress("preferences", total, "pairs") as task:
-        counts = write_preferences(load(run), out, Amounts(**amounts), task.advance)
+        counts = write_preferences(load(config, overrides), out, Amounts(**amounts), task.advance)
     say(f"Wrote preferences of {', '.join(f'{name} {number}' for name, number in counts.items())} to {out}")
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedcmp.federate.client.texts import Counts
 from fedcmp.federate.privacy.ledger import Ledger
@@ -78,8 +78,10 @@ class Engine(ABC):
         """Make ready to train from round `start` on."""
 
     @abstractmethod
-    def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Take a step of a secure round with some clients; returns what those said who answered."""
+    def exchange(
+        self, requests: Mapping[str, dict[str, Any]], kind: Literal["secure", "align"] = "secure"
+    ) -> dict[str, dict[str, Any]]:
+        """Take a step with some clients, of a secure round or an alignment; what those said who answered."""
 
     @abstractmethod
     def counts(self) -> dict[str, Counts]:
@@ -105,8 +107,10 @@ def terms(experiment: Experiment, card: SiloCard) -> dict[str, Any]:
 
     The initial projector is the server's alone, as every job brings the weights to start from.
     """
+    aligned = {} if experiment.align is None else {"align": experiment.align.agreed()}
     return {
         "seed": experiment.seed,
+        **aligned,
         "federate": federate_options(experiment),
         "language": card.language
         | {"template": experiment.language.template, "max_length": experiment.language.max_length},

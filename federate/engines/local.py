@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedcmp.federate.client.texts import Counts
 from fedcmp.federate.engines.base import Engine, SiloCard
@@ -94,9 +94,12 @@ class LocalEngine(Engine):
         assert self._site is not None
         return self._site.counts
 
-    def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Every client answers."""
+    def exchange(
+        self, requests: Mapping[str, dict[str, Any]], kind: Literal["secure", "align"] = "secure"
+    ) -> dict[str, dict[str, Any]]:
+        """Every client answers, in secure rounds."""
         assert self._site is not None
+        assert kind == "secure"
         return {client: self._site.secure(client, request) for client, request in requests.items()}
 
     @property

@@ -8,6 +8,9 @@ from fedcmp.federate.client.site import Site
 from fedcmp.federate.compatible import refuse, refuse_over_sites
 from fedcmp.federate.engines.base import SiloCard, terms
 from fedcmp.federate.engines.wire import job_of, result_as_dict
+from fedcmp.federate.preference import run as alignment
+from fedcmp.federate.preference.ground import Ground
+from fedcmp.federate.preference.judges import Judges
 from fedcmp.federate.schedule import schedule_of
 from fedcmp.federate.secure.signing import Signing
 from fedcmp.federate.strategies.base import STRATEGIES
@@ -44,11 +47,16 @@ class Service:
             raise UserError(
                 f"--silo {silo}: not in federate.silos; there are {', '.join(experiment.federate.silos)}"
             )
-        schedule = schedule_of(experiment, strategy)
-        refuse(experiment, strategy, schedule)
         cache = open_cache(experiment, silo)
         self.silo = silo
-        self._site = Site(experiment, schedule, {silo: cache}, signing=signing, ranks=ranks)
+        self._site: Site | Judges
+        if experiment.align is None:
+            schedule = schedule_of(experiment, strategy)
+            refuse(experiment, strategy, schedule)
+            self._site = Site(experiment, schedule, {silo: cache}, signing=signing, ranks=ranks)
+        else:
+            alignment.refuse(experiment)
+            self._site = Judges(experiment, {silo: cache}, Ground(experiment))
         self._card = SiloCard.of(cache, experiment, self._site.counts[silo])
         self._terms = terms(experiment, self._card)
 
@@ -65,6 +73,8 @@ class Service:
             # Sites without one greet as those of before there were any.
             return greeting | ({"adapter": self._site.adapter} if self._site.adapter else {})
         self._agree(request["silo"], request["terms"])
+        if isinstance(self._site, Judges):
+            return {"answer": self._site(self.silo, request["step"])}
         if request["kind"] == "secure":
             return {"answer": self._site.secure(self.silo, request["step"])}
         (result,) = self._site([job_of(request["job"])])

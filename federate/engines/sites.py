@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedcmp.federate.client.texts import Counts
 from fedcmp.federate.compatible import refuse_over_sites
@@ -190,13 +190,17 @@ class Sites(Engine):
         self._sent = self._received = 0
         return taken
 
-    def exchange(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """A step of a secure round; sites that do not answer in time have dropped out of it."""
-        asked = {silo: {"kind": "secure", "step": step} for silo, step in requests.items()}
+    def exchange(
+        self, requests: Mapping[str, dict[str, Any]], kind: Literal["secure", "align"] = "secure"
+    ) -> dict[str, dict[str, Any]]:
+        """A step of an alignment, or of a secure round, which sites that are late drop out of."""
+        asked = {silo: {"kind": kind, "step": step} for silo, step in requests.items()}
         round_ = self._begun(asked, lambda silo, reply: answers.stepped(reply))
-        replies = dict(self._exchange(round_, 1))
+        # A mixture needs all its judges, and a sum goes on without some of its parts.
+        replies = dict(self._exchange(round_, 1 if kind == "secure" else len(requests)))
         for silo, reason in sorted(round_.failures.items()):
-            say(f"{silo} dropped out of the secure sum: {reason}")
+            what = "dropped out of the secure sum" if kind == "secure" else "did not answer"
+            say(f"{silo} {what}: {reason}")
         return replies
 
     def _begun(self, requests: Mapping[str, dict[str, Any]], read: Callable[[str, Any], Any]) -> _Round:

@@ -90,7 +90,7 @@ class Asking:
         )
 
     def answers(self, texts: Sequence[Text], said: Sequence[str]) -> list[tuple[Tokens, list[int]]]:
-        """Questions as they begin a conversation, and other last answers to them as they would be trained on."""
+        """Questions, and other last answers to them as they would be trained on."""
         whole = [
             Text((*text.turns[:-1], Turn("assistant", answer)))
             for text, answer in zip(texts, said, strict=True)
@@ -150,7 +150,7 @@ def log_probs(model: VisionLanguage, candidates: Candidates, visual: Tensor) -> 
 
 
 def hidden_states(model: VisionLanguage, candidates: Candidates, visual: Tensor) -> tuple[Tensor, Tensor]:
-    """The LLM's last hidden state at every token of every answer, `(tokens, d_llm)` float32, and its answer."""
+    """Last hidden states at every token of every answer: `(tokens, d_llm)` float32, and its answer."""
     ids, labels = _collated(model, candidates)
     embeds = model.language.embed(ids, visual[candidates.owners.to(visual.device)])
     rows, places = (labels != IGNORE_INDEX).nonzero(as_tuple=True)

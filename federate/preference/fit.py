@@ -31,7 +31,7 @@ def fit(
     epochs: range,
     advance: Callable[[], None] = lambda: None,
 ) -> float | None:
-    """Minimise -log σ(r⁺ - r⁻) + `decay` · r² in place, and return the mean of the first over the last epoch.
+    """Minimise -log σ(r⁺ - r⁻) + `decay` r² in place; returns the mean of the first in the last epoch.
 
     Args:
         judge: The reward model.

@@ -1,4 +1,4 @@
-"""What the server and every site of an alignment hold alike: the LLM, the reference and the public prompts."""
+"""What the server and every site of an alignment hold alike: the LLM, the reference, public prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedcmp.federate.preference.mixture import context
 from fedcmp.federate.preference.public import Public
 from fedcmp.pipeline.cache import open_cache, same_key
 from fedcmp.pipeline.config import Experiment
-from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.identity import language_options
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.device import pick_device
@@ -34,29 +34,26 @@ class Ground:
         language: The frozen LLM.
         model: It, behind the reference projector.
         reference: The reference's state, a new adapter included where there is one.
-        content: Content hash of the reference projector.
+        content: Fingerprint of the reference projector and of the prompts.
         asking: How questions become token ids.
         public: The prompts.
         d_vision: Width of a feature.
 
     Raises:
-        UserError: There is no reference, it does not fit, or a silo of prompts cannot be used.
+        UserError: The reference does not fit, or a silo of prompts cannot be used.
     """
 
     def __init__(self, experiment: Experiment) -> None:
         options, align = experiment.federate, experiment.align
         assert align is not None
-        if options.initial is None:
-            raise UserError(
-                "federate.initial: names the run to start from, which stays the reference; set it"
-            )
+        assert options.initial is not None
         caches = {kind: open_cache(experiment, kind) for kind in align.prompts}
         same_key(caches)
         first = next(iter(caches.values()))
         self.d_vision, device = first.d_vision, pick_device(experiment.device)
         self.language = load_language(experiment.language.path, **language_options(experiment))
         projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=self.language.d_llm)
-        self.content = start_from(options.initial, projector, options.projector.plugins)
+        initial = start_from(options.initial, projector, options.projector.plugins)
         self.model = VisionLanguage(projector.to(device), self.language)
         shapes = {name: tuple(matrix.shape) for name, matrix in self.language.adapter.items()}
         self._adapter = draw(shapes, torch.Generator().manual_seed(experiment.seed))
@@ -64,6 +61,7 @@ class Ground:
         self.model.load(self.reference)
         self.asking = Asking.of(experiment, self.language, projector.tokens(first.patches))
         self.public = Public(caches, self.asking)
+        self.content = fingerprint([initial, self.public.contents])
 
     @property
     def width(self) -> int:
@@ -88,9 +86,8 @@ class Ground:
     @torch.no_grad()
     def context(self, candidates: Candidates) -> Tensor:
         """What a router sees of each answer's prompt: `(answers, width)` float32 on the CPU."""
-        seen = (
-            self.model.visual(candidates.features).float().mean(1)[candidates.owners.to(self.language.device)]
-        )
+        pictures = self.model.visual(candidates.features).float().mean(1)
+        seen = pictures[candidates.owners.to(pictures.device)]
         asked = []
         for prompt in candidates.prompts:
             words = [token for token in prompt.ids if token != IMAGE_TOKEN_INDEX]

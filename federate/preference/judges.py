@@ -79,7 +79,9 @@ class Judges:
                     f"{len(reasons)} cannot be used); remove it from federate.silos, or extract them"
                 )
             for reason in list(reasons.values())[:1]:
-                say(f"{name}: {len(reasons)} preferences cannot be used and are left out; the first: {reason}")
+                say(
+                    f"{name}: {len(reasons)} preferences cannot be used and are left out; the first: {reason}"
+                )
             options = REWARDS.build(self._align.reward_of(name), f"align.rewards.{name}")
             number = experiment.federate.silos.index(name)
             self._silos[name] = _Silo(name, number, pairs, held_out, sorted(reasons), cache, options)
@@ -107,12 +109,15 @@ class Judges:
             ValueError: The step is none.
         """
         silo = self._silos[name]
-        if step.get("reference") != self._ground.content:
+        if step.get("ground") != self._ground.content:
             raise UserError(
-                f"site '{name}' has another reference than the server; give federate.initial of both the same weights"
+                f"site '{name}' has another reference or other prompts than the server; give both the same "
+                "federate.initial and the same caches of align.prompts"
             )
-        steps = {"fit": self._fit, "score": self._score, "margins": self._margins, "gradient": self._gradient}
-        if self._align.method != "grpo":
+        if self._align.method == "grpo":
+            fitted = {"score": self._score, "margins": self._margins, "gradient": self._gradient}
+            steps = {"fit": self._fit, **fitted}
+        else:
             steps = {"tune": self._tune}
         if step.get("step") not in steps:
             raise ValueError(f"no step '{str(step.get('step'))[:40]}' in this alignment")
@@ -136,9 +141,7 @@ class Judges:
             share = accuracy(silo.judge, silo.held_out, silo.options.batch_size)
             write_atomic(path, data := save(silo.judge.state()))
             known = {"identity": identity, "accuracy": share, "bytes": sha256(data).hexdigest()}
-            write_json(
-                path.with_suffix(".json"), known | {"made_by": provenance(str(self._ground.language.device))}
-            )
+            write_json(path.with_suffix(".json"), known | {"made_by": self._made_by()})
         else:
             silo.judge.load(load_file(path))
         silo.content = fingerprint([identity, content_hash(silo.judge.state())])
@@ -180,9 +183,12 @@ class Judges:
                 [self._ground.asking.template, self._ground.asking.question_template],
                 [self._ground.asking.max_length, self._experiment.seed, silo.number, list(epochs)],
                 None if start is None else content_hash(start),
-                provenance(str(self._ground.language.device))["packages"],
+                self._made_by()["packages"],
             ]
         )
+
+    def _made_by(self) -> dict[str, Any]:
+        return provenance(str(self._ground.language.device))
 
     def _fitted(self, silo: _Silo, step: Mapping[str, Any]) -> Judge:
         if silo.judge is None or step.get("content") != silo.content:

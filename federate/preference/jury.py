@@ -14,7 +14,6 @@ from torch import Tensor
 from fedcmp.federate.arithmetic.updates import State
 from fedcmp.federate.preference.ground import Ground
 from fedcmp.federate.preference.public import as_tensors
-from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.errors import UserError
 
 # Steps of silos by name, and what those said who answered.
@@ -51,15 +50,13 @@ class Jury:
         """Features of a prompt."""
         return self.ground.width
 
-    def fit(self, experiment: Experiment, epochs: Mapping[str, int]) -> None:
+    def fit(self, rounds: int, epochs: Mapping[str, int]) -> None:
         """Have every silo fit its reward model.
 
         Args:
-            experiment: The experiment; where its `align.average` is set, all end with the same one.
+            rounds: In which they are averaged, so that all end with the same one; none is where 0.
             epochs: Of every silo.
         """
-        assert experiment.align is not None
-        rounds = experiment.align.average
         if not rounds:
             self._fit({client: {"epochs": [0, epochs[client]]} for client in self.clients})
             return
@@ -69,32 +66,11 @@ class Jury:
                 client: [number * round_ // rounds, number * min(round_ + 1, rounds) // rounds]
                 for client, number in epochs.items()
             }
-            states = self._fit(
-                {client: {"epochs": parts[client], "start": common} for client in self.clients}
-            )
-            if round_ < rounds:
-                common = self._averaged(states)
-
-    def _averaged(self, states: Mapping[str, State]) -> State:
-        """FedAvg (McMahan et al., 2017) of reward models, by number of preferences."""
-        shapes = {
-            name: {key: tuple(each.shape) for key, each in state.items()} for name, state in states.items()
-        }
-        first = shapes[self.clients[0]]
-        for client, own in shapes.items():
-            if own != first:
-                raise UserError(
-                    f"align.average: the reward model of '{client}' is of another form than that of "
-                    f"'{self.clients[0]}'; give all the same 'align.reward'"
-                )
-        total = sum(self.samples.values())
-        return {
-            name: torch.stack([states[c][name] * (self.samples[c] / total) for c in self.clients]).sum(0)
-            for name in first
-        }
+            states = self._fit({c: {"epochs": parts[c], "start": common} for c in self.clients})
+            common = averaged(states, self.samples)
 
     def _fit(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, State]:
-        states = {}
+        states: dict[str, State] = {}
         for client, answer in self._asked({c: {"step": "fit", **r} for c, r in requests.items()}).items():
             said = _Said(client, answer)
             self.contents[client] = said.text("content")
@@ -102,7 +78,7 @@ class Jury:
             self.accuracies[client] = share
             self.samples[client] = int(said.number("pairs", 1, 2**53))
             if "state" in answer:
-                states[client] = said.state("state")
+                states[client] = said.state("state", states.get(self.clients[0]))
         return states
 
     def scores(self, places: np.ndarray, answers: Sequence[Sequence[list[int]]]) -> Tensor:
@@ -155,15 +131,25 @@ class Jury:
 
     def _asked(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Everybody's answer."""
-        agreed = {"reference": self.ground.content}
+        agreed = {"ground": self.ground.content}
         answers = self.ask({client: {**request, **agreed} for client, request in requests.items()})
         missing = [client for client in requests if client not in answers]
         if missing:
             raise UserError(
-                f"no answer from {', '.join(missing)}, as said above; a mixture needs all its judges: run this again "
-                "to go on, or remove them from federate.silos"
+                f"no answer from {', '.join(missing)}, as said above, and a mixture needs all its judges: "
+                "run this again to go on, or remove them from federate.silos"
             )
         return {client: answers[client] for client in requests}
+
+
+def averaged(states: Mapping[str, State], samples: Mapping[str, int]) -> State:
+    """FedAvg (McMahan et al., 2017): the mean of weights by number of preferences."""
+    total = sum(samples.values())
+    first = next(iter(states.values()))
+    return {
+        name: torch.stack([states[client][name] * (samples[client] / total) for client in states]).sum(0)
+        for name in first
+    }
 
 
 _AT_ONCE = 64
@@ -177,9 +163,8 @@ class _Said:
     answer: Mapping[str, Any]
 
     def _refused(self, name: str, what: str) -> UserError:
-        return UserError(
-            f"site '{self.client}' answered with {name} that {what}; give it the server's version of FedCMP"
-        )
+        remedy = "give it the server's version of FedCMP"
+        return UserError(f"site '{self.client}' answered with {name} that {what}; {remedy}")
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A finite float32 tensor of a shape."""

@@ -37,7 +37,7 @@ class Pairs:
         return len(self._texts)
 
     def candidates(self, places: Sequence[int]) -> Candidates:
-        """Pairs by their places; answers 2 i and 2 i + 1 are what was chosen and what was rejected in pair i."""
+        """Pairs by their places: answers 2 i and 2 i + 1 are the chosen and the rejected one of pair i."""
         indices = self._texts[list(places)]
         texts = [self._cache.text(index) for index in indices]
         twice = [text for text in texts for _ in range(2)]

@@ -48,8 +48,9 @@ class Generation:
 
     @property
     def kl(self) -> float:
-        """Distance from the reference, as the mean of log p - log p_ref over sampled tokens, in nats."""
-        return float((self.old - self.reference).double().mean())
+        """Distance from the reference: the mean of e^δ - δ - 1 over sampled tokens, in nats."""
+        delta = (self.reference - self.old).double()
+        return float((delta.exp() - delta - 1).mean())
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,8 @@ class Policy:
             seed: What is drawn depends on it and the experiment's alone.
             copies: Answers to each.
         """
-        return sample(
-            self.model, self._ground, places, [self._seed, *seed], copies, self._limit, self._at_once
-        )
-
-    @property
-    def _limit(self) -> int:
-        return self._align.max_new_tokens
+        length = self._align.max_new_tokens
+        return sample(self.model, self._ground, places, [self._seed, *seed], copies, length, self._at_once)
 
     def generate(self, places: np.ndarray, seed: Sequence[int]) -> Generation:
         """Answers to questions with what the policy and the reference make of them."""
@@ -174,15 +170,13 @@ def sample(
 ) -> Candidates:
     """Answers of a policy to public questions, drawn at temperature 1; see `Policy.sample`."""
     unanswered = ground.public.candidates(places, [[[]]] * len(places))
-    generator = torch.Generator().manual_seed(
-        int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> 1)
-    )
-    answers: list[list[int]] = []
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1)[0]))
+    answers: list[list[list[int]]] = [[] for _ in places]
+    ends = [ground.asking.ends(text) for text in unanswered.texts]
     with torch.inference_mode():
-        ends = [ground.asking.ends(text) for text in unanswered.texts]
         for rows in _alike(ends, max(at_once // copies, 1)):
             part = unanswered.part(rows)
-            answers += drawn(
+            said = drawn(
                 ground.language,
                 part.prompts,
                 model.visual(part.features),
@@ -193,9 +187,9 @@ def sample(
                 temperature=1.0,
                 generator=generator,
             )
-    order = [row for rows in _alike(ends, max(at_once // copies, 1)) for row in rows]
-    by_row = {row: answers[copies * place : copies * (place + 1)] for place, row in enumerate(order)}
-    return ground.public.candidates(places, [by_row[row] for row in range(len(places))])
+            for place, row in enumerate(rows):
+                answers[row] = said[copies * place : copies * (place + 1)]
+    return ground.public.candidates(places, answers)
 
 
 def _alike(ends: Sequence[set[int]], size: int) -> list[list[int]]:

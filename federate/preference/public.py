@@ -39,15 +39,33 @@ class Public:
         for kind, size in zip(self.kinds, self.sizes, strict=True):
             if not size:
                 raise UserError(
-                    f"align.prompts: silo '{kind}' has no training text whose question could be asked; remove "
-                    "it, or fix its source and extract it again"
+                    f"align.prompts: silo '{kind}' has no training text whose question could be asked; "
+                    "remove it, or fix its source and extract it again"
                 )
         self.contents = {kind: cache.content for kind, cache in caches.items()}
         self.pairs = {kind: read_pairs(cache, asking)[0] for kind, cache in caches.items()}
 
-    def order(self, kind: int, seed: int, number: int) -> np.ndarray:
-        """`(size,)` int64: the questions of a kind in the order of a pass."""
-        return np.random.default_rng([seed, kind, number]).permutation(self.sizes[kind])
+    def questions(self, kinds: Sequence[int], first: int, number: int, seed: int) -> np.ndarray:
+        """Questions in an order of their own, kind by kind in turn; every pass over a kind has another.
+
+        Args:
+            kinds: Which.
+            first: How many came before.
+            number: How many.
+            seed: Of the order.
+
+        Returns:
+            `(number, 2)` int64 of (kind, number of the question).
+        """
+        places, orders = [], {}
+        for place in range(first, first + number):
+            kind = kinds[place % len(kinds)]
+            pass_, at = divmod(place // len(kinds), self.sizes[kind])
+            if (kind, pass_) not in orders:
+                rng = np.random.default_rng([seed, kind, pass_])
+                orders[kind, pass_] = rng.permutation(self.sizes[kind])
+            places.append((kind, int(orders[kind, pass_][at])))
+        return np.array(places, np.int64)
 
     def candidates(self, places: np.ndarray, answers: Sequence[Sequence[list[int]]]) -> Candidates:
         """Answers to questions, one after the other.
@@ -98,12 +116,10 @@ def as_lists(sent: Mapping[str, Tensor]) -> tuple[np.ndarray, list[list[list[int
         ValueError: They are no such thing.
     """
     counts, lengths, tokens = sent["counts"], sent["lengths"], sent["tokens"]
-    fits = (
-        int(counts.sum()) == len(lengths)
-        and int(lengths.sum()) == len(tokens)
-        and len(counts) == len(sent["places"])
-    )
-    if not fits or any(len(each) and int(each.min()) < 0 for each in (counts, lengths, tokens)):
+    sizes = [len(sent["places"]), int(counts.sum()), int(lengths.sum())]
+    if sizes != [len(counts), len(lengths), len(tokens)] or any(
+        len(each) and int(each.min()) < 0 for each in (counts, lengths, tokens)
+    ):
         raise ValueError("answers that do not fit their questions")
     flat = [each.tolist() for each in sent["tokens"].split(sent["lengths"].tolist())]
     answers, before = [], 0

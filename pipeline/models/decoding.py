@@ -89,7 +89,7 @@ def _answers(
     ends: set[int],
     choose: Callable[[Tensor], Tensor],
 ) -> list[list[int]]:
-    """`copies` answers to each prompt side by side, whose next tokens are chosen of `(answers, vocabulary)`."""
+    """`copies` answers to each prompt; next tokens are chosen by their logits `(answers, vocabulary)`."""
     answers: list[list[int]] = [[] for _ in range(copies * len(samples))]
     ending = torch.tensor(sorted(ends), dtype=torch.int64, device=language.device)
     for group in groups(language, samples):

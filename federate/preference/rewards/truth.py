@@ -13,7 +13,7 @@ from fedcmp.federate.preference.rewards import REWARDS, Asking, Candidates, Judg
 
 @REWARDS.register("truth")
 class Truth(Reward):
-    """F1 of the words, or of what matches `pattern`, of an answer and of the one that the prompt came with."""
+    """F1 of the words, or of what matches `pattern`, of an answer and of the one beside its prompt."""
 
     epochs: int = 0
     pattern: str = r"\w+"

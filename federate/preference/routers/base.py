@@ -29,14 +29,14 @@ class Panel(Protocol):
         """Share of its own held-out pairs that each ranks right, None without any."""
 
     def domain_gradient(self, omega: Tensor) -> tuple[Tensor, float]:
-        """Of the mean of -log softmax(Ω h(x))_k over all clients' own prompts, `(K, width)`, and that mean."""
+        """Of the mean of -log softmax(Ω h(x))_k over all own prompts, `(K, width)`, and that mean."""
 
     def margins(self) -> tuple[Tensor, Tensor]:
         """Public preferences: h(x) `(n, width)`, and each r̃(chosen) - r̃(rejected) `(K, n)`."""
 
 
 class Router(Options, ABC):
-    """Of the K rewards, π(x) = (1 - u) softmax(Ω h(x) / τ) + u / K, with u = `uniform` and τ = `temperature`."""
+    """π(x) = (1 - u) softmax(Ω h(x) / τ) + u / K, with u = `uniform` and τ = `temperature`."""
 
     uniform: float = Field(0.0, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)

@@ -1,0 +1,63 @@
+"""What an alignment carries from generation to generation, which is what its checkpoints hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedcmp.federate.arithmetic.updates import State
+from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.files import atomic
+
+
+@dataclass
+class Progress:
+    """All that an alignment carries on; what is drawn depends on seeds and numbers alone.
+
+    Attributes:
+        state: The policy.
+        safe: The policy whose answers were last seen within the limit of KL.
+        step: Steps, or rounds, that were taken.
+        optimizer: Its moments.
+        omega: The router's matrix, None before it is fitted.
+        deviations: What the rewards are divided by.
+        contents: The reward models, as their sites name them.
+        kinds: Kinds of prompts that are trained on.
+        agreement: Share of public preferences of each kind that the mixture ranks right, None without any.
+        stopped: Whether the limit of KL was exceeded.
+    """
+
+    state: State
+    safe: State
+    step: int = 0
+    optimizer: dict[str, Any] | None = None
+    omega: Tensor | None = None
+    deviations: Tensor | None = None
+    contents: dict[str, str] = field(default_factory=dict)
+    kinds: list[int] = field(default_factory=list)
+    agreement: dict[str, float | None] = field(default_factory=dict)
+    stopped: bool = False
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Write a checkpoint atomically."""
+        with atomic(path) as file:
+            torch.save({"fingerprint": fingerprint, **vars(self)}, file)
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str) -> Progress | None:
+        """Read a checkpoint, or None where there is none of this configuration.
+
+        Raises:
+            UserError: The file is no checkpoint.
+        """
+        if not path.is_file():
+            return None
+        try:
+            saved = torch.load(path, weights_only=True)
+            return cls(**saved) if saved.pop("fingerprint") == fingerprint else None
+        except Exception:
+            raise UserError(f"{path}: damaged, not a checkpoint; delete it to train from the start") from None

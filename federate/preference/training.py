@@ -1,0 +1,141 @@
+"""GRPO at the server, judged by the mixture of the silos' reward models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fedcmp.federate.preference.ground import Ground
+from fedcmp.federate.preference.grpo import advantages
+from fedcmp.federate.preference.jury import Jury
+from fedcmp.federate.preference.mixture import deviations, fused, weights
+from fedcmp.federate.preference.policy import Policy
+from fedcmp.federate.preference.progress import Progress
+from fedcmp.federate.preference.record import step_rows
+from fedcmp.federate.preference.rewards import REWARDS
+from fedcmp.federate.preference.routers import ROUTERS, Router
+from fedcmp.pipeline import history
+from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.console import progress, say
+from fedcmp.pipeline.errors import UserError
+
+_CALIBRATION, _TRAINING = range(2)
+
+
+def train(
+    experiment: Experiment, ground: Ground, jury: Jury, done: Progress, save: Callable[[], None]
+) -> None:
+    """Fit the reward models, prepare the mixture, and move the policy step by step; `done` is changed.
+
+    Args:
+        experiment: The experiment.
+        ground: The LLM, the reference and the prompts.
+        jury: The reward models.
+        done: Where to go on.
+        save: Writes a checkpoint of it.
+
+    Raises:
+        UserError: The mixture can judge no kind of prompt, or a site has another reward model than before.
+    """
+    align, rows = experiment.align, experiment.run_path / history.HISTORY
+    assert align is not None
+    if not align.steps:
+        return
+    router = ROUTERS.build(align.router, "align.router")
+    rewards = {c: REWARDS.build(align.reward_of(c), f"align.rewards.{c}") for c in jury.clients}
+    jury.fit(align.average, {client: reward.epochs for client, reward in rewards.items()})
+    policy = Policy(ground, experiment)
+    policy.model.load(done.state)
+    if done.optimizer is not None:
+        policy.optimizer.load_state_dict(done.optimizer)
+    if done.omega is None:
+        _prepare(experiment, ground, jury, policy, router, done)
+        save()
+    elif done.contents != jury.contents:
+        out = experiment.run_path
+        raise UserError(f"{out}: silos have other reward models than it began with; remove it to begin anew")
+    assert done.omega is not None
+    assert done.deviations is not None
+    jury.deviations, count = done.deviations, align.prompts_per_step
+    with progress(experiment.run, align.steps - done.step, "steps") as task:
+        while done.step < align.steps:
+            first = done.step // align.steps_per_generation
+            number = count * align.steps_per_generation
+            places = ground.public.questions(done.kinds, first * number, number, experiment.seed)
+            generation = policy.generate(places, [_TRAINING, first])
+            if generation.kl > align.kl_limit:
+                done.state, done.stopped = done.safe, True
+                say(
+                    f"step {done.step}: KL {generation.kl:.2f} is above align.kl_limit = {align.kl_limit:g}; "
+                    "the run ends with the last weights within it (a higher align.beta keeps them there)"
+                )
+                return
+            done.safe = policy.state()
+            pi = weights(
+                done.omega,
+                ground.context(generation.candidates),
+                uniform=router.uniform,
+                temperature=router.temperature,
+            )
+            mixed = fused(pi, jury.scores(places, generation.answers)).view(number, -1)
+            advantage, copies = advantages(mixed).flatten(), mixed.shape[1]
+            lengths = [len(answer) for answer in generation.candidates.answers]
+            told = []
+            steps = min(align.steps_per_generation, align.steps - done.step)
+            for step in range(steps):
+                moved = policy.step(
+                    done.step + step, generation, range(step * count, (step + 1) * count), advantage
+                )
+                own = slice(step * count * copies, (step + 1) * count * copies)
+                part = mixed[step * count : (step + 1) * count]
+                told += step_rows(done.step + step, jury.clients, moved, part, pi[own], lengths[own])
+                task.advance()
+            history.append(rows, told)
+            task.note(f"reward {mixed.mean():.3f}, KL {generation.kl:.3f}")
+            done.step += steps
+            done.state, done.optimizer = policy.state(), policy.optimizer.state_dict()
+            save()
+
+
+def _prepare(
+    experiment: Experiment, ground: Ground, jury: Jury, policy: Policy, router: Router, done: Progress
+) -> None:
+    """Bring rewards to one scale, fit the router, and see which kinds of prompts the mixture can judge."""
+    align, public = experiment.align, ground.public
+    assert align is not None
+    kinds = list(range(len(public.kinds)))
+    places = public.questions(kinds, 0, align.calibration * len(kinds), experiment.seed + 1)
+    generation = policy.generate(places, [_CALIBRATION])
+    raw = jury.scores(places, generation.answers)
+    done.deviations = jury.deviations = deviations(raw.view(len(raw), len(places), -1))
+    done.omega, done.contents = router.fit(jury), dict(jury.contents)
+    done.agreement = _agreement(ground, jury, router, done.omega)
+    for kind, name in enumerate(public.kinds):
+        share = done.agreement[name]
+        fit = share is None or share > align.least
+        done.kinds += [kind] if fit else []
+        told = (
+            "no public preferences to check the mixture by" if share is None else "preferences ranked right"
+        )
+        shown = "" if share is None else f"{share:.1%} of {len(public.pairs[name]):,} public "
+        say(
+            f"{name}: {shown}{told}" + ("" if fit else f", not above align.least = {align.least:g}: left out")
+        )
+    if not done.kinds:
+        raise UserError(
+            "align.least: the mixture ranks too few public preferences right in every kind of prompt, and "
+            "training would follow its mistakes; collect preferences between the reference's own answers"
+        )
+
+
+def _agreement(ground: Ground, jury: Jury, router: Router, omega: torch.Tensor) -> dict[str, float | None]:
+    """Share of the public preferences of each kind that the mixture ranks right."""
+    h, margins = jury.margins()
+    pi = weights(omega, h, uniform=router.uniform, temperature=router.temperature)
+    right = fused(pi, margins) > 0
+    sizes = [len(pairs) for pairs in ground.public.pairs.values()]
+    return {
+        name: float(own.float().mean()) if len(own) else None
+        for name, own in zip(ground.public.pairs, right.split(sizes), strict=True)
+    }
