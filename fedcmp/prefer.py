@@ -1,6 +1,6 @@
 """Preferences of the embedded default: a run's own answers about new scenes, ranked by what the scenes are.
 
-<out>/silos/<silo>.json, <silo>/     pictures of a silo's domain with what it prefers, of one kind of question
+<out>/silos/<silo>.json, <silo>/     pictures of a silo's domain with what it prefers
 <out>/public/<kind>.json, <kind>/    prompts with the true answers, and a few preferences
 <out>/manifest.json                  written last
 """
@@ -37,8 +37,6 @@ from fedcmp.pipeline.world.scenes import DOMAINS, Content, Scene, render
 from fedcmp.pipeline.world.texts import SHORT_ANSWER, caption, exists_questions, short_questions
 
 KINDS = ("caption", "yesno", "short")
-# The kind that a silo annotates: two silos each.
-ANNOTATES = dict(zip(DOMAINS, KINDS * 2, strict=True))
 
 _THING = re.compile(r"a \w+ \w+ \w+ at the \w+ \w+")
 _AT_ONCE = 128
@@ -47,10 +45,10 @@ _MOST_SCENES = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Amounts:
-    """How much is written: preferences of a silo; prompts and preferences of a kind that are public."""
+    """How much is written of each kind: preferences of a silo; prompts and preferences that are public."""
 
     seed: int = 0
-    silo_preferences: int = 700
+    silo_preferences: int = 240
     prompts: int = 600
     public_preferences: int = 200
     max_new_tokens: int = 48
@@ -95,10 +93,14 @@ def prefer(
     asking = Asking.of(experiment, language, model.projector.tokens(run.manifest["features"]["patches"]))
     respond = _Responding(encoder, model, asking, amounts.max_new_tokens)
     counts = {}
-    for number, (domain, kind) in enumerate(ANNOTATES.items()):
+    for number, domain in enumerate(DOMAINS):
         rng = np.random.default_rng([amounts.seed, 77, number])
         content = Content(domain=[float(name == domain) for name in DOMAINS])
-        preferred = respond.preferred(kind, content, amounts.silo_preferences, rng, advance)
+        preferred = [
+            pair
+            for kind in KINDS
+            for pair in respond.preferred(kind, content, amounts.silo_preferences, rng, advance)
+        ]
         counts[domain] = _write(out / "silos", domain, preferred)
     for number, kind in enumerate(KINDS):
         rng = np.random.default_rng([amounts.seed, 78, number])
@@ -146,8 +148,8 @@ class _Responding:
             if len(found) >= number:
                 return found
         raise UserError(
-            f"the run's answers of kind '{kind}' are nearly always right: {len(found)} preferences, not {number}; "
-            "ask for fewer, or take a run of fewer rounds"
+            f"the run's answers of kind '{kind}' are almost always right: {len(found)} of {number} pairs "
+            "found; ask for fewer, or take a run of fewer rounds"
         )
 
     @torch.inference_mode()

@@ -60,6 +60,11 @@ class Run:
         return read_history(self.path)
 
     @property
+    def sampled(self) -> list[dict[str, Any]]:
+        """Answers before and after an alignment; none of other runs."""
+        return history.read(self.path / SAMPLED)
+
+    @property
     def projectors(self) -> dict[str, str]:
         """Content hashes of its projectors, by their files' names within the run."""
         contents: dict[str, str] = self.manifest["projectors"]

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from fedcmp.evaluate.benchmarks.base import BENCHMARKS
 from fedcmp.extract.encoders.base import ENCODERS
 from fedcmp.extract.sources import SOURCES
+from fedcmp.federate.preference.rewards import REWARDS
+from fedcmp.federate.preference.routers import ROUTERS
 from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.describe import documented, options_of
@@ -27,6 +29,8 @@ _KINDS: dict[str, tuple[str, Registry[Any]]] = {
     "extract.encoder": ("Encoders", ENCODERS),
     "federate.projector": ("Projectors", PROJECTORS),
     "federate.strategy": ("Strategies", STRATEGIES),
+    "align.reward": ("Reward models", REWARDS),
+    "align.router": ("Routers of rewards", ROUTERS),
     "evaluate.benchmarks.NAME": ("Benchmarks", BENCHMARKS),
 }
 _HEAD = """# Keys of an experiment file

@@ -1,4 +1,4 @@
-"""An alignment from caches to a projector: in one process and over sites, killed and rerun, and what it refuses."""
+"""An alignment from caches to a projector: in one process, over sites, killed and rerun, refused."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_a_missing_judge_stops_it_and_a_rerun_goes_on(aligned: Path) -> None:
     experiment = load(aligned, ["run=absent", "sites.join_timeout=5", "sites.round_timeout=2"])
     link = FakeLink({node: Service(experiment, silo) for node, silo in enumerate(SILOS)})
     link.on_train = lambda node: link.mute.update({1: 60.0}) if len(link.sent) > 29 else None
-    with pytest.raises(UserError, match="no answer from lab.*run this again"):
+    with pytest.raises(UserError, match=r"no answer from lab.*run this again"):
         align(experiment, over(link))
     again = FakeLink({node: Service(experiment, silo) for node, silo in enumerate(SILOS)})
     align(experiment, over(again))

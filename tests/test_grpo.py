@@ -135,9 +135,9 @@ class Clients:
     """Prompts of three clients, asked one by one or as if pooled."""
 
     clients, width = ("a", "b", "c"), 5
-    accuracies = {"a": 0.6, "b": 0.9, "c": None}
 
     def __init__(self, pooled: bool = False) -> None:
+        self.accuracies = {"a": 0.6, "b": 0.9, "c": None}
         self.own = [2 * drawn(place, 10 + place, 5) + place for place in range(3)]
         self.pooled = pooled
 
@@ -158,7 +158,7 @@ class Clients:
         return h, torch.stack([h[:, 0], -h[:, 0], 0.1 * h[:, 1]])
 
 
-def router(name: str, **options: object):  # noqa: ANN201
+def router(name: str, **options: object):
     return ROUTERS.build(Component(name=name, **options), "align.router")  # type: ignore[arg-type]
 
 

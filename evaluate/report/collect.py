@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedcmp.evaluate.report import downloads, training
+from fedcmp.evaluate.report import alignment, downloads, training
 from fedcmp.evaluate.report.groups import grouped
 from fedcmp.evaluate.report.judged import Judged, columns_of, judged_runs
 from fedcmp.evaluate.report.page import page
@@ -67,7 +67,7 @@ def _report(runs: Sequence[Judged], absent: dict[str, str], baseline: str | None
 
 def _write(out: Path, report: Report, runs: Sequence[Judged]) -> None:
     charts = {"differences.svg": difference_chart(report)}
-    charts |= training.curves(report.runs) | training.weights(report.runs)
+    charts |= training.curves(report.runs) | training.weights(report.runs) | alignment.curves(report.runs)
     charts = {name: svg for name, svg in charts.items() if svg}
     files = {
         "scores.csv": ("scores, whole and by group", downloads.scores_csv(report)),

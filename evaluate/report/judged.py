@@ -62,7 +62,17 @@ def _judged(experiment: Experiment) -> Judged:
     silos = {silo: counts["samples"] for silo, counts in trained.manifest.get("texts", {}).items()}
     facts = facts_of(experiment, trained)
     strategy = trained.manifest["strategy"]
-    result = RunResult(experiment.run, strategy, {}, [], {}, trained.history, facts=facts, silos=silos)
+    result = RunResult(
+        experiment.run,
+        strategy,
+        {},
+        [],
+        {},
+        trained.history,
+        facts=facts,
+        silos=silos,
+        sampled=trained.sampled,
+    )
     run = Judged(experiment, benchmarks_of(experiment), {}, {}, result)
     for name, benchmark in run.benchmarks.items():
         if not (experiment.scores_path / f"{name}.json").is_file():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
+from fedcmp.evaluate.report import alignment
 from fedcmp.evaluate.report.cards import cards
 from fedcmp.evaluate.report.results import Report
 from fedcmp.evaluate.report.scores import comparison, headline, silos, summary
@@ -29,6 +30,7 @@ def page(report: Report, charts: Mapping[str, str], files: Mapping[str, str]) ->
         ("comparison", "Comparison", comparison(report, _figures(_some(charts, "differences")))),
         ("silos", "Silos and domains", silos(report)),
         ("training", "Training loss", _charts(charts, "loss")),
+        ("alignment", "Alignment", _alignment(report, charts)),
         ("weights", "Reliability and weight of clients", _weights(charts)),
         ("answers", "Pictures, questions and answers", cards(report)),
         ("provenance", "Provenance", _provenance(report)),
@@ -84,12 +86,19 @@ def _weights(charts: Mapping[str, str]) -> str:
     told = (
         "<p>Reliability 1 is full weight; it is lower the less a client agrees with the consensus of others. "
     )
-    told += "Weight is a client's share of the round's update. Hatched: the client was not in that round.</p>"
+    told += "Weight is a client's share of the round's update, or of the step's reward. Hatched: the client "
+    told += "was not in that round.</p>"
     return (
         told
         + _figures(reliability)
         + (folded("Weights", _figures(weight), opened=not reliability) if weight else "")
     )
+
+
+def _alignment(report: Report, charts: Mapping[str, str]) -> str:
+    drawn = _some(charts, alignment.START)
+    shown = f"<div class=panels>{_figures(drawn)}</div>" if drawn else ""
+    return shown + alignment.answers(report.runs)
 
 
 def _provenance(report: Report) -> str:

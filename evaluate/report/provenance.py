@@ -40,6 +40,7 @@ def facts_of(experiment: Experiment, run: Run) -> dict[str, str]:
         "batch size": str(federate.get("batch_size", "-")),
         "optimizer": _named(federate.get("optimizer", {})),
         "seed": str(run.identity.get("seed", "-")),
+        "alignment": _alignment(run.identity.get("align") or {}),
         "privacy": _privacy(federate, history),
         "communication": _options(federate.get("communication") or {}) or "float32",
         "exchanged": _traffic(history),
@@ -71,6 +72,15 @@ def _options(options: dict[str, Any]) -> str:
 
 def _named(options: dict[str, Any]) -> str:
     return ", ".join(filter(None, [str(options.get("name", "-")), _options(options)]))
+
+
+def _alignment(align: dict[str, Any]) -> str:
+    if not align:
+        return "none"
+    rewards = ", ".join(dict.fromkeys(_named(each) for each in align["rewards"].values()))
+    rest = {name: each for name, each in align.items() if name not in ("rewards", "router", "prompts")}
+    prompts = ", ".join(align["prompts"])
+    return f"{_options(rest)}; prompts: {prompts}; rewards: {rewards}; router: {_named(align['router'])}"
 
 
 def _silos(manifest: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ class RunResult:
         silos: Training texts of every silo.
         limits: How many questions were taken, by benchmark, where that is not all.
         warnings: What a person must know of the answers, by benchmark.
+        sampled: Answers to public prompts before and after an alignment.
     """
 
     name: str
@@ -47,6 +48,7 @@ class RunResult:
     silos: dict[str, int] = field(default_factory=dict)
     limits: dict[str, int] = field(default_factory=dict)
     warnings: dict[str, list[str]] = field(default_factory=dict)
+    sampled: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ def pictograms(out: Path, seed: int, most: int) -> None:
 @experiment_options
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", default=0, show_default=True, help="Seed of scenes and answers.")
-@click.option("--silo-preferences", default=700, show_default=True, help="Preferences of a silo.")
+@click.option(
+    "--silo-preferences", default=240, show_default=True, help="Preferences of a silo, of each kind."
+)
 @click.option("--prompts", default=600, show_default=True, help="Public prompts of a kind.")
 @click.option("--public-preferences", default=200, show_default=True, help="Public preferences of a kind.")
 def prefer(config: Path, overrides: tuple[str, ...], out: Path, **amounts: int) -> None:
@@ -97,10 +99,11 @@ def prefer(config: Path, overrides: tuple[str, ...], out: Path, **amounts: int) 
     """
     from fedcmp.components import load
     from fedcmp.pipeline.console import progress, say
-    from fedcmp.prefer import ANNOTATES, KINDS, Amounts
+    from fedcmp.pipeline.world import scenes
+    from fedcmp.prefer import KINDS, Amounts
     from fedcmp.prefer import prefer as write_preferences
 
-    total = len(ANNOTATES) * amounts["silo_preferences"] + len(KINDS) * amounts["public_preferences"]
+    total = len(KINDS) * (len(scenes.DOMAINS) * amounts["silo_preferences"] + amounts["public_preferences"])
     with progress("preferences", total, "pairs") as task:
         counts = write_preferences(load(config, overrides), out, Amounts(**amounts), task.advance)
     say(f"Wrote preferences of {', '.join(f'{name} {number}' for name, number in counts.items())} to {out}")

@@ -38,7 +38,7 @@ def step_rows(
     whole = {
         "round": step,
         "client": None,
-        "loss": moved.loss,
+        "objective": moved.loss,
         "reward": float(rewards.mean()),
         "reward_deviation": float(rewards.std(1).mean()),
         "kl": moved.kl,
