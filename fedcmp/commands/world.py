@@ -100,8 +100,8 @@ def prefer(config: Path, overrides: tuple[str, ...], out: Path, **amounts: int) 
     from fedcmp.components import load
     from fedcmp.pipeline.console import progress, say
     from fedcmp.pipeline.world import scenes
-    from fedcmp.prefer import KINDS, Amounts
-    from fedcmp.prefer import prefer as write_preferences
+    from fedcmp.world_preferences import KINDS, Amounts
+    from fedcmp.world_preferences import prefer as write_preferences
 
     total = len(KINDS) * (len(scenes.DOMAINS) * amounts["silo_preferences"] + amounts["public_preferences"])
     with progress("preferences", total, "pairs") as task:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from fedcmp.federate.preference.rewards import REWARDS, Candidates, Judge, Reward, Setting
+from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.prompts import IMAGE_TOKEN_INDEX
 
 _PATCH, _QUESTION, _ANSWER = range(3)
@@ -20,7 +22,7 @@ class Cross(Reward):
     Args:
         width: Of its tokens.
         layers: How many.
-        heads: Of each layer.
+        heads: Of each layer; they share the width.
         longest: Words that have positions of their own; later ones share the last.
     """
 
@@ -32,12 +34,29 @@ class Cross(Reward):
 
     def judge(self, setting: Setting) -> Judge:
         """The transformer."""
-        words = setting.asking.language.rows
-        # Its initial weights are those of the site's generator, not of the process.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (1,), generator=setting.generator)))
-            judge = _Cross(self, setting.d_vision, words)
+        judge = _Cross(self, setting.d_vision, setting.asking.language.rows)
+        projectors.initialise(judge, setting.generator)
         return judge.to(setting.asking.language.device)
+
+
+class _Layer(nn.Module):
+    """Attention over all tokens and an MLP, normalised before each."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.inputs, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, hidden: Tensor, present: Tensor) -> Tensor:
+        """`(answers, tokens, width)`, of which `(answers, 1, 1, tokens)` bool are there."""
+        parts = self.inputs(self.norm_1(hidden)).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        mixed = scaled_dot_product_attention(q, k, v, attn_mask=present).transpose(1, 2).flatten(2)
+        hidden = hidden + self.output(mixed)
+        out: Tensor = hidden + self.down(gelu(self.up(self.norm_2(hidden))))
+        return out
 
 
 class _Cross(Judge):
@@ -47,30 +66,25 @@ class _Cross(Judge):
         self.longest = options.longest
         self.patches, self.words = nn.Linear(d_vision, width), nn.Embedding(words, width)
         self.parts, self.places = nn.Embedding(3, width), nn.Embedding(options.longest, width)
-        self.first = nn.Parameter(torch.zeros(width))
-        layer = nn.TransformerEncoderLayer(
-            width, options.heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(
-            layer, options.layers, nn.LayerNorm(width), enable_nested_tensor=False
-        )
-        self.head = nn.Linear(width, 1)
+        self.first = nn.Embedding(1, width)
+        self.layers = nn.ModuleList(_Layer(width, options.heads) for _ in range(options.layers))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 
     def forward(self, candidates: Candidates) -> Tensor:
-        device = self.first.device
+        device = self.first.weight.device
         seen = self.patches(candidates.features)[candidates.owners.to(device)] + self.parts.weight[_PATCH]
         words, parts = [], []
         for prompt, answer in zip(candidates.prompts, candidates.answers, strict=True):
             asked = [token for token in prompt.ids if token != IMAGE_TOKEN_INDEX]
             words.append(torch.tensor([*asked, *answer]))
-            parts.append(torch.tensor([*[_QUESTION] * len(asked), *[_ANSWER] * len(answer)]))
+            parts.append(torch.tensor([_QUESTION] * len(asked) + [_ANSWER] * len(answer)))
         ids, of = (pad_sequence(each, batch_first=True).to(device) for each in (words, parts))
         places = torch.arange(ids.shape[1], device=device).clamp(max=self.longest - 1)
         told = self.words(ids) + self.parts(of) + self.places(places)
-        lengths = torch.tensor([len(each) for each in words], device=device)
-        absent = torch.arange(ids.shape[1], device=device) >= lengths[:, None]
-        first = self.first.expand(len(candidates), 1, -1)
-        hidden = torch.cat([first, seen, told], 1)
-        padding = torch.cat([absent.new_zeros(len(candidates), 1 + seen.shape[1]), absent], 1)
-        rewards: Tensor = self.head(self.layers(hidden, src_key_padding_mask=padding)[:, 0]).squeeze(1)
+        lengths = torch.tensor([1 + seen.shape[1] + len(each) for each in words], device=device)
+        hidden = torch.cat([self.first.weight.expand(len(candidates), 1, -1), seen, told], 1)
+        present = torch.arange(hidden.shape[1], device=device) < lengths[:, None]
+        for layer in self.layers:
+            hidden = layer(hidden, present[:, None, None])
+        rewards: Tensor = self.head(hidden[:, 0]).squeeze(1)
         return rewards

@@ -56,10 +56,9 @@ class Amounts:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A scene with a question about it."""
+    """A question about a picture `(48, 48, 3)` uint8."""
 
-    scene: Scene
-    picture: bytes
+    picture: np.ndarray
     text: Text
     answer: str
 
@@ -154,9 +153,7 @@ class _Responding:
 
     @torch.inference_mode()
     def _answers(self, asked: list[_Asked], rng: np.random.Generator) -> list[tuple[str, str]]:
-        pixels = [
-            self.encoder.preprocess(Image.open(io.BytesIO(each.picture)).convert("RGB")) for each in asked
-        ]
+        pixels = [self.encoder.preprocess(Image.fromarray(each.picture)) for each in asked]
         features = self.encoder.encode(torch.from_numpy(np.stack(pixels))).float()
         texts = [each.text for each in asked]
         answers = drawn(
@@ -185,18 +182,17 @@ def _ranked(kind: str, truth: str, one: str, other: str) -> tuple[str, str] | No
 
 def _ask(kind: str, scene: Scene, rng: np.random.Generator) -> _Asked:
     """A question of a kind about a scene, in the words of the benchmarks."""
-    buffer = io.BytesIO()
-    Image.fromarray(render(scene, rng)).save(buffer, "png")
+    picture = render(scene, rng)
     if kind == "caption":
         answer = caption(scene)
-        return _Asked(scene, buffer.getvalue(), Text((Turn("assistant", answer),)), answer)
+        return _Asked(picture, Text((Turn("assistant", answer),)), answer)
     if kind == "yesno":
         question = next(exists_questions(scene, rng, adversarial=bool(rng.random() < 0.5)))
     else:
         pool = short_questions(scene)
         question = pool[int(rng.integers(len(pool)))]
     turns = (Turn("user", f"<image>\n{question.text}\n{SHORT_ANSWER}"), Turn("assistant", question.answer))
-    return _Asked(scene, buffer.getvalue(), Text(turns), question.answer)
+    return _Asked(picture, Text(turns), question.answer)
 
 
 def _write(
@@ -210,9 +206,15 @@ def _write(
     pictures = [each.picture for each, _, _ in preferred] + [each.picture for each in asked or []]
     for number, (entry, picture) in enumerate(zip(entries, pictures, strict=True)):
         entry["image"] = f"{number:06d}.png"
-        write_atomic(folder / name / entry["image"], picture)
+        write_atomic(folder / name / entry["image"], _png(picture))
     write_json(folder / f"{name}.json", entries)
     return len(preferred)
+
+
+def _png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def _as_entry(asked: _Asked, *, answered: bool) -> dict[str, Any]:
