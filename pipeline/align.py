@@ -35,6 +35,7 @@ class Align(Options):
     steps_per_generation: int = Field(4, ge=1)
     max_new_tokens: int = Field(64, ge=1)
     learning_rate: float = Field(3e-4, gt=0)
+    scale_rewards: Literal["group", "batch", "none"] = "group"
     epsilon: float = Field(0.2, gt=0, lt=1)
     beta: float = Field(0.15, gt=0)
     kl_limit: float = Field(0.5, gt=0)

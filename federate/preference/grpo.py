@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,17 +11,21 @@ from torch import Tensor
 _LEAST = 1e-4
 
 
-def advantages(rewards: Tensor) -> Tensor:
-    """A_i = (R_i - mean) / (std + 10⁻⁴) within each group.
+def advantages(rewards: Tensor, scale: Literal["group", "batch", "none"] = "group") -> Tensor:
+    """A_i = (R_i - mean) / (std + 10⁻⁴), the mean of each group.
 
     Args:
         rewards: `(prompts, answers)`.
+        scale: Whose deviation: of each group, of all answers from the means of their groups, or none.
 
     Returns:
         `(prompts, answers)`; zero where all answers of a group are as good.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
-    return centred / (rewards.std(1, keepdim=True) + _LEAST)
+    if scale == "none":
+        return centred
+    deviation = rewards.std(1, keepdim=True) if scale == "group" else centred.square().mean().sqrt()
+    return centred / (deviation + _LEAST)
 
 
 @dataclass(frozen=True)

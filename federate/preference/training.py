@@ -79,7 +79,7 @@ def train(
                 temperature=router.temperature,
             )
             mixed = fused(pi, jury.scores(places, generation.answers)).view(number, -1)
-            advantage, copies = advantages(mixed).flatten(), mixed.shape[1]
+            advantage, copies = advantages(mixed, align.scale_rewards).flatten(), mixed.shape[1]
             lengths = [len(answer) for answer in generation.candidates.answers]
             told = []
             steps = min(align.steps_per_generation, align.steps - done.step)
