@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ def canonical(value: Any) -> bytes:
 def fingerprint(value: Any) -> str:
     """SHA-256 (hex) of a JSON value."""
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def fingerprint_all(values: Iterable[Any]) -> str:
+    """The `fingerprint` of a list of values, of which one is in memory at a time."""
+    digest, before = hashlib.sha256(), b"["
+    for value in values:
+        digest.update(before + canonical(value))
+        before = b","
+    digest.update(b"[]" if before == b"[" else b"]")
+    return digest.hexdigest()
 
 
 def sha256_file(path: Path) -> str:

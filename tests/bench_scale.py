@@ -3,7 +3,8 @@
 10^5 and 10^6 images (10^7 with `--large`: 6 GB of disk, most of an hour) of one patch of 8 numbers, with a
 caption each, in shards of 65,536. CPU time and peak memory, each in a process of its own, with exponents:
 how they grow with the number of images. Opening, and the memory of opening and reading, may hardly grow.
-Linux only (/proc).
+Nor may that of the source `llava_json` over size, identity and all records of 10^5 and 10^6 entries, the
+two of each image far apart. Linux only (/proc).
 """
 
 from __future__ import annotations
@@ -66,10 +67,11 @@ def shuffled(path: Path) -> None:
     from fedcmp.pipeline.cache.loader import stored_batches
 
     cache = FeatureCache(path)
-    chosen = np.random.default_rng(1).choice(cache.usable_texts("train"), READ, replace=False)
-    samples = np.stack([np.zeros(READ, np.int64), cache.text_image[chosen]], 1)
+    usable = cache.usable_texts("train")
+    chosen = np.random.default_rng(1).choice(usable, min(READ, len(usable)), replace=False)
+    samples = np.stack([np.zeros(len(chosen), np.int64), cache.text_image[chosen]], 1)
     batches = stored_batches([cache], samples, BATCH)
-    for start in range(0, READ, BATCH):
+    for start in range(0, len(chosen), BATCH):
         next(batches)
         for index in chosen[start : start + BATCH]:
             cache.text(int(index))
@@ -86,7 +88,28 @@ def verified(path: Path) -> None:
     assert verify(path) == []
 
 
-WAYS = {"open": opened, "text": first_text, "shuffled": shuffled, "ids": named, "verify": verified}
+def write_json(path: Path, entries: int) -> None:
+    with path.open("w") as file:
+        for number in range(entries):
+            image = f"folder/{number % -(-entries // 2):09d}.jpg"
+            said = f"a picture of {number} things, {number % 7} of them red; " + "and so on, " * 20
+            turns = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": said}]
+            entry = {"id": str(number), "image": image, "conversations": turns}
+            file.write(f"{',' if number else '['}\n{json.dumps(entry)}")
+        file.write("\n]\n")
+
+
+def listed(path: Path) -> None:
+    """What extraction asks of a source; the pictures are not there."""
+    from fedcmp.extract.sources.llava_json import LlavaJson
+
+    source = LlavaJson(path=path, images=path.parent / "images")
+    source.identity()
+    assert sum(1 for _ in source.records()) == source.size()
+
+
+CACHE_WAYS = {"open": opened, "text": first_text, "shuffled": shuffled, "ids": named, "verify": verified}
+WAYS = CACHE_WAYS | {"json": listed}
 
 
 def measured(way: str, path: Path) -> tuple[float, float]:
@@ -108,18 +131,26 @@ def main(sizes: list[int]) -> int:
         for images in sizes:
             path = Path(folder) / f"{images}.zarr"
             subprocess.run([sys.executable, __file__, "--write", str(path), str(images)], check=True)
-            for way in WAYS:
+            for way in CACHE_WAYS:
                 # The faster of three; opening is a matter of milliseconds.
                 tries = [measured(way, path) for _ in range(3 if way in ("open", "text") else 1)]
                 best = min(seconds for seconds, _ in tries), max(peak for _, peak in tries)
                 figures.setdefault(way, []).append(best)
                 print(f"{images:>10,} images, {way:9}{best[0]:9.3f} s{best[1]:8.0f} MB", flush=True)
+        for entries in sizes[:2]:
+            path = Path(folder) / f"{entries}.json"
+            write_json(path, entries)
+            figures.setdefault("json", []).append(measured("json", path))
+            seconds, peak = figures["json"][-1]
+            size = path.stat().st_size / 1e6
+            print(f"{entries:>10,} entries, {size:.0f} MB of JSON{seconds:9.3f} s{peak:8.0f} MB", flush=True)
+            path.unlink()
     missed = 0
     for way, each in figures.items():
-        growth = [exponent(each[0][what], each[-1][what], sizes[-1] / sizes[0]) for what in (0, 1)]
+        growth = [exponent(each[0][what], each[-1][what], sizes[len(each) - 1] / sizes[0]) for what in (0, 1)]
         for what, gated, found in (
             ("seconds", way == "open", growth[0]),
-            ("memory", way in ("open", "shuffled"), growth[1]),
+            ("memory", way in ("open", "shuffled", "json"), growth[1]),
         ):
             verdict = ("passed" if found <= GATE else "MISSED") if gated else "      "
             missed += gated and found > GATE

@@ -6,13 +6,13 @@ import hashlib
 import json
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.hashes import fingerprint, sha256_file
+from fedcmp.pipeline.hashes import fingerprint_all, sha256_file
 from fedcmp.pipeline.options import Options
 from fedcmp.pipeline.records import Record, Text, caption, from_chat, from_llava, from_preference
 from fedcmp.pipeline.registry import Registry
@@ -68,25 +68,25 @@ class Source(Options, ABC):
 
 def stat_files(paths: Iterable[Path | Remote]) -> str:
     """SHA-256 over name, size and time (URLs: version) of files; a missing file counts as such."""
-    facts: list[list[Any]] = []
-    for path in paths:
-        if isinstance(path, Remote):
-            facts.append([path.name, *(path.facts() or (None, None))])
-            continue
-        try:
-            stat = path.stat()
-            facts.append([path.name, stat.st_size, stat.st_mtime_ns])
-        except OSError:
-            facts.append([path.name, None, None])
-    return fingerprint(facts)
+    return fingerprint_all(map(_stat_of, paths))
 
 
-def stat_images(folder: Location, names: Sequence[str]) -> str:
+def _stat_of(path: Path | Remote) -> list[Any]:
+    if isinstance(path, Remote):
+        return [path.name, *(path.facts() or (None, None))]
+    try:
+        stat = path.stat()
+        return [path.name, stat.st_size, stat.st_mtime_ns]
+    except OSError:
+        return [path.name, None, None]
+
+
+def stat_images(folder: Location, names: Iterable[str]) -> str:
     """The same for files of a folder, which is listed once where it lies behind a URL."""
     if not isinstance(folder, Remote):
         return stat_files(folder / name for name in names)
     there = folder.listing()
-    return fingerprint([[name, *there.get(name, (None, None))] for name in names])
+    return fingerprint_all([name, *there.get(name, (None, None))] for name in names)
 
 
 def hash_file(path: Location, option: str) -> str:
@@ -100,7 +100,12 @@ def hash_file(path: Location, option: str) -> str:
             return hashlib.sha256(path.read_bytes()).hexdigest()
         return sha256_file(path)
     except NO_FILE:
-        raise UserError(f"{path}: no such file; set '{option}' to it") from None
+        raise no_such_file(path, option) from None
+
+
+def no_such_file(path: Location, option: str) -> UserError:
+    """The error that a file which an option names does not exist."""
+    return UserError(f"{path}: no such file; set '{option}' to it")
 
 
 def read_lines(path: Location, option: str) -> str:
@@ -116,7 +121,7 @@ def read_lines(path: Location, option: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except NO_FILE:
-        raise UserError(f"{path}: no such file; set '{option}' to it") from None
+        raise no_such_file(path, option) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}); convert it first") from None
 
@@ -127,10 +132,15 @@ def json_lines(path: Location, text: str) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             place = f"{path}:{number}"
-            try:
-                yield place, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield place, Skipped(place, f"not valid JSON: {error}")
+            yield place, json_line(place, line)
+
+
+def json_line(place: str, line: str) -> Any:
+    """The entry in a line of JSON lines; a `Skipped` where it is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Skipped(place, f"not valid JSON: {error}")
 
 
 def image_name(value: Any, option: str, folder: Location | None = None) -> str:
@@ -185,11 +195,16 @@ def by_image(pairs: Iterable[Pair | Skipped], folder: Location) -> Iterator[Reco
         if isinstance(pair, Skipped):
             yield pair
         elif pair.text in texts.setdefault(pair.image, []):
-            yield Skipped(pair.place, f"the same text about '{pair.image}' came before")
+            yield said_before(pair)
         else:
             texts[pair.image].append(pair.text)
     for image, about in texts.items():
         yield Record(image, folder / image, tuple(about))
+
+
+def said_before(pair: Pair) -> Skipped:
+    """A pair that says nothing new."""
+    return Skipped(pair.place, f"the same text about '{pair.image}' came before")
 
 
 def texts_of(entries: Any, split: str) -> tuple[Text, ...]:

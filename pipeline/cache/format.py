@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import dataclass
 from math import prod
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -214,7 +213,11 @@ def _problem(manifest: dict[str, Any]) -> str | None:
             and _SHA256.fullmatch(entry[1])
         ):
             return f"size and SHA-256 of {name!r} are {_short(entry)}"
-    folders = {str(folder) for name in files for folder in PurePosixPath(name).parents}
+    folders: set[str] = set()
+    for name in files:
+        # Not by pathlib, which took most of the time of opening a cache of many files.
+        while (name := name.rpartition("/")[0]) and name not in folders:
+            folders.add(name)
     if both := sorted(folders & files.keys()):
         return f"it lists {both[0]!r} as a file and as a folder"
     return _out_of_proportion(manifest)
