@@ -140,7 +140,7 @@ class _Responding:
         for _ in range(_MOST_SCENES * max(number // _AT_ONCE, 1)):
             asked = [_ask(kind, content.sample(rng), rng) for _ in range(_AT_ONCE)]
             for each, answers in zip(asked, self._answers(asked, rng), strict=True):
-                pair = _ranked(kind, each.answer, *answers)
+                pair = ranked(kind, each.answer, *answers)
                 if pair is not None and len(found) < number:
                     found.append((each, *pair))
                     advance(1)
@@ -172,7 +172,7 @@ class _Responding:
         return list(zip(said[::2], said[1::2], strict=True))
 
 
-def _ranked(kind: str, truth: str, one: str, other: str) -> tuple[str, str] | None:
+def ranked(kind: str, truth: str, one: str, other: str) -> tuple[str, str] | None:
     """The better answer and the worse one; two that are equally wrong are worse than the truth."""
     first, second = (agreement(kind, said, truth) for said in (one, other))
     if first == second:
