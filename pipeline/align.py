@@ -37,7 +37,7 @@ class Align(Options):
     learning_rate: float = Field(3e-4, gt=0)
     scale_rewards: Literal["group", "batch", "none"] = "group"
     epsilon: float = Field(0.2, gt=0, lt=1)
-    beta: float = Field(0.15, gt=0)
+    beta: float = Field(0.5, gt=0)
     kl_limit: float = Field(0.5, gt=0)
     least: float = Field(0.6, ge=0, le=1)
     calibration: int = Field(24, ge=2)

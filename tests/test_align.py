@@ -162,7 +162,7 @@ def test_it_is_judged_and_reported(aligned: Path) -> None:
         assert result.exit_code == 0, result.output
     other = done(aligned, "mor", "align.beta=0.3", command="evaluate")
     assert other.exit_code == 2
-    assert "align.beta: 0.3 here, 0.15 there" in other.output
+    assert "align.beta: 0.3 here, 0.5 there" in other.output
 
 
 def test_federate_does_stage_two_of_an_alignment_too(aligned: Path) -> None:
@@ -205,10 +205,12 @@ def test_sites_end_in_the_same_bytes_and_send_no_weights(aligned: Path) -> None:
     run = align(experiment, over(Listening(services)))
     assert (run.path / "projector.safetensors").read_bytes() == weights_of(aligned, "mor")
     assert len(sent) > 20
+    files = list((run.path.parents[2] / "rewards").glob("*.safetensors"))
+    assert len(files) >= 3
     secret = [
         tensor.numpy().tobytes()
-        for silo in SILOS
-        for tensor in load_file(run.path / f"rewards/{silo}.safetensors").values()
+        for file in files
+        for tensor in load_file(file).values()
         if tensor.numel() > 8
     ]
     for message in sent:
@@ -349,8 +351,8 @@ def test_every_way_runs(config: Path, name: str, options: list[str]) -> None:
     if name == "lora":
         assert any(tensor.any() for key, tensor in run.adapter().items() if "lora_B" in key)
     if name == "averaged":
-        contents = [(run.path / f"rewards/{silo}.safetensors").read_bytes() for silo in SILOS]
-        assert contents[0] == contents[1] == contents[2]
+        files = [file.read_bytes() for file in (run.path.parents[2] / "rewards").glob("*.safetensors")]
+        assert max(map(files.count, files)) == 3
 
 
 def test_a_reward_with_a_language_model_of_its_own(config: Path, llama_dir: Path) -> None:
@@ -475,7 +477,7 @@ def test_the_rewards_that_were_fitted_are_found_again_and_others_are_not(
     monkeypatch.setattr(training, "history", training.history)
     assert done(aligned, "mor", "align.steps=6").exit_code == 0
     assert not fitted
-    spoiled = run_of(aligned, "mor").path / "rewards/lab.safetensors"
-    spoiled.write_bytes(spoiled.read_bytes()[:-4] + b"\0\0\0\0")
+    for spoiled in (run_of(aligned, "mor").path.parents[2] / "rewards").glob("*.safetensors"):
+        spoiled.write_bytes(spoiled.read_bytes()[:-4] + b"\0\0\0\0")
     assert done(aligned, "mor", "align.steps=4").exit_code == 0
-    assert len(fitted) == 1
+    assert len(fitted) == 3

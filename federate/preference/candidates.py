@@ -42,6 +42,13 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.answers)
 
+    def by_length(self, size: int) -> list[list[int]]:
+        """Answers of similar length with their prompts, so many at once."""
+        prompts = [len(prompt.ids) for prompt in self.prompts]
+        lengths = [prompt + len(answer) for prompt, answer in zip(prompts, self.answers, strict=True)]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
     def part(self, rows: Sequence[int]) -> Candidates:
         """Some answers, with their pictures alone."""
         pictures, owners = self.owners[list(rows)].unique(return_inverse=True)

@@ -68,7 +68,7 @@ class Judges:
     def __init__(self, experiment: Experiment, caches: Mapping[str, FeatureCache], ground: Ground) -> None:
         assert experiment.align is not None
         self._experiment, self._align, self._ground = experiment, experiment.align, ground
-        self._at_once = experiment.federate.batch_size
+        self._at_once = experiment.federate.micro_batch or experiment.federate.batch_size
         self._silos = {}
         for name, cache in caches.items():
             whole, reasons = read_pairs(cache, ground.asking)
@@ -125,7 +125,7 @@ class Judges:
             return steps[step["step"]](silo, step)
 
     def _fit(self, silo: _Silo, step: Mapping[str, Any]) -> dict[str, Any]:
-        """Fit the reward model, or find it fitted; only what is averaged begins elsewhere and leaves."""
+        """Fit the reward model, or find it fitted; only one that is averaged begins elsewhere and leaves."""
         average, start = self._align.average, step.get("start")
         first, last = step["epochs"]
         if not average and (start is not None or (first, last) != (0, silo.options.epochs)):
@@ -134,13 +134,13 @@ class Judges:
         if start is not None:
             silo.judge.load(start)
         identity = self._identity(silo, start, (first, last))
-        path = self._experiment.run_path / REWARD_FOLDER / f"{silo.name}.safetensors"
-        known = _recalled(path, identity)
+        path = self._experiment.build / REWARD_FOLDER / f"{identity}.safetensors"
+        known = _recalled(path)
         if known is None:
             self._train(silo, range(first, last))
             share = accuracy(silo.judge, silo.held_out, silo.options.batch_size)
             write_atomic(path, data := save(silo.judge.state()))
-            known = {"identity": identity, "accuracy": share, "bytes": sha256(data).hexdigest()}
+            known = {"silo": silo.name, "accuracy": share, "bytes": sha256(data).hexdigest()}
             write_json(path.with_suffix(".json"), known | {"made_by": self._made_by()})
         else:
             silo.judge.load(load_file(path))
@@ -212,11 +212,10 @@ class Judges:
         return {"rewards": torch.cat(rewards)}
 
     def _judged(self, judge: Judge, candidates: Candidates) -> Tensor:
-        parts = [
-            judge(candidates.part(range(start, min(start + self._at_once, len(candidates)))))
-            for start in range(0, len(candidates), self._at_once)
-        ]
-        return torch.cat(parts).float().cpu()
+        rewards = torch.empty(len(candidates))
+        for rows in candidates.by_length(self._at_once):
+            rewards[rows] = judge(candidates.part(rows)).float().cpu()
+        return rewards
 
     def _gradient(self, silo: _Silo, step: Mapping[str, Any]) -> dict[str, Any]:
         if silo.context is None:
@@ -236,9 +235,9 @@ class Judges:
         return {"state": state, "loss": loss, "samples": len(silo.pairs)}
 
 
-def _recalled(path: Path, identity: str) -> dict[str, Any] | None:
-    """What is known of a fitted reward model, if the file is whole and the one that would be fitted."""
+def _recalled(path: Path) -> dict[str, Any] | None:
+    """What is known of a fitted reward model, where its file is whole."""
     known = read_json(path.with_suffix(".json"))
-    if not isinstance(known, dict) or known.get("identity") != identity or not path.is_file():
+    if not isinstance(known, dict) or not path.is_file():
         return None
     return known if sha256(path.read_bytes()).hexdigest() == known.get("bytes") else None

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fedcmp.federate.arithmetic.updates import State
-from fedcmp.federate.client.division import micro_batches
 from fedcmp.federate.client.step import learning_rate, make_optimizer
 from fedcmp.federate.preference.candidates import Candidates, log_probs
 from fedcmp.federate.preference.ground import Ground
 from fedcmp.federate.preference.grpo import terms
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.models.decoding import drawn
-from fedcmp.pipeline.models.prompts import IGNORE_INDEX
 from fedcmp.pipeline.models.vision_language import VisionLanguage
 
 
@@ -112,7 +110,7 @@ class Policy:
         lengths = torch.tensor([len(answer) for answer in candidates.answers])
         starts = lengths.cumsum(0) - lengths
         values = torch.empty(int(lengths.sum()), device=self._ground.language.device)
-        for rows in _parts(candidates, self._micro):
+        for rows in candidates.by_length(self._micro):
             part = candidates.part(rows)
             own, _ = log_probs(model, part, model.visual(part.features))
             places = torch.cat([torch.arange(int(lengths[row])) + starts[row] for row in rows])
@@ -137,7 +135,7 @@ class Policy:
             group["lr"] = learning_rate(self._schedule, number, align.steps) * group["share"]
         self.optimizer.zero_grad()
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        for rows in _parts(generation.candidates.part(own), self._micro):
+        for rows in generation.candidates.part(own).by_length(self._micro):
             answers = [own[row] for row in rows]
             part = generation.candidates.part(answers)
             new, of = log_probs(self.model, part, self.model.visual(part.features))
@@ -198,15 +196,3 @@ def _alike(ends: Sequence[set[int]], size: int) -> list[list[int]]:
     for row, own in enumerate(ends):
         rows.setdefault(frozenset(own), []).append(row)
     return [own[start : start + size] for own in rows.values() for start in range(0, len(own), size)]
-
-
-def _parts(candidates: Candidates, size: int) -> list[list[int]]:
-    """Answers of similar length, so many at once."""
-    lengths = [
-        len(prompt.ids) + len(answer)
-        for prompt, answer in zip(candidates.prompts, candidates.answers, strict=True)
-    ]
-    labels = torch.full((len(lengths), max(lengths)), IGNORE_INDEX)
-    for row, length in enumerate(lengths):
-        labels[row, length - 1] = 0
-    return [rows.tolist() for rows, _ in micro_batches(labels, size)]

@@ -16,30 +16,24 @@ from fedcmp.pipeline.options import Component
 
 @REWARDS.register("likelihood")
 class Likelihood(Reward):
-    """r(x, y) = s Σ_t log p_ψ(y_t | v, q, y_<t) / p_ref(y_t | v, q, y_<t), with a projector ψ of its own.
-
-    What the reference finds likely anyway, short answers above all, is not the better for it; without the
-    reference (`relative = false`) it is. With it, fitting is DPO (Rafailov et al., 2023, arXiv 2305.18290).
+    """r(x, y) = s Σ_t log p_ψ(y_t | v, q, y_<t), with a projector ψ of its own before the frozen LLM.
 
     Args:
         projector: Architecture of ψ; it starts from the reference where it is that one's.
         language: Folder of another LLM; by default the policy's.
-        relative: Whether the reference's likelihood is taken off; the policy's LLM has one alone.
         mean: The mean of log p over tokens instead of their sum.
         scale: s in the beginning; it is fitted, too.
     """
 
     projector: Component | None = None
     language: Path | None = None
-    relative: bool = True
     mean: bool = False
     scale: float = Field(0.1, gt=0)
 
     def judge(self, setting: Setting) -> Judge:
         """The projector and s."""
         if self.language is None:
-            reference = setting.model if self.relative else None
-            return _Likely(setting.own(self.projector), self.scale, self.mean, reference)
+            return _Likely(setting.own(self.projector), self.scale, self.mean)
         asking = setting.asking
         other = FrozenLanguageModel(self.language, dtype="float32", device=str(asking.language.device))
         own = Asking(
@@ -56,23 +50,15 @@ class Likelihood(Reward):
 
 
 class _Likely(Judge):
-    def __init__(
-        self, model: VisionLanguage, scale: float, mean: bool, reference: VisionLanguage | None = None
-    ) -> None:
+    def __init__(self, model: VisionLanguage, scale: float, mean: bool) -> None:
         super().__init__()
         self._model, self._mean = model, mean
-        # In a list it is no part of the model.
-        self._reference = [] if reference is None else [reference]
         self.projector = model.projector
         self.scale = nn.Parameter(torch.tensor(scale, device=model.language.device))
 
     def forward(self, candidates: Candidates) -> Tensor:
         visual = self._model.visual(candidates.features)
         values, rows = log_probs(self._model, candidates, visual)
-        for reference in self._reference:
-            with torch.no_grad():
-                expected, _ = log_probs(reference, candidates, reference.visual(candidates.features))
-            values = values - expected
         sums = values.new_zeros(len(candidates)).index_add(0, rows, values)
         if self._mean:
             sums = sums / rows.bincount(minlength=len(candidates)).clamp(min=1)
