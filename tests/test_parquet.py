@@ -315,16 +315,42 @@ def test_columns_that_do_not_fit_are_one_line(
         list(Parquet(path=str(write(tmp_path / "t.parquet", columns)), **options).records())
 
 
-def test_tables_of_preferences_are_taken_without_them(tmp_path: Path) -> None:
-    columns = {"image": inline(["0.png"]), "chosen": ["good"], "rejected": ["bad"]}
-    records, skipped = read(write(tmp_path / "t.parquet", columns))
-    assert [record.texts for record in records] == [()]
-    assert skipped == {
-        "t.parquet": "no column of texts among image, chosen, rejected; set 'text' to its name"
-    }
-    records, skipped = read(write(tmp_path / "t.parquet", {**columns, "caption": ["words"]}))
-    assert [said(record) for record in records] == [["words"]]
+@pytest.mark.parametrize(
+    ("columns", "asked"),
+    [
+        ({"chosen": ["good"], "rejected": ["bad"]}, ()),
+        ({"question": ["Is it?"], "chosen": ["good"], "rejected": ["bad"]}, ("Is it?",)),
+        (
+            {
+                "prompt": [[{"role": "user", "content": "Is it?"}]],
+                "chosen": [[{"role": "assistant", "content": "good"}]],
+                "rejected": [[{"role": "assistant", "content": "bad"}]],
+            },
+            ("Is it?",),
+        ),
+        (
+            {
+                "conversations": [[{"from": "human", "value": "Is it?"}]],
+                "chosen": [{"from": "gpt", "value": "good"}],
+                "rejected": [{"from": "gpt", "value": "bad"}],
+            },
+            ("Is it?",),
+        ),
+    ],
+    ids=["captions", "strings", "chats", "llava"],
+)
+def test_tables_of_preferences_are_read(tmp_path: Path, columns: dict, asked: tuple[str, ...]) -> None:
+    records, skipped = read(write(tmp_path / "t.parquet", {"image": inline(["0.png"]), **columns}))
     assert not skipped
+    (text,) = records[0].texts
+    assert (text.kind, text.rejected) == ("preference", "bad")
+    assert [turn.content for turn in text.turns] == [*asked, "good"]
+
+
+def test_half_a_preference_is_none(tmp_path: Path) -> None:
+    columns = {"image": inline(["0.png"]), "chosen": ["good"], "caption": ["a cat"]}
+    records, _ = read(write(tmp_path / "t.parquet", columns))
+    assert [turn.content for turn in records[0].texts[0].turns] == ["a cat"]
 
 
 def test_files_must_agree_on_columns(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from fedcmp.pipeline.errors import UserError, did_you_mean
 IMAGES = ("image", "images", "img", "picture", "jpg", "jpeg", "png", "webp", "image_path", "file_name")
 TEXTS = ("conversations", "conversation", "messages", "texts", "text", "captions", "caption")
 # What is asked, where two other columns hold the answers.
-_PROMPTS = ("prompt", "question")
+_ASKED = ("conversations", "conversation", "messages", "prompt", "question")
 ANSWERS = ("chosen", "rejected")
 # The two fields of a turn, or of a question with its answer, by which a list of structs is one of texts.
 _TURNS = ({"from", "value"}, {"role", "content"}, {"user", "assistant"})
@@ -107,7 +107,7 @@ def recognise(
     if text is not None:
         given("text", text, _is_text, "captions, lists of captions, or turns of a conversation")
     else:
-        text = _text(types, place, _PROMPTS if answers else ())
+        text = _text(types, place, _ASKED if answers else TEXTS)
     for option, column in (("id", id), ("--field", label)):
         if column is not None:
             given(option, column, lambda kind: _is_string(kind) or _is_integer(kind), "strings or integers")
@@ -131,8 +131,8 @@ def _image(types: dict[str, Any], place: str) -> str:
     return found[0]
 
 
-def _text(types: dict[str, Any], place: str, others: tuple[str, ...]) -> str | None:
-    found = [column for column in (*TEXTS, *others) if column in types and _is_text(types[column])]
+def _text(types: dict[str, Any], place: str, usual: tuple[str, ...]) -> str | None:
+    found = [column for column in usual if column in types and _is_text(types[column])]
     if len(found) > 1:
         raise UserError(f"{place}: texts are in {listed(found)}; set 'text' to one of them")
     return found[0] if found else None
