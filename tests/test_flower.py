@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from test_align import aligned, config  # noqa: F401
 from test_sites import SILOS, Echo, projector, sites_config  # noqa: F401
 
 from fedcmp.components import load
@@ -123,6 +124,21 @@ def test_the_simulation_ends_in_the_bytes_of_the_local_engine(
     assert done.returncode == 0, done.stderr
     run(load(sites_config, [*options, "run=local"]))
     ours, theirs = (load(sites_config, [*options, f"run={name}"]) for name in ("local", "simulated"))
+    assert projector(ours) == projector(theirs)
+
+
+def test_a_simulated_alignment_ends_in_the_bytes_of_the_local_engine(aligned: Path) -> None:  # noqa: F811
+    command = [sys.executable, "-m", "fedcmp", "federate", str(aligned), "--engine", "simulation"]
+    done = subprocess.run(
+        [*command, *words("run=simulated")],
+        env=ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load(aligned, [f"run={name}"]) for name in ("mor", "simulated"))
     assert projector(ours) == projector(theirs)
 
 

@@ -13,6 +13,9 @@ from fedcmp.pipeline.models.prompts import BadTextError
 from fedcmp.pipeline.records import Text
 
 
+_AT_ONCE = 1024
+
+
 class Pairs:
     """Preferences of a cache.
 
@@ -55,16 +58,26 @@ class Pairs:
 def read_pairs(cache: FeatureCache, asking: Asking) -> tuple[Pairs, dict[int, str]]:
     """The preferences of a cache that can be used, and why others cannot, by index of the text."""
     left_out: dict[int, str] = {}
-    kept = []
-    for index in cache.usable_texts("train", preferences=True).tolist():
-        text = cache.text(index)
-        try:
-            asking.answers([text, text], _answers(text))
-        except BadTextError as error:
-            left_out[index] = str(error)
-        else:
-            kept.append(index)
-    return Pairs(cache, asking, np.array(kept, np.int64)), left_out
+    indices = cache.usable_texts("train", preferences=True)
+    for start in range(0, len(indices), _AT_ONCE):
+        some = indices[start : start + _AT_ONCE].tolist()
+        for index, reason in zip(some, _problems([cache.text(index) for index in some], asking), strict=True):
+            if reason is not None:
+                left_out[index] = reason
+    return Pairs(cache, asking, np.setdiff1d(indices, np.array([*left_out], np.int64))), left_out
+
+
+def _problems(texts: Sequence[Text], asking: Asking) -> list[str | None]:
+    """Why pairs cannot be used, or None: looked for one by one only where some cannot."""
+    try:
+        asking.answers(
+            [text for text in texts for _ in range(2)], [each for t in texts for each in _answers(t)]
+        )
+    except BadTextError as error:
+        if len(texts) == 1:
+            return [str(error)]
+        return [reason for text in texts for reason in _problems([text], asking)]
+    return [None] * len(texts)
 
 
 def _answers(text: Text) -> tuple[str, str]:

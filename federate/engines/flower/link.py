@@ -183,15 +183,22 @@ def simulate(experiment: Experiment) -> None:
         app,
         app_that_says(answer),
         num_supernodes=len(silos),
-        backend_config=_backend(experiment.federate.secure, pick_device(experiment.device)),
+        backend_config=_backend(
+            experiment.federate.secure or experiment.align is not None, pick_device(experiment.device)
+        ),
     )
 
 
-def _backend(secure: bool, device: str) -> dict[str, Any]:
-    """What Ray gives every process that plays nodes: two cores, and a GPU of its own if there is one."""
+def _backend(remembers: bool, device: str) -> dict[str, Any]:
+    """What Ray gives every process that plays nodes: two cores, and a GPU of its own if there is one.
+
+    Args:
+        remembers: Whether a node needs what it was asked before, so that one process has to play them all.
+        device: Where nodes compute.
+    """
     resources = {"num_cpus": 2, "num_gpus": 0.0 if device == "cpu" else 1.0}
-    # A secure round goes on where it was begun: one process plays all nodes.
-    alone = {"init_args": {"num_cpus": 2, "num_gpus": int(resources["num_gpus"])}} if secure else {}
+    gpus = int(resources["num_gpus"])
+    alone = {"init_args": {"num_cpus": 2, "num_gpus": gpus}} if remembers else {}
     return alone | {"client_resources": resources}
 
 
