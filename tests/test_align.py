@@ -481,3 +481,28 @@ def test_the_rewards_that_were_fitted_are_found_again_and_others_are_not(
         spoiled.write_bytes(spoiled.read_bytes()[:-4] + b"\0\0\0\0")
     assert done(aligned, "mor", "align.steps=4").exit_code == 0
     assert len(fitted) == 3
+
+
+def test_preferences_that_cannot_be_asked_are_left_out_with_a_reason(ground: Ground) -> None:
+    from fedcmp.federate.preference.pairs import read_pairs
+    from fedcmp.pipeline.records import Text, Turn
+
+    asked = ["<image>\nIs it red?", "<image> and <image>: which is red?", "<image>\nIs it green?"]
+    texts = [Text((Turn("user", each), Turn("assistant", "yes")), "train", "no") for each in asked]
+
+    class Cache:
+        text_image = np.arange(3)
+
+        def usable_texts(self, split: str, *, preferences: bool) -> np.ndarray:
+            assert preferences
+            return np.arange(3)
+
+        def text(self, index: int) -> Text:
+            return texts[index]
+
+    pairs, left_out = read_pairs(Cache(), ground.asking)  # type: ignore[arg-type]
+    assert len(pairs) == 2
+    assert list(left_out) == [1]
+    assert "refers to 2 images" in left_out[1]
+    kept, held_out = pairs.divided(3)
+    assert (len(kept), len(held_out)) == (1, 1)

@@ -12,7 +12,6 @@ from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.models.prompts import BadTextError
 from fedcmp.pipeline.records import Text
 
-
 _AT_ONCE = 1024
 
 
