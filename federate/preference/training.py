@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -55,47 +56,52 @@ def train(
     elif done.contents != jury.contents:
         out = experiment.run_path
         raise UserError(f"{out}: silos have other reward models than it began with; remove it to begin anew")
-    assert done.omega is not None
     assert done.deviations is not None
-    jury.deviations, count = done.deviations, align.prompts_per_step
+    jury.deviations = done.deviations
     with progress(experiment.run, align.steps - done.step, "steps") as task:
-        while done.step < align.steps:
-            first = done.step // align.steps_per_generation
-            number = count * align.steps_per_generation
-            places = ground.public.questions(done.kinds, first * number, number, experiment.seed)
-            generation = policy.generate(places, [_TRAINING, first])
-            if generation.kl > align.kl_limit:
-                done.state, done.stopped = done.safe, True
-                say(
-                    f"step {done.step}: KL {generation.kl:.2f} is above align.kl_limit = {align.kl_limit:g}; "
-                    "the run ends with the last weights within it (a higher align.beta keeps them there)"
-                )
-                return
-            done.safe = policy.state()
-            pi = weights(
-                done.omega,
-                ground.context(generation.candidates),
-                uniform=router.uniform,
-                temperature=router.temperature,
-            )
-            mixed = fused(pi, jury.scores(places, generation.answers)).view(number, -1)
-            advantage, copies = advantages(mixed, align.scale_rewards).flatten(), mixed.shape[1]
-            lengths = [len(answer) for answer in generation.candidates.answers]
-            told = []
-            steps = min(align.steps_per_generation, align.steps - done.step)
-            for step in range(steps):
-                moved = policy.step(
-                    done.step + step, generation, range(step * count, (step + 1) * count), advantage
-                )
-                own = slice(step * count * copies, (step + 1) * count * copies)
-                part = mixed[step * count : (step + 1) * count]
-                told += step_rows(done.step + step, jury.clients, moved, part, pi[own], lengths[own])
-                task.advance()
+        while done.step < align.steps and not done.stopped:
+            told = _generation(experiment, ground, jury, policy, router, done)
             history.append(rows, told)
-            task.note(f"reward {mixed.mean():.3f}, KL {generation.kl:.3f}")
-            done.step += steps
-            done.state, done.optimizer = policy.state(), policy.optimizer.state_dict()
+            steps = [row for row in told if row["client"] is None]
+            task.advance(len(steps))
+            task.note("".join(f"reward {row['reward']:.3f}, KL {row['kl']:.3f}" for row in steps[-1:]))
             save()
+
+
+def _generation(
+    experiment: Experiment, ground: Ground, jury: Jury, policy: Policy, router: Router, done: Progress
+) -> list[dict[str, Any]]:
+    """Sample answers, have them judged, and take the steps that they are for; rows of the history."""
+    align = experiment.align
+    assert align is not None
+    assert done.omega is not None
+    count, first = align.prompts_per_step, done.step // align.steps_per_generation
+    number = count * align.steps_per_generation
+    places = ground.public.questions(done.kinds, first * number, number, experiment.seed)
+    generation = policy.generate(places, [_TRAINING, first])
+    if generation.kl > align.kl_limit:
+        done.state, done.stopped = done.safe, True
+        say(
+            f"step {done.step}: KL {generation.kl:.2f} is above align.kl_limit = {align.kl_limit:g}; the run "
+            "ends with the last weights within it (a higher align.beta keeps them there)"
+        )
+        return []
+    done.safe = policy.state()
+    h = ground.context(generation.candidates)
+    pi = weights(done.omega, h, uniform=router.uniform, temperature=router.temperature)
+    mixed = fused(pi, jury.scores(places, generation.answers)).view(number, -1)
+    advantage, copies = advantages(mixed, align.scale_rewards).flatten(), mixed.shape[1]
+    lengths = [len(answer) for answer in generation.candidates.answers]
+    told = []
+    for step in range(min(align.steps_per_generation, align.steps - done.step)):
+        chosen = range(step * count, (step + 1) * count)
+        moved = policy.step(done.step, generation, chosen, advantage)
+        own = slice(chosen.start * copies, chosen.stop * copies)
+        part = mixed[chosen.start : chosen.stop]
+        told += step_rows(done.step, jury.clients, moved, part, pi[own], lengths[own])
+        done.step += 1
+    done.state, done.optimizer = policy.state(), policy.optimizer.state_dict()
+    return told
 
 
 def _prepare(
