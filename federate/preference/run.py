@@ -28,6 +28,9 @@ from fedcmp.pipeline.manifest import withdraw_manifest
 from fedcmp.pipeline.run_folder import PROJECTOR, Run
 
 
+_STRATEGIES = {"grpo": "mor", "dpo": "fed_dpo", "sft": "fed_sft"}
+
+
 def align(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine] | None = None) -> Run:
     """Align a projector, go on with it, or find it done.
 
@@ -138,7 +141,7 @@ def _aligned(
     }
     made = finish(
         experiment,
-        {"grpo": "mor", "dpo": "fed_dpo", "sft": "fed_sft"}[align.method],
+        _STRATEGIES[align.method] if align.method != "grpo" or align.steps else "none",
         wanted,
         {PROJECTOR: done.state},
         ground.model.projector.architecture,
