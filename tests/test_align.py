@@ -329,8 +329,8 @@ def test_kinds_that_the_mixture_cannot_judge_are_left_out(config: Path) -> None:
     ("name", "options"),
     [
         ("averaged", ["align.average=2"]),
-        ("dpo", ["align.method='dpo'"]),
-        ("sft", ["align.method='sft'"]),
+        ("dpo", ["align.method='dpo'", "align.average=2"]),
+        ("sft", ["align.method='sft'", "align.average=1"]),
         ("truth", ["align.reward={name='truth'}", "align.router={name='uniform'}"]),
         ("learned", ["align.router={name='learned', steps=5}"]),
         ("cross", ["align.reward={name='cross', epochs=1, width=8, heads=2}"]),
@@ -369,6 +369,7 @@ def test_a_reward_with_a_language_model_of_its_own(config: Path, llama_dir: Path
         (["align.rewards={nobody={name='cross'}}"], "none of federate.silos"),
         (["federate.privacy={clip=1.0}"], "federate.privacy: does not go with"),
         (["align.average=2", "align.rewards={lab={name='cross'}}"], "align.average"),
+        (["align.method='dpo'"], "align.average = 0"),
         (["align.reward={name='cros'}"], "did you mean 'cross'"),
         (["align.router={name='domain', uniform=2}"], "align.router.uniform"),
         (["align.prompts=['heldout']"], "no training text whose question"),

@@ -20,7 +20,8 @@ def average(experiment: Experiment, jury: Jury, done: Progress, save: Callable[[
         done: Where to go on.
         save: Writes a checkpoint of it.
     """
-    rounds, rows = experiment.federate.rounds, experiment.run_path / history.HISTORY
+    assert experiment.align is not None
+    rounds, rows = experiment.align.average, experiment.run_path / history.HISTORY
     with progress(experiment.run, rounds - done.step, "rounds") as task:
         while done.step < rounds:
             states, losses = jury.tuned(done.state, done.step)

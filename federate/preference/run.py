@@ -106,7 +106,9 @@ def refuse(experiment: Experiment) -> None:
     ):
         if used:
             raise UserError(f"federate.{name}: does not go with [align]; remove one of them")
-    if align.average and align.rewards:
+    if align.method != "grpo" and not align.average:
+        raise UserError(f"align.average = 0: '{align.method}' is averaged over rounds; give their number")
+    if align.average and align.rewards and align.method == "grpo":
         raise UserError("align.average: reward models that are averaged are all alike; remove align.rewards")
 
 

@@ -28,14 +28,14 @@ def tune(
     round_: int,
     seed: Sequence[int],
 ) -> tuple[State, float]:
-    """A pass over a silo's preferences from a state, `federate.batch_size` pairs a step.
+    """A pass over a silo's preferences from a state, `federate.micro_batch` pairs a step.
 
     Args:
         ground: The reference.
         pairs: The preferences.
         experiment: The experiment.
         state: Where to start.
-        round_: Number of the round, of `federate.rounds`, which set the learning rate.
+        round_: Number of the round, of `align.average`, which set the learning rate.
         seed: Of the order, besides the experiment's.
 
     Returns:
@@ -51,10 +51,11 @@ def tune(
     trained = model.trainable()
     schedule = options.optimizer.model_copy(update={"learning_rate": align.learning_rate})
     optimizer = make_optimizer(schedule, trained, options.adapter.learning_rate if options.adapter else None)
-    steps = batches(len(pairs), options.batch_size, [experiment.seed, *seed], range(round_, round_ + 1))
+    size = options.micro_batch or options.batch_size
+    steps = batches(len(pairs), size, [experiment.seed, *seed], range(round_, round_ + 1))
     losses = []
     for step, places in enumerate(steps, round_ * len(steps)):
-        rate = learning_rate(schedule, step, options.rounds * len(steps))
+        rate = learning_rate(schedule, step, align.average * len(steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * group["share"]
         candidates = pairs.candidates(places)
