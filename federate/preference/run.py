@@ -27,7 +27,6 @@ from fedcmp.pipeline.identity import run_differences, run_identity
 from fedcmp.pipeline.manifest import withdraw_manifest
 from fedcmp.pipeline.run_folder import PROJECTOR, Run
 
-
 _STRATEGIES = {"grpo": "mor", "dpo": "fed_dpo", "sft": "fed_sft"}
 
 
