@@ -5,5 +5,5 @@ INPUTS := $(PREFERENCES) $(REFERENCE) $(wildcard pipeline/world/weights/*/*)
 
 $(REFERENCE): | $(READY)
 	$(MAKE) $@ EXPERIMENT=demo
-$(PREFERENCES): | $(REFERENCE) $(READY)
+$(PREFERENCES): $(REFERENCE) | $(READY)
 	$(FEDCMP) world prefer configs/demo/fedavg.toml $(@D) $(PREFER_OPTIONS)

@@ -31,6 +31,7 @@ from fedcmp.pipeline.models.decoding import drawn
 from fedcmp.pipeline.models.device import pick_device
 from fedcmp.pipeline.models.language import load_language
 from fedcmp.pipeline.models.projector import content_hash
+from fedcmp.pipeline.models.prompts import stop_string
 from fedcmp.pipeline.models.vision_language import VisionLanguage
 from fedcmp.pipeline.records import Text, Turn
 from fedcmp.pipeline.world.scenes import DOMAINS, Content, Scene, render
@@ -84,6 +85,8 @@ def prefer(
         UserError: The run is not finished, or hardly ever answers in two ways.
     """
     run = trained_run(experiment)
+    if run.adapters:
+        raise UserError(f"{run.path}: it tuned the LLM, too, which is no reference here; give another run")
     withdraw_manifest(out)
     device = pick_device(experiment.device)
     encoder = ENCODERS.build(experiment.extract.encoder, "extract.encoder").load(device, "float32")
@@ -167,8 +170,7 @@ class _Responding:
             temperature=1.0,
             generator=torch.Generator().manual_seed(int(rng.integers(2**62))),
         )
-        stop = "\n" if self.asking.template_of(texts[0]) == "plain" else None
-        said = self.model.language.said(answers, stop)
+        said = self.model.language.said(answers, stop_string(self.asking.template_of(texts[0])))
         return list(zip(said[::2], said[1::2], strict=True))
 
 
@@ -177,7 +179,8 @@ def ranked(kind: str, truth: str, one: str, other: str) -> tuple[str, str] | Non
     first, second = (agreement(kind, said, truth) for said in (one, other))
     if first == second:
         return None if first == 1 or not one else (truth, one)
-    return (one, other) if first > second else (other, one)
+    better, worse = (one, other) if first > second else (other, one)
+    return (better, worse) if worse else None
 
 
 def _ask(kind: str, scene: Scene, rng: np.random.Generator) -> _Asked:

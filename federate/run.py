@@ -8,7 +8,7 @@ from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from fedcmp.federate.client.texts import Counts
-from fedcmp.federate.compatible import refuse
+from fedcmp.federate.compatible import refuse, refuse_over_ranks
 from fedcmp.federate.engines.base import Engine, SiloCard
 from fedcmp.federate.schedule import Schedule, schedule_of
 from fedcmp.pipeline import history
@@ -104,7 +104,9 @@ def run_over(load: Callable[[], Experiment], ranks: Ranks | None) -> None:
         run(load())
         return
     if ranks.leads:
-        run(load(), lambda own, schedule: LocalEngine(own, schedule, ranks))
+        experiment = load()
+        refuse_over_ranks(experiment, ranks.count)
+        run(experiment, lambda own, schedule: LocalEngine(own, schedule, ranks))
         return
     from fedcmp.federate.ranks.follow import follow
 

@@ -22,9 +22,9 @@ class Align(Options):
     common scale. A kind of prompt of whose public preferences the mixture ranks no more than `least` right
     is left out.
 
-    `method` in place of `grpo`: `dpo` and `sft` (on what was chosen) train the policy itself at the silos, and
-    average it over `average` rounds. With `grpo`, `average` rounds make one reward model of all by averaging
-    them. These send weights; they are what the mixture is compared with.
+    `method` in place of `grpo`: `dpo` and `sft` (on what was chosen) train the policy itself at the silos,
+    and average it over `average` rounds. With `grpo`, `average` rounds make one reward model of all by
+    averaging them. These send weights; they are what the mixture is compared with.
     """
 
     prompts: tuple[Name, ...] = Field(min_length=1)

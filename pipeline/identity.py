@@ -79,9 +79,15 @@ def run_identity(experiment: Experiment, language: dict[str, Any] | None = None)
         "seed": experiment.seed,
         "federate": federate,
         **aligned,
-        "language": (language or language_identity(experiment))
-        | {"template": experiment.language.template, "max_length": experiment.language.max_length},
+        "language": (language or language_identity(experiment)) | written_by(experiment),
     }
+
+
+def written_by(experiment: Experiment) -> dict[str, Any]:
+    """How texts become the prompts that are trained on."""
+    options = experiment.language
+    asked = {} if experiment.align is None else {"question_template": options.question_template}
+    return {"template": options.template, "max_length": options.max_length, **asked}
 
 
 def run_differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

@@ -117,7 +117,7 @@ def from_preference(entry: Mapping[str, Any], split: str = "train") -> Text:
     """
     chosen, rejected = (_messages(entry.get(name), name, "assistant") for name in ("chosen", "rejected"))
     asked = next((_messages(entry[name], name, "user") for name in ASKED if entry.get(name)), [])
-    if len(chosen) > 1:
+    if max(len(chosen), len(rejected)) > 1:
         asked = chosen[:-1]
         if rejected[:-1] != asked:
             raise ValueError("'chosen' and 'rejected' answer different questions")

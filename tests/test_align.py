@@ -314,8 +314,68 @@ def test_too_far_from_the_reference_it_ends_with_the_last_that_was_near(config: 
     assert "above align.kl_limit" in result.output
     run = run_of(config, "far")
     assert run.manifest["align"]["stopped"]
+    assert not run.history
     reference = (run_of(config, "reference").path / "projector.safetensors").read_bytes()
     assert (run.path / "projector.safetensors").read_bytes() == reference
+
+
+def test_the_last_steps_are_within_the_limit_too(config: Path) -> None:
+    result = done(config, "last", "align.kl_limit=1e-9", "align.steps=2")
+    assert "above align.kl_limit" in result.output
+    reference = (run_of(config, "reference").path / "projector.safetensors").read_bytes()
+    assert weights_of(config, "last") == reference
+
+
+def test_what_diverges_is_no_finished_run(config: Path) -> None:
+    result = done(config, "diverged", "align.learning_rate=1e20", "align.kl_limit=1e30", "align.steps=8")
+    assert result.exit_code != 0
+    assert "lower align.learning_rate" in result.output
+    assert Run.find(load(config).build / "runs/align/diverged") is None
+
+
+def test_another_template_of_questions_is_another_run(aligned: Path) -> None:
+    changed = load(aligned, ["run=mor", "language.question_template=v1"])
+    service = Service(changed, "clinic")
+    ours = Service(load(aligned, ["run=mor"]), "clinic").handle({"kind": "hello"})["terms"]
+    with pytest.raises(UserError, match="question_template"):
+        service.handle({"kind": "align", "silo": "clinic", "terms": ours, "step": {"step": "margins"}})
+    assert (
+        "question_template"
+        in done(aligned, "mor", "language.question_template=v1", command="evaluate").output
+    )
+
+
+def test_a_site_decides_how_it_fits(aligned: Path) -> None:
+    server = load(aligned, ["run=own-epochs", "sites.join_timeout=5", "sites.round_timeout=60"])
+    own = load(aligned, ["run=own-epochs", "align.reward={name='cross', epochs=2, width=8, heads=2}"])
+    services = {n: Service(own if silo == "lab" else server, silo) for n, silo in enumerate(SILOS)}
+    run = align(server, over(FakeLink(services)))
+    ours = run_of(aligned, "mor").manifest["align"]["rewards"]
+    differing = {silo for silo, content in run.manifest["align"]["rewards"].items() if content != ours[silo]}
+    assert differing == {"lab"}
+
+
+def test_everybody_must_send_what_is_averaged(ground: Ground) -> None:
+    answer = {"content": "0" * 64, "accuracy": 0.5, "pairs": 3, "state": {"w": torch.ones(2)}}
+    jury = Jury(ground, SILOS, lambda steps: {name: answer for name in steps})
+    jury.fit(2, dict.fromkeys(SILOS, 2))
+    without = {key: value for key, value in answer.items() if key != "state"}
+    jury = Jury(ground, SILOS, lambda steps: {n: without if n == "lab" else answer for n in steps})
+    with pytest.raises(UserError, match="site 'lab' answered with state that is no set of weights"):
+        jury.fit(2, dict.fromkeys(SILOS, 2))
+
+
+def test_public_questions_that_cannot_be_asked_are_left_out(config: Path, tmp_path: Path) -> None:
+    path = write_llava(tmp_path / "odd", 4, 9000)
+    entries = json.loads(path.read_text())
+    entries[0]["conversations"][0]["value"] = "<image> and <image>?"
+    path.write_text(json.dumps(entries))
+    source = f"extract.silos.odd={{name='llava_json', path='{path}', images='{path.parent}'}}"
+    options = [source, f"features='{tmp_path}/features'", "align.prompts=['odd']"]
+    assert done(config, "odd", *options, command="extract").exit_code == 0
+    result = done(config, "odd", *options)
+    assert "odd: 1 public questions cannot be asked and are left out" in result.output
+    assert result.exit_code == 0, result.output
 
 
 def test_kinds_that_the_mixture_cannot_judge_are_left_out(config: Path) -> None:
@@ -336,7 +396,9 @@ def test_kinds_that_the_mixture_cannot_judge_are_left_out(config: Path) -> None:
         ("cross", ["align.reward={name='cross', epochs=1, width=8, heads=2}"]),
         ("head", ["align.reward={name='head', epochs=1, width=8}"]),
         ("other projector", ["align.rewards={lab={name='likelihood', epochs=1, projector={name='linear'}}}"]),
+        ("resampler", ["align.rewards={lab={name='likelihood', epochs=1, projector={name='resampler'}}}"]),
         ("lora", ["federate.adapter={rank=2, alpha=4}"]),
+        ("lora dpo", ["federate.adapter={rank=2, alpha=4}", "align.method='dpo'", "align.average=1"]),
         ("none", ["align.steps=0"]),
     ],
 )
@@ -348,7 +410,7 @@ def test_every_way_runs(config: Path, name: str, options: list[str]) -> None:
     reference = (run_of(config, "reference").path / "projector.safetensors").read_bytes()
     moved = (run.path / "projector.safetensors").read_bytes() != reference
     assert moved == (name != "none")
-    if name == "lora":
+    if name.startswith("lora"):
         assert any(tensor.any() for key, tensor in run.adapter().items() if "lora_B" in key)
     if name == "averaged":
         files = [file.read_bytes() for file in (run.path.parents[2] / "rewards").glob("*.safetensors")]
@@ -367,7 +429,11 @@ def test_a_reward_with_a_language_model_of_its_own(config: Path, llama_dir: Path
         (["federate.initial=nowhere"], "nowhere"),
         (["align.prompts=['clinic']"], "clinic judges, too"),
         (["align.rewards={nobody={name='cross'}}"], "none of federate.silos"),
-        (["federate.privacy={clip=1.0}"], "federate.privacy: does not go with"),
+        (["federate.privacy={clip=1.0}"], "federate.privacy: does nothing with"),
+        (["federate.strategy.name=fedprox"], "federate.strategy.name = 'fedprox': does nothing"),
+        (["federate.passes=2"], "federate.passes: does nothing"),
+        (["align.reward={name='cross', width=64, heads=3}"], "no multiple of heads = 3"),
+        (["align.reward={name='truth', pattern='('}"], "no regular expression"),
         (["align.average=2", "align.rewards={lab={name='cross'}}"], "align.average"),
         (["align.method='dpo'"], "align.average = 0"),
         (["align.reward={name='cros'}"], "did you mean 'cross'"),
@@ -490,20 +556,24 @@ def test_preferences_that_cannot_be_asked_are_left_out_with_a_reason(ground: Gro
 
     asked = ["<image>\nIs it red?", "<image> and <image>: which is red?", "<image>\nIs it green?"]
     texts = [Text((Turn("user", each), Turn("assistant", "yes")), "train", "no") for each in asked]
+    long = Text((Turn("user", "red " * 500), Turn("assistant", "yes")), "train", "no")
+    texts += [long, Text(texts[0].turns, "train", "yes ")]
 
     class Cache:
-        text_image = np.arange(3)
+        text_image = np.arange(5)
 
         def usable_texts(self, split: str, *, preferences: bool) -> np.ndarray:
             assert preferences
-            return np.arange(3)
+            return np.arange(5)
 
         def text(self, index: int) -> Text:
             return texts[index]
 
     pairs, left_out = read_pairs(Cache(), ground.asking)  # type: ignore[arg-type]
     assert len(pairs) == 2
-    assert list(left_out) == [1]
+    assert list(left_out) == [1, 3, 4]
     assert "refers to 2 images" in left_out[1]
+    assert "language.max_length" in left_out[3]
+    assert "the same tokens" in left_out[4]
     kept, held_out = pairs.divided(3)
     assert (len(kept), len(held_out)) == (1, 1)

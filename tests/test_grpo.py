@@ -118,6 +118,7 @@ def test_a_reward_that_tells_nothing_apart_is_left_as_it_is() -> None:
     rewards = torch.stack([drawn(0, 4, 8), torch.ones(4, 8)])
     spread = deviations(rewards)
     assert spread[1] == 1
+    assert deviations(torch.full((1, 9, 8), 0.1)) == 1
     torch.testing.assert_close(
         (rewards[0] - rewards[0].mean(1, keepdim=True)).div(spread[0]).square().mean(), torch.tensor(1.0)
     )

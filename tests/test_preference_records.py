@@ -63,7 +63,7 @@ def test_encoding_is_undone_by_decoding(text: Text) -> None:
     [
         ({"prompt": "q", "chosen": "a ", "rejected": "a"}, "are the same"),
         ({"prompt": "q", "chosen": "a", "rejected": " "}, "empty"),
-        ({"prompt": "q", "rejected": "a"}, "'chosen' is neither a text nor turns"),
+        ({"prompt": "q", "chosen": None, "rejected": "a"}, "'chosen' is neither a text nor turns"),
         ({"prompt": "q", "chosen": "a", "rejected": 3}, "'rejected' is neither"),
         ({"prompt": [], "chosen": [], "rejected": "a"}, "'chosen' is neither"),
         (
@@ -71,6 +71,9 @@ def test_encoding_is_undone_by_decoding(text: Text) -> None:
             "not from 'assistant'",
         ),
         (FORMS["whole chats"] | {"rejected": "no"}, "different questions"),
+        (FORMS["whole chats"] | {"chosen": "yes"}, "different questions"),
+        ({"prompt": "q", "chosen": "yes", "rejected": None}, "'rejected' is neither"),
+        ({"prompt": "q", "rejected": False}, "neither 'conversations'"),
     ],
 )
 def test_what_is_no_preference_is_refused(entry: dict[str, object], message: str) -> None:

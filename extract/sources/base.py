@@ -232,7 +232,7 @@ def text_of(entry: Any, split: str) -> Text:
     """
     if isinstance(entry, str):
         text = caption(entry.strip(), split)
-    elif isinstance(entry, dict) and entry.get("rejected") is not None:
+    elif isinstance(entry, dict) and {"chosen", "rejected"} <= entry.keys():
         text = from_preference(entry, split)
     elif isinstance(entry, dict) and "conversations" in entry:
         text = from_llava(entry["conversations"], split)

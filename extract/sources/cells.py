@@ -74,7 +74,7 @@ def texts_in(cell: Any, split: str) -> tuple[tuple[Text, ...], bool]:
     """
     if isinstance(cell, str) and _WRITTEN.match(cell):
         cell = json.loads(cell)
-    if isinstance(cell, dict) and cell.get("rejected") is not None:
+    if isinstance(cell, dict) and "chosen" in cell:
         return texts_of(cell, split), False
     several = cell if isinstance(cell, list) else [cell]
     if all(text is None or (isinstance(text, str) and not text.strip()) for text in several):

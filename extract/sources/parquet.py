@@ -279,6 +279,13 @@ class Parquet(Source):
                     if known is None and columns.text is None and not columns.answers:
                         there = listed(table.schema.names)
                         yield Skipped(str(shard), f"no column of texts among {there}; set 'text' to its name")
+                    if known is None and columns.text is None and columns.answers:
+                        there = listed(table.schema.names)
+                        yield Skipped(
+                            str(shard),
+                            f"no column of questions among {there}: preferences are between captions, unless "
+                            "'text' names it",
+                        )
                     if known not in (None, columns):
                         raise UserError(
                             f"{shard}: it has {columns}, and files before have {known}; split the silo"

@@ -12,7 +12,7 @@ from fedcmp.federate.client.texts import Counts
 from fedcmp.federate.privacy.ledger import Ledger
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
-from fedcmp.pipeline.identity import federate_options, language_identity
+from fedcmp.pipeline.identity import federate_options, language_identity, written_by
 
 if TYPE_CHECKING:
     from fedcmp.federate.server.rounds import Train
@@ -112,7 +112,6 @@ def terms(experiment: Experiment, card: SiloCard) -> dict[str, Any]:
         "seed": experiment.seed,
         **aligned,
         "federate": federate_options(experiment),
-        "language": card.language
-        | {"template": experiment.language.template, "max_length": experiment.language.max_length},
+        "language": card.language | written_by(experiment),
         "features": card.key,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedcmp.federate.preference.jury import Jury, averaged
+from fedcmp.federate.preference.jury import Jury, mean_state
 from fedcmp.federate.preference.progress import Progress
 from fedcmp.pipeline import history
 from fedcmp.pipeline.config import Experiment
@@ -25,7 +25,7 @@ def average(experiment: Experiment, jury: Jury, done: Progress, save: Callable[[
     with progress(experiment.run, rounds - done.step, "rounds") as task:
         while done.step < rounds:
             states, losses = jury.tuned(done.state, done.step)
-            done.state = averaged(states, jury.samples)
+            done.state = mean_state(states, jury.samples)
             told = [
                 {
                     "round": done.step,

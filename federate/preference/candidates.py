@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from fedcmp.pipeline.models.language import FrozenLanguageModel
 from fedcmp.pipeline.models.prompts import (
     CAPTION_PROMPT,
     IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    BadTextError,
     Tokens,
     question,
     stop_string,
@@ -102,7 +105,7 @@ class Asking:
             Text((*text.turns[:-1], Turn("assistant", answer)))
             for text, answer in zip(texts, said, strict=True)
         ]
-        return [divided(tokens) for tokens in self._tokens(whole, texts)]
+        return [_divided(tokens) for tokens in self._tokens(whole, texts)]
 
     def said(self, candidates: Candidates) -> list[str]:
         """Answers as texts."""
@@ -126,15 +129,23 @@ class Asking:
                 template,
                 self.language.tokenizer,
                 patches=self.visual_tokens,
-                max_length=self.max_length,
+                max_length=sys.maxsize,
             )
             for place, each in zip(places, made, strict=True):
+                if len(each.ids) > self.max_length:
+                    content = written[place].turns[-1].content[:60]
+                    raise BadTextError(
+                        f"language.max_length = {self.max_length} cuts the {len(each.ids)} tokens of a text "
+                        f"that ends with {content!r}; raise it"
+                    )
                 tokens[place] = each
         return [each for each in tokens if each is not None]
 
 
-def divided(tokens: Tokens) -> tuple[Tokens, list[int]]:
+def _divided(tokens: Tokens) -> tuple[Tokens, list[int]]:
     """What comes before the last answer, and that."""
+    if not tokens.supervised:
+        raise BadTextError("an answer of no tokens; remove it")
     end = max(place for place, label in enumerate(tokens.labels) if label != IGNORE_INDEX) + 1
     start = max((place for place in range(end) if tokens.labels[place] == IGNORE_INDEX), default=-1) + 1
     return Tokens(tokens.ids[:start], [IGNORE_INDEX] * start), tokens.ids[start:end]
@@ -151,25 +162,32 @@ def log_probs(model: VisionLanguage, candidates: Candidates, visual: Tensor) -> 
     Returns:
         `(tokens,)` float32, and the answer of each `(tokens,)` int64, in their order.
     """
-    ids, labels = _collated(model, candidates)
+    ids, labels = _collated(model, candidates, visual.shape[1])
     losses, rows = model.losses(ids, labels, visual[candidates.owners.to(visual.device)])
     return -losses, rows
 
 
 def hidden_states(model: VisionLanguage, candidates: Candidates, visual: Tensor) -> tuple[Tensor, Tensor]:
     """Last hidden states at every token of every answer: `(tokens, d_llm)` float32, and its answer."""
-    ids, labels = _collated(model, candidates)
+    ids, labels = _collated(model, candidates, visual.shape[1])
     embeds = model.language.embed(ids, visual[candidates.owners.to(visual.device)])
     rows, places = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
     states = model.language.hidden(embeds, rows, places)
     return states, rows.to(states.device)
 
 
-def _collated(model: VisionLanguage, candidates: Candidates) -> tuple[Tensor, Tensor]:
-    """Ids and labels `(answers, length)` int64 of prompts with their answers."""
+def _collated(model: VisionLanguage, candidates: Candidates, visual_tokens: int) -> tuple[Tensor, Tensor]:
+    """Ids and labels `(answers, length)` int64 of prompts with their answers, for a projector's tokens."""
+    prompts = [_shown(prompt.ids, visual_tokens) for prompt in candidates.prompts]
     return model.language.collate(
         [
-            Tokens([*prompt.ids, *answer], [*[IGNORE_INDEX] * len(prompt.ids), *answer])
-            for prompt, answer in zip(candidates.prompts, candidates.answers, strict=True)
+            Tokens([*prompt, *answer], [*[IGNORE_INDEX] * len(prompt), *answer])
+            for prompt, answer in zip(prompts, candidates.answers, strict=True)
         ]
     )
+
+
+def _shown(ids: list[int], visual_tokens: int) -> list[int]:
+    """A prompt whose picture takes so many tokens."""
+    first, number = ids.index(IMAGE_TOKEN_INDEX), ids.count(IMAGE_TOKEN_INDEX)
+    return [*ids[:first], *[IMAGE_TOKEN_INDEX] * visual_tokens, *ids[first + number :]]

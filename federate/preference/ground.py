@@ -14,7 +14,7 @@ from fedcmp.federate.preference.public import Public
 from fedcmp.pipeline.cache import open_cache, same_key
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.hashes import fingerprint
-from fedcmp.pipeline.identity import language_options
+from fedcmp.pipeline.identity import language_options, written_by
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.device import pick_device
 from fedcmp.pipeline.models.language import load_language
@@ -34,7 +34,8 @@ class Ground:
         language: The frozen LLM.
         model: It, behind the reference projector.
         reference: The reference's state, a new adapter included where there is one.
-        content: Fingerprint of the reference projector and of the prompts.
+        initial: Content hash of what the reference projector is made of.
+        content: Fingerprint of that, of the prompts and of how they are written.
         asking: How questions become token ids.
         public: The prompts.
         d_vision: Width of a feature.
@@ -53,15 +54,16 @@ class Ground:
         self.d_vision, device = first.d_vision, pick_device(experiment.device)
         self.language = load_language(experiment.language.path, **language_options(experiment))
         projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=self.language.d_llm)
-        initial = start_from(options.initial, projector, options.projector.plugins)
+        self.language.checkpointing, self.language.compiled = options.checkpointing, options.compile
+        self.initial = start_from(options.initial, projector, options.projector.plugins)
         self.model = VisionLanguage(projector.to(device), self.language)
         shapes = {name: tuple(matrix.shape) for name, matrix in self.language.adapter.items()}
         self._adapter = draw(shapes, torch.Generator().manual_seed(experiment.seed))
         self.reference = projectors.state_of(projector) | self._adapter
         self.model.load(self.reference)
         self.asking = Asking.of(experiment, self.language, projector.tokens(first.patches))
-        self.public = Public(caches, self.asking)
-        self.content = fingerprint([initial, self.public.contents])
+        self.public = Public(caches, self.asking, align.max_new_tokens)
+        self.content = fingerprint([self.initial, self.public.contents, written_by(experiment)])
 
     @property
     def width(self) -> int:

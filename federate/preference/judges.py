@@ -20,11 +20,12 @@ from fedcmp.federate.preference.mixture import domain_gradient
 from fedcmp.federate.preference.pairs import Pairs, read_pairs
 from fedcmp.federate.preference.public import as_lists
 from fedcmp.federate.preference.rewards import REWARDS, Judge, Reward, Setting
+from fedcmp.federate.preference.routers import ROUTERS
 from fedcmp.federate.preference.tune import tune
 from fedcmp.pipeline.cache import FeatureCache
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import progress, say
-from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.errors import UserError, one_line
 from fedcmp.pipeline.files import read_json, write_atomic, write_json
 from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.identity import language_identity
@@ -69,14 +70,16 @@ class Judges:
         assert experiment.align is not None
         self._experiment, self._align, self._ground = experiment, experiment.align, ground
         self._at_once = experiment.federate.micro_batch or experiment.federate.batch_size
+        self._router = ROUTERS.build(self._align.router, "align.router")
         self._silos = {}
         for name, cache in caches.items():
             whole, reasons = read_pairs(cache, ground.asking)
             pairs, held_out = whole.divided(self._align.hold_out)
             if not len(pairs):
                 raise UserError(
-                    f"silo {name} has no preferences to train on (texts with 'chosen' and 'rejected'; "
-                    f"{len(reasons)} cannot be used); remove it from federate.silos, or extract them"
+                    f"silo {name} has no preferences to train on (texts with 'chosen' and 'rejected'): "
+                    f"{len(held_out)} are held out by align.hold_out = {self._align.hold_out}, "
+                    f"{len(reasons)} cannot be used; remove it from federate.silos, or extract more"
                 )
             for reason in list(reasons.values())[:1]:
                 say(
@@ -114,11 +117,11 @@ class Judges:
                 f"site '{name}' has another reference or other prompts than the server; give both the same "
                 "federate.initial and the same caches of align.prompts"
             )
-        if self._align.method == "grpo":
-            fitted = {"score": self._score, "margins": self._margins, "gradient": self._gradient}
-            steps = {"fit": self._fit, **fitted}
-        else:
+        if self._align.method != "grpo":
             steps = {"tune": self._tune}
+        else:
+            steps = {"fit": self._fit, "score": self._score, "margins": self._margins}
+            steps |= {"gradient": self._gradient} if self._router.wants_gradients else {}
         if step.get("step") not in steps:
             raise ValueError(f"no step '{str(step.get('step'))[:40]}' in this alignment")
         with self._ground.as_reference():
@@ -127,12 +130,14 @@ class Judges:
     def _fit(self, silo: _Silo, step: Mapping[str, Any]) -> dict[str, Any]:
         """Fit the reward model, or find it fitted; only one that is averaged begins elsewhere and leaves."""
         average, start = self._align.average, step.get("start")
-        first, last = step["epochs"]
-        if not average and (start is not None or (first, last) != (0, silo.options.epochs)):
+        first, last = step.get("epochs") or (0, silo.options.epochs)
+        if not average and (start is not None or "epochs" in step):
             raise ValueError("reward models of this alignment are not averaged")
+        if not 0 <= first <= last <= silo.options.epochs:
+            raise ValueError(f"epochs {str((first, last))[:40]} are none of its {silo.options.epochs}")
         silo.judge = silo.options.judge(self._setting(silo))
         if start is not None:
-            silo.judge.load(start)
+            _load(silo.judge, start)
         identity = self._identity(silo, start, (first, last))
         path = self._experiment.build / REWARD_FOLDER / f"{identity}.safetensors"
         known = _recalled(path)
@@ -143,7 +148,7 @@ class Judges:
             known = {"silo": silo.name, "accuracy": share, "bytes": sha256(data).hexdigest()}
             write_json(path.with_suffix(".json"), known | {"made_by": self._made_by()})
         else:
-            silo.judge.load(load_file(path))
+            _load(silo.judge, load_file(path))
         silo.content = fingerprint([identity, content_hash(silo.judge.state())])
         answer = {
             "content": silo.content,
@@ -175,6 +180,10 @@ class Judges:
         return fingerprint(
             [
                 self._align.reward_of(silo.name).as_built(),
+                silo.options.files(),
+                self._experiment.federate.projector.as_built(),
+                content_hash(self._ground.reference),
+                bool(self._align.average),
                 silo.cache.content,
                 silo.left_out,
                 self._align.hold_out,
@@ -225,7 +234,10 @@ class Judges:
                 some = silo.pairs.candidates(places)
                 parts.append(self._ground.context(some.part(range(0, len(some), 2))))
             silo.context = torch.cat(parts)
-        gradient, loss = domain_gradient(step["omega"], silo.context, silo.number)
+        omega, wanted = step.get("omega"), (len(self._experiment.federate.silos), self._ground.width)
+        if not isinstance(omega, Tensor) or tuple(omega.shape) != wanted or omega.dtype != torch.float32:
+            raise ValueError(f"no float32 matrix of shape {wanted}")
+        gradient, loss = domain_gradient(omega, silo.context, silo.number)
         return {"gradient": gradient, "loss": float(loss), "samples": len(silo.context)}
 
     def _tune(self, silo: _Silo, step: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,6 +245,18 @@ class Judges:
             self._ground, silo.pairs, self._experiment, step["state"], step["round"], [silo.number]
         )
         return {"state": state, "loss": loss, "samples": len(silo.pairs)}
+
+
+def _load(judge: Judge, state: Mapping[str, Tensor]) -> None:
+    """Put weights in place.
+
+    Raises:
+        ValueError: They are of another form.
+    """
+    try:
+        judge.load(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"not the weights of this reward model: {one_line(error)}") from None
 
 
 def _recalled(path: Path) -> dict[str, Any] | None:

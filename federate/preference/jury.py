@@ -58,7 +58,7 @@ class Jury:
             epochs: Of every silo.
         """
         if not rounds:
-            self._fit({client: {"epochs": [0, epochs[client]]} for client in self.clients})
+            self._fit({client: {} for client in self.clients}, averaged=False)
             return
         common: State | None = None
         for round_ in range(rounds + 1):
@@ -66,10 +66,10 @@ class Jury:
                 client: [number * round_ // rounds, number * min(round_ + 1, rounds) // rounds]
                 for client, number in epochs.items()
             }
-            states = self._fit({c: {"epochs": parts[c], "start": common} for c in self.clients})
-            common = averaged(states, self.samples)
+            asked = {c: {"epochs": parts[c], "start": common} for c in self.clients}
+            common = mean_state(self._fit(asked, averaged=True), self.samples)
 
-    def _fit(self, requests: Mapping[str, dict[str, Any]]) -> dict[str, State]:
+    def _fit(self, requests: Mapping[str, dict[str, Any]], *, averaged: bool) -> dict[str, State]:
         states: dict[str, State] = {}
         for client, answer in self._asked({c: {"step": "fit", **r} for c, r in requests.items()}).items():
             said = _Said(client, answer)
@@ -77,7 +77,7 @@ class Jury:
             share = None if answer.get("accuracy") is None else said.number("accuracy", 0, 1)
             self.accuracies[client] = share
             self.samples[client] = int(said.number("pairs", 1, 2**53))
-            if "state" in answer:
+            if averaged:
                 states[client] = said.state("state", states.get(self.clients[0]))
         return states
 
@@ -142,9 +142,9 @@ class Jury:
         return {client: answers[client] for client in requests}
 
 
-def averaged(states: Mapping[str, State], samples: Mapping[str, int]) -> State:
+def mean_state(states: Mapping[str, State], samples: Mapping[str, int]) -> State:
     """FedAvg (McMahan et al., 2017): the mean of weights by number of preferences."""
-    total = sum(samples.values())
+    total = sum(samples[client] for client in states)
     first = next(iter(states.values()))
     return {
         name: torch.stack([states[client][name] * (samples[client] / total) for client in states]).sum(0)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+_ROUNDING = 1e-6
+
 
 def context(visual: Tensor, words: Tensor) -> Tensor:
     """What a router sees of prompts: h(x) = 4 [v̄ / ‖v̄‖; q̄ / ‖q̄‖; 1/4].
@@ -62,7 +64,18 @@ def deviations(rewards: Tensor) -> Tensor:
         `(K,)`, 1 for a reward that tells no answers apart.
     """
     spread = (rewards - rewards.mean(2, keepdim=True)).square().mean((1, 2)).sqrt()
-    return torch.where(spread > 0, spread, 1.0)
+    return torch.where(spread > _ROUNDING * rewards.abs().mean((1, 2)), spread, 1.0)
+
+
+def centred(rewards: Tensor, copies: int) -> Tensor:
+    """Rewards without the mean of each group, which would cancel later and costs digits until then.
+
+    Args:
+        rewards: `(K, answers)`, so many to each prompt side by side.
+        copies: How many.
+    """
+    groups = rewards.view(len(rewards), -1, copies)
+    return (groups - groups.mean(2, keepdim=True)).flatten(1)
 
 
 def domain_gradient(omega: Tensor, h: Tensor, label: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ class Progress:
     Attributes:
         state: The policy.
         safe: The policy whose answers were last seen within the limit of KL.
+        safe_step: After how many steps that was.
         step: Steps, or rounds, that were taken.
         optimizer: Its moments.
         omega: The router's matrix, None before it is fitted.
@@ -33,6 +34,7 @@ class Progress:
 
     state: State
     safe: State
+    safe_step: int = 0
     step: int = 0
     optimizer: dict[str, Any] | None = None
     omega: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +12,9 @@ from torch import Tensor
 from fedcmp.federate.preference.candidates import Asking, Candidates
 from fedcmp.federate.preference.pairs import read_pairs
 from fedcmp.pipeline.cache import FeatureCache
+from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.models.prompts import BadTextError
 
 
 class Public:
@@ -20,6 +23,7 @@ class Public:
     Args:
         caches: By kind.
         asking: How texts become token ids.
+        length: Tokens that an answer may have.
 
     Raises:
         UserError: A silo has no question.
@@ -31,10 +35,10 @@ class Public:
         pairs: Preferences of each kind, to choose and to check by.
     """
 
-    def __init__(self, caches: Mapping[str, FeatureCache], asking: Asking) -> None:
+    def __init__(self, caches: Mapping[str, FeatureCache], asking: Asking, length: int) -> None:
         self._caches, self._asking = list(caches.values()), asking
         self.kinds = tuple(caches)
-        self._texts = [cache.usable_texts("train") for cache in self._caches]
+        self._texts = [_askable(kind, cache, asking, length) for kind, cache in caches.items()]
         self.sizes = [len(texts) for texts in self._texts]
         for kind, size in zip(self.kinds, self.sizes, strict=True):
             if not size:
@@ -43,7 +47,11 @@ class Public:
                     "remove it, or fix its source and extract it again"
                 )
         self.contents = {kind: cache.content for kind, cache in caches.items()}
-        self.pairs = {kind: read_pairs(cache, asking)[0] for kind, cache in caches.items()}
+        self.pairs = {}
+        for kind, cache in caches.items():
+            self.pairs[kind], reasons = read_pairs(cache, asking)
+            for reason in list(reasons.values())[:1]:
+                say(f"{kind}: {len(reasons)} public preferences are left out; the first: {reason}")
 
     def questions(self, kinds: Sequence[int], first: int, number: int, seed: int) -> np.ndarray:
         """Questions in an order of their own, kind by kind in turn; every pass over a kind has another.
@@ -77,10 +85,15 @@ class Public:
         Raises:
             ValueError: There is no such question.
         """
+        if places.ndim != 2 or places.shape[1] != 2 or not len(places):
+            raise ValueError("no table of questions")
         if ((places < 0) | (places >= [[len(self.kinds), max(self.sizes)]])).any():
             raise ValueError("a question that does not exist")
         if any(number >= self.sizes[kind] for kind, number in places.tolist()):
             raise ValueError("a question that does not exist")
+        highest = max((token for several in answers for answer in several for token in answer), default=0)
+        if highest >= self._asking.language.rows:
+            raise ValueError(f"token {highest}, where the LLM has {self._asking.language.rows}")
         texts, features = [], []
         for kind, number in places.tolist():
             cache, index = self._caches[kind], int(self._texts[kind][number])
@@ -96,6 +109,25 @@ class Public:
             [prompts[place] for place in owners.tolist()],
             [answer for several in answers for answer in several],
         )
+
+
+def _askable(kind: str, cache: FeatureCache, asking: Asking, length: int) -> np.ndarray:
+    """`(n,)` int64: texts whose questions can be asked and answered; others are counted and said."""
+    room = asking.language.at_most(sys.maxsize) - length
+    kept, reasons = [], []
+    for index in cache.usable_texts("train").tolist():
+        try:
+            (prompt,) = asking.prompts([cache.text(index)])
+        except BadTextError as error:
+            reasons.append(str(error))
+            continue
+        if len(prompt.ids) > room:
+            reasons.append(f"{len(prompt.ids)} tokens leave no room for align.max_new_tokens = {length}")
+            continue
+        kept.append(index)
+    for reason in reasons[:1]:
+        say(f"{kind}: {len(reasons)} public questions cannot be asked and are left out; the first: {reason}")
+    return np.array(kept, np.int64)
 
 
 def as_tensors(places: np.ndarray, answers: Sequence[Sequence[list[int]]]) -> dict[str, Tensor]:
@@ -115,6 +147,9 @@ def as_lists(sent: Mapping[str, Tensor]) -> tuple[np.ndarray, list[list[list[int
     Raises:
         ValueError: They are no such thing.
     """
+    parts = [sent.get(name) for name in ("places", "counts", "lengths", "tokens")]
+    if not all(isinstance(part, Tensor) and part.dtype == torch.int64 for part in parts):
+        raise ValueError("no tensors of int64")
     counts, lengths, tokens = sent["counts"], sent["lengths"], sent["tokens"]
     sizes = [len(sent["places"]), int(counts.sum()), int(lengths.sum())]
     if sizes != [len(counts), len(lengths), len(tokens)] or any(

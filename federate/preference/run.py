@@ -13,12 +13,13 @@ from fedcmp.federate.preference.judges import Judges
 from fedcmp.federate.preference.jury import Jury
 from fedcmp.federate.preference.progress import Progress
 from fedcmp.federate.preference.record import summary, write_sampled
+from fedcmp.federate.preference.rewards import REWARDS
 from fedcmp.federate.preference.training import train
 from fedcmp.federate.schedule import Schedule, schedule_of
 from fedcmp.federate.strategies.base import STRATEGIES
 from fedcmp.pipeline import history
 from fedcmp.pipeline.cache import open_cache, same_key
-from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.config import Experiment, Federate
 from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import locked
@@ -27,6 +28,10 @@ from fedcmp.pipeline.identity import run_differences, run_identity
 from fedcmp.pipeline.manifest import withdraw_manifest
 from fedcmp.pipeline.run_folder import PROJECTOR, Run
 
+_WITHOUT_EFFECT = (
+    *("passes", "clients_per_round", "together", "micro_tokens", "all_reduce", "shard"),
+    *("privacy", "communication", "poison"),
+)
 _STRATEGIES = {"grpo": "mor", "dpo": "fed_dpo", "sft": "fed_sft"}
 
 
@@ -65,6 +70,11 @@ def align(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engin
             "caches": {name: cards[name].content for name in silos},
             "prompts": ground.public.contents,
         }
+        if wanted["federate"]["initial"] != ground.initial:
+            initial = experiment.federate.initial
+            raise UserError(f"federate.initial = {initial}: changed just now; run this again")
+        if files := {silo: own for silo in silos if (own := reward_files(experiment, silo))}:
+            wanted["reward_files"] = files
         made = Run.find(out, experiment.federate.projector.plugins)
         if made is not None:
             changed = run_differences(wanted, made.identity) or damaged(made)
@@ -76,6 +86,12 @@ def align(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engin
         made = _aligned(experiment, ground, jury, cards, wanted)
     say(f"Projector, history and sampled answers in {out}")
     return made
+
+
+def reward_files(experiment: Experiment, silo: str) -> dict[str, str]:
+    """Files that decide a silo's rewards besides its options, as they are here."""
+    assert experiment.align is not None
+    return REWARDS.build(experiment.align.reward_of(silo), f"align.rewards.{silo}").files()
 
 
 def refuse(experiment: Experiment) -> None:
@@ -97,14 +113,12 @@ def refuse(experiment: Experiment) -> None:
         raise UserError(
             f"align.prompts: {', '.join(judging)} judges, too; give prompts that everybody may see"
         )
-    for name, used in (
-        ("privacy", options.privacy),
-        ("communication", options.communication),
-        ("poison", options.poison),
-        ("shard", options.shard),
-    ):
-        if used:
-            raise UserError(f"federate.{name}: does not go with [align]; remove one of them")
+    for name in _WITHOUT_EFFECT:
+        if getattr(options, name) != Federate.model_fields[name].get_default():
+            raise UserError(f"federate.{name}: does nothing with [align]; remove it")
+    if options.strategy.name != "fedavg" or options.optimizer.carry:
+        what = "optimizer.carry" if options.optimizer.carry else f"strategy.name = '{options.strategy.name}'"
+        raise UserError(f"federate.{what}: does nothing with [align]; remove it")
     if align.method != "grpo" and not align.average:
         raise UserError(f"align.average = 0: '{align.method}' is averaged over rounds; give their number")
     if align.average and align.rewards and align.method == "grpo":
@@ -135,6 +149,7 @@ def _aligned(
         average(experiment, jury, done, lambda: done.save(path, print_of_run))
     write_sampled(experiment, ground, done.state)
     facts = {
+        "rewards": jury.contents,
         "accuracies": jury.accuracies,
         "agreement": done.agreement,
         "kinds": [ground.public.kinds[kind] for kind in done.kinds],

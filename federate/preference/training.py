@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from fedcmp.federate.preference.ground import Ground
 from fedcmp.federate.preference.grpo import advantages
 from fedcmp.federate.preference.jury import Jury
-from fedcmp.federate.preference.mixture import deviations, fused, weights
+from fedcmp.federate.preference.mixture import centred, deviations, fused, weights
 from fedcmp.federate.preference.policy import Policy
 from fedcmp.federate.preference.progress import Progress
 from fedcmp.federate.preference.record import step_rows
@@ -19,9 +20,9 @@ from fedcmp.federate.preference.routers import ROUTERS, Router
 from fedcmp.pipeline import history
 from fedcmp.pipeline.config import Experiment
 from fedcmp.pipeline.console import progress, say
-from fedcmp.pipeline.errors import UserError
+from fedcmp.pipeline.errors import DivergedError, UserError
 
-_CALIBRATION, _TRAINING = range(2)
+_CALIBRATION, _TRAINING, _LAST = range(3)
 
 
 def train(
@@ -45,7 +46,8 @@ def train(
         return
     router = ROUTERS.build(align.router, "align.router")
     rewards = {c: REWARDS.build(align.reward_of(c), f"align.rewards.{c}") for c in jury.clients}
-    jury.fit(align.average, {client: reward.epochs for client, reward in rewards.items()})
+    epochs = {client: reward.epochs for client, reward in rewards.items()}
+    jury.fit(align.average, epochs)
     policy = Policy(ground, experiment)
     policy.model.load(done.state)
     if done.optimizer is not None:
@@ -66,6 +68,24 @@ def train(
             task.advance(len(steps))
             task.note("".join(f"reward {row['reward']:.3f}, KL {row['kl']:.3f}" for row in steps[-1:]))
             save()
+    if not done.stopped:
+        places = ground.public.questions(done.kinds, 0, align.prompts_per_step, experiment.seed + 2)
+        kl = policy.generate(places, [_LAST]).kl
+        if not kl <= align.kl_limit:
+            _stop(align.kl_limit, kl, done)
+    if done.stopped:
+        history.truncate(rows, done.step)
+        save()
+
+
+def _stop(limit: float, kl: float, done: Progress) -> None:
+    """Go back to the last weights within the limit."""
+    say(
+        f"step {done.step}: KL {kl:.2f} is above align.kl_limit = {limit:g}; the run ends with the weights "
+        f"of step {done.safe_step}, the last within it (a higher align.beta or a lower align.learning_rate "
+        "keeps them there)"
+    )
+    done.state, done.step, done.stopped = done.safe, done.safe_step, True
 
 
 def _generation(
@@ -79,23 +99,23 @@ def _generation(
     number = count * align.steps_per_generation
     places = ground.public.questions(done.kinds, first * number, number, experiment.seed)
     generation = policy.generate(places, [_TRAINING, first])
-    if generation.kl > align.kl_limit:
-        done.state, done.stopped = done.safe, True
-        say(
-            f"step {done.step}: KL {generation.kl:.2f} is above align.kl_limit = {align.kl_limit:g}; the run "
-            "ends with the last weights within it (a higher align.beta keeps them there)"
-        )
+    if not generation.kl <= align.kl_limit:
+        _stop(align.kl_limit, generation.kl, done)
         return []
-    done.safe = policy.state()
-    h = ground.context(generation.candidates)
+    done.safe, done.safe_step, copies = policy.state(), done.step, align.num_generations
+    h = ground.context(generation.candidates.part(range(0, len(generation.candidates), copies)))
     pi = weights(done.omega, h, uniform=router.uniform, temperature=router.temperature)
-    mixed = fused(pi, jury.scores(places, generation.answers)).view(number, -1)
-    advantage, copies = advantages(mixed, align.scale_rewards).flatten(), mixed.shape[1]
+    pi = pi.repeat_interleave(copies, 0)
+    mixed = fused(pi, centred(jury.scores(places, generation.answers), copies)).view(number, -1)
+    advantage = advantages(mixed, align.scale_rewards).flatten()
     lengths = [len(answer) for answer in generation.candidates.answers]
     told = []
     for step in range(min(align.steps_per_generation, align.steps - done.step)):
         chosen = range(step * count, (step + 1) * count)
         moved = policy.step(done.step, generation, chosen, advantage)
+        if not isfinite(moved.loss):
+            rate = f"align.learning_rate ({align.learning_rate:g})"
+            raise DivergedError(f"step {done.step}: the loss is {moved.loss}; lower {rate}")
         own = slice(chosen.start * copies, chosen.stop * copies)
         part = mixed[chosen.start : chosen.stop]
         told += step_rows(done.step, jury.clients, moved, part, pi[own], lengths[own])

@@ -59,13 +59,12 @@ def tune(
         for group in optimizer.param_groups:
             group["lr"] = rate * group["share"]
         candidates = pairs.candidates(places)
+        # First, as it changes the adapter, if there is one, and puts it back.
+        with torch.no_grad(), ground.as_reference():
+            reference, _ = _sums(ground.model, candidates)
         new, tokens = _sums(model, candidates)
-        if align.method == "dpo":
-            with torch.no_grad(), ground.as_reference():
-                reference, _ = _sums(ground.model, candidates)
-            loss = dpo_loss(new, reference, align.beta)
-        else:
-            loss = chosen_loss(new, tokens)
+        dpo = align.method == "dpo"
+        loss = dpo_loss(new, reference, align.beta) if dpo else chosen_loss(new, tokens)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), schedule.max_grad_norm)

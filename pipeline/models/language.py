@@ -176,7 +176,11 @@ class FrozenLanguageModel:
             `(n, d_llm)` float32.
         """
         with self._training() as body:
-            states = body(inputs_embeds=embeds, use_cache=False, output_hidden_states=True).hidden_states[-1]
+            if self.ways.whole:
+                output = body(inputs_embeds=embeds, use_cache=False, output_hidden_states=True)
+                states = output.hidden_states[-1]
+            else:
+                states = body(inputs_embeds=embeds, use_cache=False).last_hidden_state
         return states[rows.to(states.device), places.to(states.device)].float()
 
     @property

@@ -81,6 +81,10 @@ class Reward(Options, ABC):
     batch_size: int = Field(16, ge=1)
     decay: float = Field(0.0, ge=0)
 
+    def files(self) -> dict[str, str]:
+        """SHA-256 of files that decide its rewards besides its options."""
+        return {}
+
     @abstractmethod
     def judge(self, setting: Setting) -> Judge:
         """The model with initial weights, on the LLM's device."""

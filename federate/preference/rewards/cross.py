@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
@@ -31,6 +31,12 @@ class Cross(Reward):
     layers: int = Field(2, ge=1)
     heads: int = Field(4, ge=1)
     longest: int = Field(256, ge=1)
+
+    @model_validator(mode="after")
+    def _heads_share_it(self) -> Cross:
+        if self.width % self.heads:
+            raise ValueError(f"width = {self.width} is no multiple of heads = {self.heads}")
+        return self
 
     def judge(self, setting: Setting) -> Judge:
         """The transformer."""

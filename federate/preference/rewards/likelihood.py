@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from fedcmp.federate.preference.rewards import REWARDS, Asking, Candidates, Judge, Reward, Setting, log_probs
 from fedcmp.pipeline.models.language import FrozenLanguageModel
+from fedcmp.pipeline.models.saved_model import LANGUAGE_FILES, model_hashes
 from fedcmp.pipeline.models.vision_language import VisionLanguage
 from fedcmp.pipeline.options import Component
+from fedcmp.pipeline.records import IMAGE_PLACEHOLDER
 
 
 @REWARDS.register("likelihood")
@@ -29,6 +31,10 @@ class Likelihood(Reward):
     language: Path | None = None
     mean: bool = False
     scale: float = Field(0.1, gt=0)
+
+    def files(self) -> dict[str, str]:
+        """Those of another LLM."""
+        return {} if self.language is None else model_hashes(self.language, LANGUAGE_FILES)
 
     def judge(self, setting: Setting) -> Judge:
         """The projector and s."""
@@ -73,7 +79,8 @@ class _Translated(_Likely):
         self._theirs, self._own = theirs, own
 
     def forward(self, candidates: Candidates) -> Tensor:
-        read = self._own.answers(candidates.texts, self._theirs.said(candidates))
+        said = [answer.replace(IMAGE_PLACEHOLDER, "") for answer in self._theirs.said(candidates)]
+        read = self._own.answers(candidates.texts, said)
         own = Candidates(
             candidates.features,
             candidates.owners,

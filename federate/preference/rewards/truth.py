@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import torch
+from pydantic import field_validator
 from torch import Tensor
 
 from fedcmp.federate.preference.rewards import REWARDS, Asking, Candidates, Judge, Reward, Setting
@@ -17,6 +18,15 @@ class Truth(Reward):
 
     epochs: int = 0
     pattern: str = r"\w+"
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from None
+        return pattern
 
     def judge(self, setting: Setting) -> Judge:
         """Without weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from pydantic import Field
 from torch import Tensor
@@ -36,8 +36,12 @@ class Panel(Protocol):
 
 
 class Router(Options, ABC):
-    """π(x) = (1 - u) softmax(Ω h(x) / τ) + u / K, with u = `uniform` and τ = `temperature`."""
+    """π(x) = (1 - u) softmax(Ω h(x) / τ) + u / K, with u = `uniform` and τ = `temperature`.
 
+    Sites answer `domain_gradient` only to a router that says that it `wants_gradients`.
+    """
+
+    wants_gradients: ClassVar[bool] = False
     uniform: float = Field(0.0, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
 

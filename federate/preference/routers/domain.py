@@ -19,6 +19,7 @@ class Domain(Router):
         decay: Weight of ‖Ω‖² / 2.
     """
 
+    wants_gradients = True
     uniform: float = Field(0.5, ge=0, le=1)
     steps: int = Field(60, ge=1)
     learning_rate: float = Field(0.1, gt=0)

@@ -33,5 +33,5 @@ class Single(Router):
             )
         best = self.silo or max(measured, key=lambda name: measured[name])
         omega = torch.zeros(len(panel.clients), panel.width)
-        omega[panel.clients.index(best), -1] = _SURE
+        omega[panel.clients.index(best), -1] = _SURE * self.temperature
         return omega
