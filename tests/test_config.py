@@ -34,7 +34,8 @@ def written() -> set[str]:
     assert found
     names = set(found[1].split())
     assert {others.get(name, name) for name in names} <= SCENARIOS.keys()
-    return names | {"demo"}
+    assert "$(filter align-%,$(EXPERIMENTS))" in rules
+    return names | {"demo", "align"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/ablations").rglob("*.toml")), ids=lambda p: p.stem)
