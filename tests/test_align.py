@@ -148,6 +148,7 @@ def test_a_run_like_any_other_comes_out(aligned: Path) -> None:
     assert all({"reward", "kl", "clipped", "length"} <= row.keys() for row in steps)
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert steps[-1]["kl"] > 0
+    assert all(abs(row["reward"]) > 1e-3 for row in steps)
     for step in range(4):
         shares = [row["weight"] for row in rows if row["client"] and row["round"] == step]
         assert sum(shares) == pytest.approx(1)

@@ -106,8 +106,10 @@ def _generation(
     h = ground.context(generation.candidates.part(range(0, len(generation.candidates), copies)))
     pi = weights(done.omega, h, uniform=router.uniform, temperature=router.temperature)
     pi = pi.repeat_interleave(copies, 0)
-    mixed = fused(pi, centred(jury.scores(places, generation.answers), copies)).view(number, -1)
-    advantage = advantages(mixed, align.scale_rewards).flatten()
+    rewards = jury.scores(places, generation.answers)
+    mixed = fused(pi, rewards).view(number, -1)
+    apart = fused(pi, centred(rewards, copies)).view(number, -1)
+    advantage = advantages(apart, align.scale_rewards).flatten()
     lengths = [len(answer) for answer in generation.candidates.answers]
     told = []
     for step in range(min(align.steps_per_generation, align.steps - done.step)):
