@@ -51,7 +51,7 @@ def preferring(folder: Path, number: int, first: int) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def config(sites_config: Path) -> Path:  # noqa: F811
     """Three silos that prefer, two kinds of public prompts, and a reference."""
     root = apart(sites_config, "align").parent
@@ -122,14 +122,14 @@ def weights_of(config: Path, name: str) -> bytes:
     return (run_of(config, name).path / "projector.safetensors").read_bytes()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def aligned(config: Path) -> Path:
     result = done(config, "mor")
     assert result.exit_code == 0, result.output
     return config
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ground(config: Path) -> Ground:
     return Ground(load(config))
 
