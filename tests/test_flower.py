@@ -127,6 +127,7 @@ def test_the_simulation_ends_in_the_bytes_of_the_local_engine(
     assert projector(ours) == projector(theirs)
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_a_simulated_alignment_ends_in_the_bytes_of_the_local_engine(aligned: Path) -> None:  # noqa: F811
     command = [sys.executable, "-m", "fedcmp", "federate", str(aligned), "--engine", "simulation"]
     done = subprocess.run(
