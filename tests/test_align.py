@@ -52,7 +52,7 @@ def preferring(folder: Path, number: int, first: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def config(sites_config: Path) -> Path:  # noqa: F811
+def align_config(sites_config: Path) -> Path:  # noqa: F811
     """Three silos that prefer, two kinds of public prompts, and a reference."""
     root = apart(sites_config, "align").parent
     silos = "".join(
@@ -107,31 +107,31 @@ router = {{ name = "domain", steps = 5 }}
     return path
 
 
-def done(config: Path, name: str, *overrides: str, command: str = "align") -> Result:
+def done(align_config: Path, name: str, *overrides: str, command: str = "align") -> Result:
     words = [word for each in (f"run={name}", *overrides) for word in ("--set", each)]
-    return CliRunner().invoke(main, [command, str(config), *words])
+    return CliRunner().invoke(main, [command, str(align_config), *words])
 
 
-def run_of(config: Path, name: str) -> Run:
-    run = Run.find(load(config).build / "runs/align" / name)
+def run_of(align_config: Path, name: str) -> Run:
+    run = Run.find(load(align_config).build / "runs/align" / name)
     assert run is not None
     return run
 
 
-def weights_of(config: Path, name: str) -> bytes:
-    return (run_of(config, name).path / "projector.safetensors").read_bytes()
+def weights_of(align_config: Path, name: str) -> bytes:
+    return (run_of(align_config, name).path / "projector.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="session")
-def aligned(config: Path) -> Path:
-    result = done(config, "mor")
+def aligned(align_config: Path) -> Path:
+    result = done(align_config, "mor")
     assert result.exit_code == 0, result.output
-    return config
+    return align_config
 
 
 @pytest.fixture(scope="session")
-def ground(config: Path) -> Ground:
-    return Ground(load(config))
+def ground(align_config: Path) -> Ground:
+    return Ground(load(align_config))
 
 
 def test_a_run_like_any_other_comes_out(aligned: Path) -> None:
@@ -258,8 +258,10 @@ def test_odd_rewards_name_their_site(ground: Ground, answer: dict[str, object], 
         {"step": "give me your data"},
     ],
 )
-def test_a_site_does_what_was_agreed_to_alone(config: Path, ground: Ground, step: dict[str, object]) -> None:
-    service = Service(load(config, ["run=asked"]), "clinic")
+def test_a_site_does_what_was_agreed_to_alone(
+    align_config: Path, ground: Ground, step: dict[str, object]
+) -> None:
+    service = Service(load(align_config, ["run=asked"]), "clinic")
     request = {"kind": "align", "silo": "clinic", "terms": service.handle({"kind": "hello"})["terms"]}
     with pytest.raises(ValueError, match=r"no step|not averaged|fit it again"):
         service.handle(request | {"step": step | {"ground": ground.content}})
@@ -282,56 +284,58 @@ def test_answers_from_afar_are_checked(ground: Ground, spoil: str) -> None:
         ground.public.candidates(*as_lists(sent))
 
 
-def test_one_judge_is_that_judge_under_any_router(config: Path) -> None:
+def test_one_judge_is_that_judge_under_any_router(align_config: Path) -> None:
     for name, options in (("domain", []), ("uniform", ["align.router={name='uniform'}"])):
-        result = done(config, f"one-{name}", "federate.silos=['lab']", *options)
+        result = done(align_config, f"one-{name}", "federate.silos=['lab']", *options)
         assert result.exit_code == 0, result.output
-    assert weights_of(config, "one-domain") == weights_of(config, "one-uniform")
+    assert weights_of(align_config, "one-domain") == weights_of(align_config, "one-uniform")
 
 
-def test_who_counts_nothing_changes_nothing(config: Path) -> None:
+def test_who_counts_nothing_changes_nothing(align_config: Path) -> None:
     alone = "align.router={name='single', silo='clinic'}"
     for name, silos in (("all", "['clinic', 'lab', 'practice']"), ("two", "['clinic', 'lab']")):
-        result = done(config, f"single-{name}", alone, f"federate.silos={silos}")
+        result = done(align_config, f"single-{name}", alone, f"federate.silos={silos}")
         assert result.exit_code == 0, result.output
-    assert weights_of(config, "single-all") == weights_of(config, "single-two")
+    assert weights_of(align_config, "single-all") == weights_of(align_config, "single-two")
 
 
-def test_a_heavy_distance_keeps_the_reference(config: Path) -> None:
-    assert done(config, "heavy", "align.beta=1e6", "align.learning_rate=1e-4").exit_code == 0
-    assert done(config, "light", "align.beta=1e-6", "align.learning_rate=1e-4").exit_code == 0
-    reference = load_file(run_of(config, "reference").path / "projector.safetensors")
+def test_a_heavy_distance_keeps_the_reference(align_config: Path) -> None:
+    assert done(align_config, "heavy", "align.beta=1e6", "align.learning_rate=1e-4").exit_code == 0
+    assert done(align_config, "light", "align.beta=1e-6", "align.learning_rate=1e-4").exit_code == 0
+    reference = load_file(run_of(align_config, "reference").path / "projector.safetensors")
 
     def kl(name: str) -> float:
-        return max(row["kl"] for row in run_of(config, name).history if row["client"] is None)
+        return max(row["kl"] for row in run_of(align_config, name).history if row["client"] is None)
 
     assert kl("heavy") < kl("light")
     assert all(torch.isfinite(tensor).all() for tensor in reference.values())
 
 
-def test_too_far_from_the_reference_it_ends_with_the_last_that_was_near(config: Path) -> None:
-    result = done(config, "far", "align.kl_limit=1e-9", "align.steps=8")
+def test_too_far_from_the_reference_it_ends_with_the_last_that_was_near(align_config: Path) -> None:
+    result = done(align_config, "far", "align.kl_limit=1e-9", "align.steps=8")
     assert result.exit_code == 0, result.output
     assert "above align.kl_limit" in result.output
-    run = run_of(config, "far")
+    run = run_of(align_config, "far")
     assert run.manifest["align"]["stopped"]
     assert not run.history
-    reference = (run_of(config, "reference").path / "projector.safetensors").read_bytes()
+    reference = (run_of(align_config, "reference").path / "projector.safetensors").read_bytes()
     assert (run.path / "projector.safetensors").read_bytes() == reference
 
 
-def test_the_last_steps_are_within_the_limit_too(config: Path) -> None:
-    result = done(config, "last", "align.kl_limit=1e-9", "align.steps=2")
+def test_the_last_steps_are_within_the_limit_too(align_config: Path) -> None:
+    result = done(align_config, "last", "align.kl_limit=1e-9", "align.steps=2")
     assert "above align.kl_limit" in result.output
-    reference = (run_of(config, "reference").path / "projector.safetensors").read_bytes()
-    assert weights_of(config, "last") == reference
+    reference = (run_of(align_config, "reference").path / "projector.safetensors").read_bytes()
+    assert weights_of(align_config, "last") == reference
 
 
-def test_what_diverges_is_no_finished_run(config: Path) -> None:
-    result = done(config, "diverged", "align.learning_rate=1e20", "align.kl_limit=1e30", "align.steps=8")
+def test_what_diverges_is_no_finished_run(align_config: Path) -> None:
+    result = done(
+        align_config, "diverged", "align.learning_rate=1e20", "align.kl_limit=1e30", "align.steps=8"
+    )
     assert result.exit_code != 0
     assert "lower align.learning_rate" in result.output
-    assert Run.find(load(config).build / "runs/align/diverged") is None
+    assert Run.find(load(align_config).build / "runs/align/diverged") is None
 
 
 def test_another_template_of_questions_is_another_run(aligned: Path) -> None:
@@ -366,21 +370,21 @@ def test_everybody_must_send_what_is_averaged(ground: Ground) -> None:
         jury.fit(2, dict.fromkeys(SILOS, 2))
 
 
-def test_public_questions_that_cannot_be_asked_are_left_out(config: Path, tmp_path: Path) -> None:
+def test_public_questions_that_cannot_be_asked_are_left_out(align_config: Path, tmp_path: Path) -> None:
     path = write_llava(tmp_path / "odd", 4, 9000)
     entries = json.loads(path.read_text())
     entries[0]["conversations"][0]["value"] = "<image> and <image>?"
     path.write_text(json.dumps(entries))
     source = f"extract.silos.odd={{name='llava_json', path='{path}', images='{path.parent}'}}"
     options = [source, f"features='{tmp_path}/features'", "align.prompts=['odd']"]
-    assert done(config, "odd", *options, command="extract").exit_code == 0
-    result = done(config, "odd", *options)
+    assert done(align_config, "odd", *options, command="extract").exit_code == 0
+    result = done(align_config, "odd", *options)
     assert "odd: 1 public questions cannot be asked and are left out" in result.output
     assert result.exit_code == 0, result.output
 
 
-def test_kinds_that_the_mixture_cannot_judge_are_left_out(config: Path) -> None:
-    result = done(config, "gate", "align.least=1.0")
+def test_kinds_that_the_mixture_cannot_judge_are_left_out(align_config: Path) -> None:
+    result = done(align_config, "gate", "align.least=1.0")
     assert result.exit_code == 2
     assert "ranks too few public preferences right in every kind" in result.output
     assert "left out" in result.output
@@ -403,12 +407,12 @@ def test_kinds_that_the_mixture_cannot_judge_are_left_out(config: Path) -> None:
         ("none", ["align.steps=0"]),
     ],
 )
-def test_every_way_runs(config: Path, name: str, options: list[str]) -> None:
+def test_every_way_runs(align_config: Path, name: str, options: list[str]) -> None:
     name = name.replace(" ", "-")
-    result = done(config, name, *options)
+    result = done(align_config, name, *options)
     assert result.exit_code == 0, result.output
-    run = run_of(config, name)
-    reference = (run_of(config, "reference").path / "projector.safetensors").read_bytes()
+    run = run_of(align_config, name)
+    reference = (run_of(align_config, "reference").path / "projector.safetensors").read_bytes()
     moved = (run.path / "projector.safetensors").read_bytes() != reference
     assert moved == (name != "none")
     if name.startswith("lora"):
@@ -418,9 +422,9 @@ def test_every_way_runs(config: Path, name: str, options: list[str]) -> None:
         assert max(map(files.count, files)) == 3
 
 
-def test_a_reward_with_a_language_model_of_its_own(config: Path, llama_dir: Path) -> None:
+def test_a_reward_with_a_language_model_of_its_own(align_config: Path, llama_dir: Path) -> None:
     reward = f"align.rewards={{lab={{name='likelihood', epochs=1, language='{llama_dir}'}}}}"
-    result = done(config, "own-language", reward)
+    result = done(align_config, "own-language", reward)
     assert result.exit_code == 0, result.output
 
 
@@ -442,8 +446,8 @@ def test_a_reward_with_a_language_model_of_its_own(config: Path, llama_dir: Path
         (["align.prompts=['heldout']"], "no training text whose question"),
     ],
 )
-def test_what_cannot_be_is_refused(config: Path, options: list[str], message: str) -> None:
-    result = done(config, "refused", *options)
+def test_what_cannot_be_is_refused(align_config: Path, options: list[str], message: str) -> None:
+    result = done(align_config, "refused", *options)
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
@@ -455,10 +459,10 @@ def test_without_align_there_is_nothing_to_align(sites_config: Path) -> None:  #
     assert "no [align]" in result.output
 
 
-def test_preferences_are_no_training_texts(config: Path) -> None:
-    result = done(config, "ordinary", command="show")
+def test_preferences_are_no_training_texts(align_config: Path) -> None:
+    result = done(align_config, "ordinary", command="show")
     assert result.exit_code == 0
-    experiment = load(config, ["run=ordinary"]).model_copy(update={"align": None})
+    experiment = load(align_config, ["run=ordinary"]).model_copy(update={"align": None})
     cache = open_cache(experiment, "clinic")
     assert not len(cache.usable_texts("train"))
     assert len(cache.usable_texts("train", preferences=True)) == 24
@@ -506,12 +510,12 @@ def test_padded_or_alone_answers_are_as_likely(ground: Ground) -> None:
 
 
 @pytest.mark.parametrize("reward", ["likelihood", "head", "cross"])
-def test_exchanged_answers_reverse_the_margin(config: Path, ground: Ground, reward: str) -> None:
+def test_exchanged_answers_reverse_the_margin(align_config: Path, ground: Ground, reward: str) -> None:
     from fedcmp.federate.preference.pairs import read_pairs
     from fedcmp.federate.preference.rewards import REWARDS, Setting
     from fedcmp.pipeline.options import Component
 
-    experiment = load(config)
+    experiment = load(align_config)
     cache = open_cache(experiment, "lab")
     pairs, _ = read_pairs(cache, ground.asking)
     setting = Setting(

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_align import aligned, config  # noqa: F401
+from test_align import align_config, aligned  # noqa: F401
 from test_sites import SILOS, Echo, projector, sites_config  # noqa: F401
 
 from fedcmp.components import load
