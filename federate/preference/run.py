@@ -73,7 +73,10 @@ def align(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engin
         if wanted["federate"]["initial"] != ground.initial:
             initial = experiment.federate.initial
             raise UserError(f"federate.initial = {initial}: changed just now; run this again")
-        if files := {silo: own for silo in silos if (own := reward_files(experiment, silo))}:
+        files = (
+            {silo: own for silo in silos if (own := reward_files(experiment, silo))} if engine is None else {}
+        )
+        if files:
             wanted["reward_files"] = files
         made = Run.find(out, experiment.federate.projector.plugins)
         if made is not None:
