@@ -1,4 +1,4 @@
-"""How a finished run is written down: its weights, and last its manifest."""
+"""How a finished run is written down, its weights and last its manifest, and how it is found again."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import Tensor
 
 from fedcmp.federate.engines.base import SiloCard
 from fedcmp.pipeline.config import Experiment
+from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.hashes import fingerprint
-from fedcmp.pipeline.manifest import provenance, write_manifest
+from fedcmp.pipeline.identity import run_differences
+from fedcmp.pipeline.manifest import provenance, withdraw_manifest, write_manifest
 from fedcmp.pipeline.models import projector as projectors
 from fedcmp.pipeline.models.device import pick_device
 from fedcmp.pipeline.models.lora import divided, save_adapter
@@ -67,7 +69,26 @@ def finish(
     return Run(out, manifest, options.projector.plugins)
 
 
-def damaged(run: Run) -> list[str]:
+def found(experiment: Experiment, wanted: Mapping[str, Any]) -> Run | None:
+    """A run that is finished and whole. Of any other the manifest is withdrawn, and why is said.
+
+    Args:
+        experiment: The experiment.
+        wanted: Its identity.
+    """
+    out = experiment.run_path
+    made = Run.find(out, experiment.federate.projector.plugins)
+    if made is not None:
+        changed = run_differences(dict(wanted), made.identity) or _damaged(made)
+        if not changed:
+            say(f"{out}: nothing to do, this run is what the configuration asks for")
+            return made
+        say(f"{out}: training again, because {'; '.join(changed)}")
+    withdraw_manifest(out)
+    return None
+
+
+def _damaged(run: Run) -> list[str]:
     """Why the projectors of a finished run are not those that it ended with."""
     for name in run.projectors:
         try:

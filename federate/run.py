@@ -17,8 +17,7 @@ from fedcmp.pipeline.console import say, table
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import locked
 from fedcmp.pipeline.hashes import fingerprint
-from fedcmp.pipeline.identity import run_differences, run_identity
-from fedcmp.pipeline.manifest import withdraw_manifest
+from fedcmp.pipeline.identity import run_identity
 from fedcmp.pipeline.models.device import pick_device
 from fedcmp.pipeline.ranks import Ranks
 from fedcmp.pipeline.run_folder import PROJECTOR, RESIDUALS, Run, local_part, own_projector
@@ -47,7 +46,7 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine]
 
         return align(experiment, engine)
     from fedcmp.federate.engines.local import LocalEngine
-    from fedcmp.federate.finish import damaged
+    from fedcmp.federate.finish import found
     from fedcmp.federate.strategies.base import STRATEGIES
 
     strategy = STRATEGIES.build(experiment.federate.strategy, "federate.strategy")
@@ -63,14 +62,9 @@ def run(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engine]
         wanted = run_identity(experiment, next(iter(cards.values())).language) | {
             "caches": {name: cards[name].content for name in experiment.federate.silos},
         }
-        made = Run.find(out, experiment.federate.projector.plugins)
+        made = found(experiment, wanted)
         if made is not None:
-            changed = run_differences(wanted, made.identity) or damaged(made)
-            if not changed:
-                say(f"{out}: nothing to do, this run is what the configuration asks for")
-                return made
-            say(f"{out}: training again, because {'; '.join(changed)}")
-        withdraw_manifest(out)
+            return made
         made = _train(experiment, strategy, schedule, clients, cards, wanted, server)
     if experiment.federate.rounds:
         _summary(experiment.run, made)
@@ -137,8 +131,6 @@ def _train(
     saved = Progress.load(checkpoint_path, print_of_run)
     if saved is not None:
         say(f"{out}: continuing after round {saved.round} of {options.rounds}")
-    elif checkpoint_path.exists():
-        say(f"{out}: the checkpoint there is of another configuration; starting anew")
     first = cards[options.silos[0]]
     with engine.training(saved.round if saved else 0) as train:
         projector = projectors.build(options.projector, d_vision=first.d_vision, d_llm=engine.d_llm)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedcmp.federate.arithmetic.updates import State
-from fedcmp.pipeline.errors import UserError
-from fedcmp.pipeline.files import atomic
+from fedcmp.federate.checkpoint import Checkpoint
 
 
 @dataclass
-class Progress:
+class Progress(Checkpoint):
     """All that an alignment carries on; what is drawn depends on seeds and numbers alone.
 
     Attributes:
@@ -43,23 +40,3 @@ class Progress:
     kinds: list[int] = field(default_factory=list)
     agreement: dict[str, float | None] = field(default_factory=dict)
     stopped: bool = False
-
-    def save(self, path: Path, fingerprint: str) -> None:
-        """Write a checkpoint atomically."""
-        with atomic(path) as file:
-            torch.save({"fingerprint": fingerprint, **vars(self)}, file)
-
-    @classmethod
-    def load(cls, path: Path, fingerprint: str) -> Progress | None:
-        """Read a checkpoint, or None where there is none of this configuration.
-
-        Raises:
-            UserError: The file is no checkpoint.
-        """
-        if not path.is_file():
-            return None
-        try:
-            saved = torch.load(path, weights_only=True)
-            return cls(**saved) if saved.pop("fingerprint") == fingerprint else None
-        except Exception:
-            raise UserError(f"{path}: damaged, not a checkpoint; delete it to train from the start") from None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedcmp.federate.engines.base import Engine, SiloCard
-from fedcmp.federate.finish import damaged, finish
+from fedcmp.federate.finish import finish, found
 from fedcmp.federate.preference.averaging import average
 from fedcmp.federate.preference.ground import Ground
 from fedcmp.federate.preference.judges import Judges
@@ -24,8 +24,7 @@ from fedcmp.pipeline.console import say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.files import locked
 from fedcmp.pipeline.hashes import fingerprint
-from fedcmp.pipeline.identity import run_differences, run_identity
-from fedcmp.pipeline.manifest import withdraw_manifest
+from fedcmp.pipeline.identity import run_identity
 from fedcmp.pipeline.run_folder import PROJECTOR, Run
 
 _WITHOUT_EFFECT = (
@@ -78,14 +77,9 @@ def align(experiment: Experiment, engine: Callable[[Experiment, Schedule], Engin
         )
         if files:
             wanted["reward_files"] = files
-        made = Run.find(out, experiment.federate.projector.plugins)
+        made = found(experiment, wanted)
         if made is not None:
-            changed = run_differences(wanted, made.identity) or damaged(made)
-            if not changed:
-                say(f"{out}: nothing to do, this run is what the configuration asks for")
-                return made
-            say(f"{out}: training again, because {'; '.join(changed)}")
-        withdraw_manifest(out)
+            return made
         made = _aligned(experiment, ground, jury, cards, wanted)
     say(f"Projector, history and sampled answers in {out}")
     return made
@@ -141,8 +135,6 @@ def _aligned(
     done = Progress.load(path, print_of_run)
     if done is not None:
         say(f"{out}: continuing after step {done.step}")
-    elif path.exists():
-        say(f"{out}: the checkpoint there is of another configuration; starting anew")
     done = done or Progress(dict(ground.reference), dict(ground.reference))
     history.truncate(out / history.HISTORY, done.step)
     if align.method == "grpo":
