@@ -34,7 +34,7 @@ class Align(Options):
     num_generations: int = Field(8, ge=2)
     steps_per_generation: int = Field(4, ge=1)
     max_new_tokens: int = Field(64, ge=1)
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     scale_rewards: Literal["group", "batch", "none"] = "group"
     epsilon: float = Field(0.2, gt=0, lt=1)
     beta: float = Field(0.5, gt=0)
