@@ -7,7 +7,6 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,20 +14,11 @@ from fedcmp.extract.encoders.base import LoadedEncoder
 from fedcmp.extract.pictures import read_rgb
 from fedcmp.extract.shortage import require_room, shortage
 from fedcmp.extract.sources.base import NO_FILE
-from fedcmp.pipeline.cache import (
-    STATUS,
-    Row,
-)
+from fedcmp.pipeline.cache import STATUS, Row
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.records import Record
 
-if TYPE_CHECKING:
-    pass
-
-
 _NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
-
-
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 
 
