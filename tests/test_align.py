@@ -582,3 +582,30 @@ def test_preferences_that_cannot_be_asked_are_left_out_with_a_reason(ground: Gro
     assert "the same tokens" in left_out[4]
     kept, held_out = pairs.divided(3)
     assert (len(kept), len(held_out)) == (1, 1)
+
+
+def test_an_ablation_of_alignments_ends_in_a_table(aligned: Path, tmp_path: Path) -> None:
+    path = tmp_path / "alignments.toml"
+    path.write_text(
+        f"""
+name = "alignments"
+seeds = [0, 1]
+measures = ["loss: loss"]
+baseline = "reference"
+subject = "mor"
+set = ["build={tmp_path}/build"]
+[scenarios]
+here = "{aligned}"
+[strategies]
+reference = {{ name = "fedavg", "align.steps" = 0 }}
+mor = {{ name = "fedavg", "align.steps" = 2 }}
+"""
+    )
+    result = CliRunner().invoke(
+        main, ["ablate", str(path), "--jobs", "1", "--out", str(tmp_path / "table.md")]
+    )
+    assert result.exit_code == 0, result.output
+    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert any(line.startswith("| mor |") for line in rows)
+    assert any(line.startswith("| reference |") for line in rows)
+    assert "Local training" not in result.output

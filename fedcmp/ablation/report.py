@@ -63,8 +63,10 @@ def section(finished: Finished) -> Section:
     lines += [f"- not tuned: {each}" for each in at_edges(ablation, finished.tuned, finished.tried)]
     lines += [f"- diverged: {run}: {why}" for run, why in sorted(failures.items())]
     saved = _saved(trials)
-    say(saved)
-    return Section("\n".join([*lines, "", saved, ""]), plots)
+    if saved:
+        say(saved)
+        lines += ["", saved]
+    return Section("\n".join([*lines, ""]), plots)
 
 
 def _contest(ablation: Ablation, values: Mapping[str, Values]) -> list[str]:
@@ -235,17 +237,21 @@ def _words(sign: int, differences: Mapping[str, Difference]) -> dict[str, str]:
 
 
 def _saved(trials: Sequence[Trial]) -> str:
-    """What equal local updates, computed once, saved: seconds of training, as measured when computed."""
+    """What equal local updates, computed once, saved: seconds of training, as measured when computed.
+
+    Empty where no run has local updates, as alignments have none.
+    """
     spent = saved = 0.0
     for trial in trials:
         for row in read_history(trial.experiment.run_path):
-            if row["client"] is None:
-                continue
-            if row["recalled"]:
-                saved += row["seconds"]
-            else:
-                spent += row["seconds"] or 0.0
-    whole = max(spent + saved, 1e-9)
+            seconds = row.get("seconds") or 0.0
+            if row.get("recalled"):
+                saved += seconds
+            elif row["client"] is not None:
+                spent += seconds
+    whole = spent + saved
+    if not whole:
+        return ""
     return (
         f"Local training: {spent:,.0f} s computed, {saved:,.0f} s ({saved / whole:.0%}) recalled "
         f"instead of computed again, over {len(trials)} runs."
