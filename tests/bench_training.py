@@ -127,7 +127,7 @@ def prepare(root: Path, small: bool) -> None:
     )
     LlamaForCausalLM(language).save_pretrained(root / "llama")
     words.save_pretrained(root / "llama")
-    number = 16 if small else 64
+    number = 16 if small else 128
     (root / "pictures").mkdir()
     rows = []
     for n in range(number):
@@ -330,7 +330,7 @@ def extraction(root: Path, small: bool) -> tuple[float, float, float]:
     pixels = torch.stack([torch.from_numpy(encoder.preprocess(Image.open(f).convert("RGB"))) for f in files])
     encoder.encode(pixels[:2])
     seconds, shares = [], []
-    for _ in range(1 if small else 7):
+    for _ in range(1 if small else 5):
         start = time.perf_counter()
         for batch in pixels.split(experiment.extract.batch_size):
             encoder.encode(batch)

@@ -162,6 +162,21 @@ def test_features_are_the_hidden_states_of_the_whole_model(
         torch.testing.assert_close(both, torch.cat([states[layer][:, :1], wanted], 1), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(40, 40), (57, 33), (31, 90)])
+@pytest.mark.parametrize("maker", [each for each in MAKERS if each.values[0] is not siglip2])
+def test_pixels_are_the_processors_own_to_the_byte(
+    maker: Callable[[], tuple[Any, Any]], size: tuple[int, int], tmp_path: Path
+) -> None:
+    from transformers import AutoImageProcessor
+
+    folder = save(maker, tmp_path)
+    image = Image.fromarray(np.random.default_rng(5).integers(256, size=(*size, 3), dtype=np.uint8))
+    wanted = AutoImageProcessor.from_pretrained(folder, backend="pil")(image, return_tensors="np")
+    pixels = Transformers(path=folder).load("cpu", "float32").preprocess(image)
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(pixels, wanted["pixel_values"][0])
+
+
 @pytest.mark.parametrize("maker", MAKERS)
 def test_blocks_after_the_layer_are_not_run(
     maker: Callable[[], tuple[Any, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
