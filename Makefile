@@ -140,8 +140,9 @@ test: lint
 	$(PYTHON) $(PYTEST)
 check: test
 
-# Installing. uv takes a fraction of pip's time; where it cannot be had, pip does the same.
-install = .venv/bin/uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '$(1)' || \
+# Installing. uv takes a fraction of pip's time; where it cannot be had, pip does the same. Bytecode, as pip writes it:
+# compiling torch and transformers at every start would take seconds where the environment cannot be written to.
+install = .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python -c constraints.txt -e '$(1)' || \
 	{ echo "uv is not available or failed; pip installs the same, which takes longer"; \
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '$(1)'; }
 EVERYTHING := .[dev,flower,privacy]
@@ -179,7 +180,7 @@ test-oldest: RELEASE := 3.11
 test-oldest: RESOLUTION := --resolution lowest-direct
 test-newest test-oldest: test-%: | .venv/bin/uv
 	.venv/bin/uv venv --quiet --clear --python $(or $(RELEASE),.venv/bin/python) .venv-$*
-	.venv/bin/uv pip install --quiet --python .venv-$*/bin/python $(RESOLUTION) -e '$(EVERYTHING)'
+	.venv/bin/uv pip install --quiet --compile-bytecode --python .venv-$*/bin/python $(RESOLUTION) -e '$(EVERYTHING)'
 	.venv-$*/bin/python $(PYTEST) $(OPTIONS)
 
 clean:

@@ -113,7 +113,7 @@ def test_nothing_is_left_of_a_run_that_was_stopped(
     extracted: Path, tmp_path: Path, sent: signal.Signals
 ) -> None:
     def command(run: str) -> list[str]:
-        words = [f"build={tmp_path}", f"run={run}", "federate.rounds=24", "federate.passes=6"]
+        words = [f"build={tmp_path}", f"run={run}", "federate.rounds=8", "federate.passes=2"]
         words += ["federate.strategy.name=fedcmp"]
         sets = [word for each in words for word in ("--set", each)]
         return [sys.executable, "-m", "fedcmp", "federate", str(extracted), *sets]

@@ -574,12 +574,9 @@ def descendants(process: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.skipif("not config.getoption('--slow')")
 @pytest.mark.parametrize(
-    "whole",
-    [
-        pytest.param(False, id="the parent alone"),
-        pytest.param(True, id="the whole tree", marks=pytest.mark.skipif("not config.getoption('--slow')")),
-    ],
+    "whole", [pytest.param(False, id="the parent alone"), pytest.param(True, id="the whole tree")]
 )
 def test_sites_come_back_after_a_server_was_killed(keys: Path, tmp_path: Path, node, whole: bool) -> None:  # type: ignore[no-untyped-def]
     """And of the killed one nothing is left."""
@@ -614,6 +611,7 @@ def alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.skipif("not config.getoption('--slow')")
 def test_a_key_that_is_not_known_is_said(keys: Path, tmp_path: Path, node) -> None:  # type: ignore[no-untyped-def]
     port = free_port()
     files = Keys(certificate=keys / "server.crt", key=keys / "server.key")
