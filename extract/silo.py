@@ -41,6 +41,7 @@ from fedcmp.pipeline.console import Task, say
 from fedcmp.pipeline.errors import UserError
 from fedcmp.pipeline.hashes import fingerprint
 from fedcmp.pipeline.manifest import provenance
+from fedcmp.pipeline.models.device import device_type
 from fedcmp.pipeline.plugins import blamed
 from fedcmp.pipeline.records import Record, improper
 
@@ -113,6 +114,8 @@ def extract_silo(
     skipped: list[Skipped] = []
     shards: list[str] = []
     resumed = 0
+    # On the CPU decoding would take the encoder's cores, whose threads wait for each other.
+    beside = device_type(device) != "cpu"
     layout = {"patches": encoder.patches, "d_vision": encoder.d_vision, "dtype": options.dtype}
     shard_images = options.shard_images
     if options.shard_mb is not None:
@@ -135,7 +138,8 @@ def extract_silo(
                     if mine and _is_finished(writer, number, shards[number]):
                         resumed += 1
                     elif mine:
-                        writer.write(number, *_encode_shard(chunk, encoder, options, pool, quantiser))
+                        encoded = _encode_shard(chunk, encoder, options, pool, quantiser, beside=beside)
+                        writer.write(number, *encoded)
             task.advance(len(chunk))
         with settling(path):
             recorded = writer.recorded()
@@ -216,17 +220,13 @@ def _encode_shard(
     options: Extract,
     pool: ThreadPoolExecutor,
     quantiser: Quantiser | None,
+    *,
+    beside: bool,
 ) -> tuple[np.ndarray, list[Row], list[float] | None]:
-    def submit(batch: Sequence[Record]) -> list[Future[Decoded]]:
-        return [pool.submit(decode, record, encoder) for record in batch]
-
     features: list[np.ndarray] = []
     rows: list[Row] = []
     measured = [0.0] * 4 if quantiser else None
-    batches = list(chunks(records, options.batch_size))
-    ahead = submit(batches[0])
-    for batch, following in zip(batches, [*batches[1:], []], strict=True):
-        decoded, ahead = decode_all(batch, (future.result() for future in ahead), encoder), submit(following)
+    for decoded in _decoded(list(chunks(records, options.batch_size)), encoder, pool, beside=beside):
         encoded = _encode(decoded, encoder)
         known = _rows(decoded, encoded, options.dtype)
         stored = (
@@ -241,6 +241,24 @@ def _encode_shard(
         features.append(stored)
         rows += known
     return np.concatenate(features), rows, measured
+
+
+def _decoded(
+    batches: Sequence[Sequence[Record]], encoder: LoadedEncoder, pool: ThreadPoolExecutor, *, beside: bool
+) -> Iterator[list[Decoded]]:
+    """Pictures of every batch; `beside` decodes the next one while the caller is at work on this one."""
+
+    def submit(batch: Sequence[Record]) -> list[Future[Decoded]]:
+        return [pool.submit(decode, record, encoder) for record in batch]
+
+    ahead = submit(batches[0])
+    for batch, following in zip(batches, [*batches[1:], []], strict=True):
+        decoded = decode_all(batch, (future.result() for future in ahead), encoder)
+        if beside:
+            ahead = submit(following)
+        yield decoded
+        if not beside:
+            ahead = submit(following)
 
 
 def _encode(decoded: Sequence[Decoded], encoder: LoadedEncoder) -> torch.Tensor:

@@ -379,9 +379,9 @@ def main(small: bool) -> int:
     print(f"{'':24}{'CPU s a step':>14}{'faster':>9}{'memory, MB':>12}{'of it':>8}{'first loss':>12}")
     for name, result in results.items():
         beside = results[next(iter(MIXED))] if name in MIXED else usual
-        faster, share = beside["seconds"] / result["seconds"], result["memory"] / beside["memory"]
+        faster, kept = beside["seconds"] / result["seconds"], result["memory"] / beside["memory"]
         print(f"{name:24}{result['seconds']:14.2f}{faster:8.1f}x{result['memory'] / 1e6:12,.0f}", end="")
-        print(f"{share:8.2f}{result['loss']:12.5f}")
+        print(f"{kept:8.2f}{result['loss']:12.5f}")
     print(f"extraction: {rate:.1f} images/s, {share:.2f} of the bare encoder's rate")
     print(
         f"{EPOCHS} epochs: {cached:.1f} s with extraction and cache, {encoding:.1f} s encoding every time: ",

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -260,6 +262,32 @@ def test_new_images_are_encoded(tmp_path: Path, clip_dir: Path, llama_dir: Path)
     assert result.exit_code == 0
     assert "extracted" in result.output
     assert FeatureCache(tmp_path / "features/one.zarr").images == 7
+
+
+def test_decoding_beside_a_gpu_gives_the_bytes_of_decoding_between_batches(
+    tmp_path: Path, clip_dir: Path, llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedcmp.extract import silo
+
+    write_llava(tmp_path, 11)
+    source = f'{{ name = "llava_json", path = "{tmp_path}/pairs.json", images = "{tmp_path}" }}'
+    sent, before, encode = [], [], silo._encode
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *args: Any, **words: Any) -> Future[Any]:
+            sent.append(args)
+            return super().submit(*args, **words)
+
+    monkeypatch.setattr(silo, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(silo, "_encode", lambda *args: before.append(len(sent)) or encode(*args))
+    for kind in ("cpu", "cuda"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setattr(silo, "device_type", lambda _, kind=kind: kind)
+        result = run(config(tmp_path / kind, clip_dir, llama_dir, source))
+        assert result.exit_code == 0, result.output
+    # Shards of 4, 4 and 3 pictures, batches of 3: how many were decoded, or being decoded, at each encoding.
+    assert before == [3, 4, 7, 8, 11, 11 + 4, 11 + 4, 11 + 8, 11 + 8, 11 + 11]
+    assert digest(tmp_path / "cpu/features") == digest(tmp_path / "cuda/features")
 
 
 def test_killed_and_rerun_gives_the_same_bytes(tmp_path: Path, clip_dir: Path, llama_dir: Path) -> None:
