@@ -172,7 +172,6 @@ def test_windows_that_no_few_tokens_fill_are_read_from_the_configuration(
     assert language.ways.shared == (window is None)
 
 
-@pytest.mark.skipif("not config.getoption('--slow')")
 def test_whole_models_are_compiled_too(tmp_path: Path) -> None:
     results = []
     for compiled in (False, True):

@@ -14,14 +14,14 @@ MEMORY = 96 << 20
 
 
 NUMBERS = {
-    "zip": 150,
-    "folder": 100,
-    "hdf5": 8,
-    "hdf5 source": 5,
-    "hdf5 heap": 4,
-    "parquet": 4,
-    "arrow": 4,
-    "tar": 50,
+    "zip": 300,
+    "folder": 200,
+    "hdf5": 12,
+    "hdf5 source": 8,
+    "hdf5 heap": 6,
+    "parquet": 6,
+    "arrow": 6,
+    "tar": 100,
 }
 
 

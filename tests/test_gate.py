@@ -611,7 +611,6 @@ def alive(process: int) -> bool:
         return False
 
 
-@pytest.mark.skipif("not config.getoption('--slow')")
 def test_a_key_that_is_not_known_is_said(keys: Path, tmp_path: Path, node) -> None:  # type: ignore[no-untyped-def]
     port = free_port()
     files = Keys(certificate=keys / "server.crt", key=keys / "server.key")
