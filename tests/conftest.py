@@ -25,12 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Tests run side by side, and so do the processes that they start: one thread each.
 
     What private runs have released is not written down in the home of whoever tests.
     """
-    os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="fedcmp-tests-")
+    ledgers = tempfile.TemporaryDirectory(prefix="fedcmp-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(ledgers.cleanup)
+    os.environ["XDG_DATA_HOME"] = ledgers.name
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
