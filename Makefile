@@ -78,19 +78,22 @@ ifeq ($(wildcard configs/$(EXPERIMENT).mk),)
 INPUTS += FORCE
 endif
 
+# A new version may mean something else by the same file, so it asks for a check too.
+PROGRAM := $(shell find -L pipeline extract federate evaluate -name '*.py')
+
 # Stage one. A lost manifest asks for a check, as does a changed configuration.
 lost = $(if $(wildcard $(1)),,FORCE)
 MANIFESTS := $(SILOS:%=$(FEATURES)/%.zarr/manifest.json)
 
 extract: $(FEATURES)/.checked
-$(FEATURES)/.checked: $(FILES) $(INPUTS) $(foreach file,$(MANIFESTS),$(call lost,$(file))) | $(READY)
+$(FEATURES)/.checked: $(FILES) $(PROGRAM) $(INPUTS) $(foreach file,$(MANIFESTS),$(call lost,$(file))) | $(READY)
 	$(FEDCMP) extract $(CONFIG) $(NAMED)
 	@touch $@
 $(MANIFESTS): $(FEATURES)/.checked ;
 
 # Stage two.
 federate: $(RUNS:%=$(RUN_DIR)/%/.checked)
-$(RUNS:%=$(RUN_DIR)/%/.checked): $(RUN_DIR)/%/.checked: $$(files_$$*) $(INPUTS) $(MANIFESTS) \
+$(RUNS:%=$(RUN_DIR)/%/.checked): $(RUN_DIR)/%/.checked: $$(files_$$*) $(PROGRAM) $(INPUTS) $(MANIFESTS) \
 		$$(call lost,$(RUN_DIR)/$$*/manifest.json) | $(READY)
 	$(FEDCMP) federate $(config_$*) $(NAMED)
 	@touch $@
@@ -98,7 +101,7 @@ $(RUNS:%=$(RUN_DIR)/%/manifest.json): %/manifest.json: %/.checked ;
 
 # Stage three.
 evaluate: $(REPORT_DIR)/report.json
-$(RUNS:%=$(SCORE_DIR)/%/.checked): $(SCORE_DIR)/%/.checked: $(RUN_DIR)/%/manifest.json $$(files_$$*) $(MANIFESTS) \
+$(RUNS:%=$(SCORE_DIR)/%/.checked): $(SCORE_DIR)/%/.checked: $(RUN_DIR)/%/manifest.json $$(files_$$*) $(PROGRAM) $(MANIFESTS) \
 		$$(foreach name,$$(benchmarks_$$*),$$(call lost,$(SCORE_DIR)/$$*/$$(name).json)) | $(READY)
 	$(FEDCMP) evaluate $(config_$*) $(NAMED)
 	@touch $@

@@ -89,7 +89,7 @@ def test_the_whole_pipeline(house: House) -> None:
 def test_a_second_run_does_nothing(house: House) -> None:
     before = house.products()
     output = house.make()
-    assert "fedcmp.cli" not in output
+    assert "-m fedcmp" not in output
     assert house.products() == before
 
 
@@ -103,7 +103,13 @@ def test_touching_a_config_costs_a_check_and_changes_nothing(house: House) -> No
     assert output.count("nothing to answer") == 2
     kept = {name for name in before if not name.startswith("report/")}
     assert not changed(before, house.products()) & kept
-    assert "fedcmp.cli" not in house.make()
+    assert "-m fedcmp" not in house.make()
+
+
+def test_a_new_version_of_the_program_is_a_reason_to_check(house: House) -> None:
+    commands = house.make("--dry-run", "--what-if=federate/strategies/fedavg.py")
+    for stage in ("extract", "federate", "evaluate"):
+        assert f"-m fedcmp {stage} configs/demo" in commands
 
 
 def test_a_new_variant_builds_itself_and_the_report(house: House) -> None:
@@ -136,7 +142,7 @@ def test_what_is_lost_is_made_again(house: House, lost: tuple[str, ...]) -> None
         path.unlink()
     house.make()
     assert all(path.is_file() for path in paths)
-    assert "fedcmp.cli" not in house.make()
+    assert "-m fedcmp" not in house.make()
 
 
 @SLOW
