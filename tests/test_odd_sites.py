@@ -8,8 +8,7 @@ import math
 import resource
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ from test_sites import SILOS, FakeLink, over, projector, sites_config  # noqa: F
 
 from fedcmp.components import load
 from fedcmp.federate.engines.base import SiloCard, terms
+from fedcmp.federate.engines.link import Failure
 from fedcmp.federate.engines.service import Service
 from fedcmp.federate.engines.sites import Sites
+from fedcmp.federate.engines.wire import Payload
 from fedcmp.federate.outgoing.compression import compressed
 from fedcmp.federate.run import run
 from fedcmp.pipeline.config import Experiment
@@ -317,11 +318,19 @@ def test_a_wrong_site_that_comes_first_does_not_turn_away_the_others(
 ) -> None:
     """What only sites know is what most of them say, when all have spoken; later the run's is."""
     monkeypatch.setattr("fedcmp.federate.engines.sites._NODES_EVERY", 0.01)
-    begun = time.monotonic()
 
     class OneByOne(FakeLink):
+        """A site comes when those before it have been heard."""
+
+        heard = 0
+
         def nodes(self) -> set[int]:
-            return set(list(self.services)[: 1 + int((time.monotonic() - begun) / 0.3)])
+            return set(list(self.services)[: 1 + self.heard])
+
+        def receive(self, messages: Iterable[str]) -> dict[str, Payload | Failure]:
+            answers = super().receive(messages)
+            self.heard += len(answers)
+            return answers
 
     experiment = load(sites_config, ["federate.rounds=1", "sites.quorum=2", f"build={tmp_path}"])
     for said in spoken.values():
