@@ -253,7 +253,7 @@ def test_it_turns_with_the_spaces_on_both_sides(
 )
 def test_the_formulation_by_hand(seed: int, number: int, d_out: int, d_in: int) -> None:
     """Three rounds of docs/fed_cmp.md, written out; reliability and clip have tests of their own."""
-    floor, b, rate, a = 1e-2, 0.6, 1.35, 1.0
+    floor, b, rate, a = 0.1, 0.6, 1.35, 1.0
     start = torch.zeros(d_out, d_in).double()
     ours, memory = {"w": start}, {}
     plain, left, right, longest = start, None, None, 0.0

@@ -105,7 +105,7 @@ class FedCmp(Strategy):
     energy: float = Field(1.0, gt=0, le=1)
     residual: bool = True
     equalise: float = Field(1.0, ge=0)
-    floor: float = Field(1e-2, gt=0)
+    floor: float = Field(0.1, gt=0)
     length: Literal["clients", "fused"] = "clients"
     basis_momentum: float = Field(0.6, ge=0, lt=1)
     momentum: float = Field(0.0, ge=0, lt=1)
