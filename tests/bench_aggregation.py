@@ -72,7 +72,7 @@ def make_round(small: bool) -> tuple[State, list[Update]]:
 
 def naive(state: State, updates: list[Update]) -> dict[str, torch.Tensor]:
     """New matrices of the first round of Fed-CMP's defaults, and eigenpairs of L, the plain way."""
-    shares, result = data_weights(updates), {}
+    defaults, shares, result = FedCmp(), data_weights(updates), {}
     for name in (name for name, old in state.items() if old.ndim == 2):
         parts = [shares[u.client] ** 0.5 * (u.state[name] - state[name]) for u in updates]
         u, left, _ = torch.linalg.svd(torch.cat(parts, dim=1), full_matrices=False)
@@ -81,10 +81,10 @@ def naive(state: State, updates: list[Update]) -> dict[str, torch.Tensor]:
         coefficients = u.T @ mean @ vh.T
         values = left.double() ** 2
         for axis, each in enumerate((values, right.double() ** 2)):
-            gains = (each / each[0] + 1e-2).float() ** -0.5
+            gains = (each / each[0] + defaults.floor).float() ** -0.5
             coefficients = coefficients * gains[(slice(None), None) if axis == 0 else (None, slice(None))]
         step = u @ coefficients @ vh * (values.sum().sqrt() / coefficients.double().norm())
-        result[name] = state[name] + 1.35 * step.float()
+        result[name] = state[name] + defaults.server_learning_rate * step.float()
         result[f"values/{name}"] = values / values.sum()
         print(f"  naive {name}: done", file=sys.stderr, flush=True)
     return result
